@@ -1,0 +1,325 @@
+"""Every knob of epmoe. A field is a YAML key; unknown keys are errors; nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+# ---------------------------------------------------------------------------------------------- data
+class SourceConfig(Section):
+    """One body of text."""
+
+    name: str = "stdlib"
+    """Name in metrics and file names."""
+    path: str = "stdlib"
+    """``stdlib`` (Python's own standard library sources), a folder of text files, a ``.jsonl`` file, or the
+    prefix of a prepared ``.bin``/``.idx`` pair."""
+    format: Literal["auto", "stdlib", "text", "jsonl", "indexed"] = "auto"
+    """How to read ``path``; ``auto`` looks at it."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the training samples drawn from this source, relative to the other sources."""
+    glob: str = "**/*"
+    """Which files of a text folder."""
+    text_field: str = "text"
+    """JSONL: the key that holds the text."""
+    loss_field: str | None = None
+    """JSONL: key of a list of ``[start, end)`` character ranges that count in the loss; null = all of it."""
+    val_path: str | None = None
+    """Validation text (same format); null: files or documents whose sha256 is 0 modulo 20."""
+
+
+class DataConfig(Section):
+    """What is trained on, and how it becomes samples."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(),)
+    tokenizer: str = "bpe"
+    """``byte``, ``bpe`` (trained on the training text) or the path of a ``tokenizer.json``."""
+    vocab_size: Positive = 4096
+    """Entries of a trained ``bpe`` tokenizer."""
+    vocab_multiple: Positive = 64
+    """The model's vocabulary is the tokenizer's rounded up to a multiple of this."""
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    """Tokens per sample, S. A sample is a window of S+1 tokens of the document stream."""
+    cross_document: bool = True
+    """False: attention does not look across document boundaries."""
+    cache: str = ".cache/epmoe"
+    """Where small corpora are prepared and kept."""
+    num_workers: Count = 0
+    """Processes that prepare text; 0 = one per core."""
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> DataConfig:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ, got {names}")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- model
+class ModelConfig(Section):
+    """The decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+
+    d_model: Positive = 256
+    """Width, D."""
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    """Query heads, H."""
+    num_kv_heads: Positive | None = None
+    """Key and value heads; null = num_heads."""
+    head_dim: Positive | None = None
+    """Width of a head; null = d_model / num_heads."""
+    d_ff: Positive = 1024
+    """Hidden width of dense feed-forward layers."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    qk_norm: bool = False
+    """RMSNorm of queries and keys per head."""
+    tie_embeddings: bool = True
+    """Output head shares the embedding matrix."""
+    init: Literal["normal", "truncated_fan_in", "kaiming"] = "normal"
+    """``normal``: N(0, init_std), residual outputs divided by sqrt(2 num_layers). ``truncated_fan_in``: Switch's
+    truncated normal with variance 0.1/fan_in. ``kaiming``: N(0, 2/fan_in)."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the embedding and of every residual branch, keyed by sample and position, not by rank."""
+
+    @model_validator(mode="after")
+    def _shapes(self) -> ModelConfig:
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ValueError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
+        if self.head_size % 2:
+            raise ValueError(f"RoPE needs an even head_dim, got {self.head_size}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+
+# ----------------------------------------------------------------------------------------------- MoE
+class RouterOptions(Section):
+    """Options every router of the top-k family has."""
+
+    slot_order: Literal["choice_major", "token_major"] = "choice_major"
+    """Who gets an expert's slots first: all first choices (the GShard paper; a later token may take an earlier
+    token's second slot) or token by token (causal)."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In training the router's own input is multiplied by uniform noise in [1-jitter, 1+jitter)."""
+
+
+class GShardTop2Options(RouterOptions):
+    """GShard's top-2 router, arXiv:2006.16668 Algorithm 1."""
+
+    name: Literal["gshard_top2"] = "gshard_top2"
+    second_policy: Literal["all", "random", "threshold", "none"] = "random"
+    """When the second expert is used in training: always, with probability min(1, a2/tau), if a2 > tau, never."""
+    second_policy_eval: Literal["all", "threshold", "none"] = "all"
+    """The same in evaluation and generation."""
+    tau: Annotated[float, Field(gt=0)] = 0.5
+    """Scale of the random policy (0.5 is the paper's) and limit of the threshold policy."""
+
+
+class SwitchOptions(RouterOptions):
+    """Switch's top-1 router, arXiv:2101.03961: the gate is the raw probability."""
+
+    name: Literal["switch"] = "switch"
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """The paper's jitter of the router input."""
+
+
+class TopKOptions(RouterOptions):
+    """Plain top-k routing."""
+
+    name: Literal["topk"] = "topk"
+    normalize: bool | None = None
+    """True: weights are a softmax over the chosen logits (Mixtral). False: raw probabilities (OLMoE).
+    null: normalised for k > 1, raw for k = 1, where a normalised weight would not train the router."""
+
+
+AnyRouterOptions = Annotated[GShardTop2Options | SwitchOptions | TopKOptions, Field(discriminator="name")]
+ROUTER_TOP_K = {"gshard_top2": 2, "switch": 1}
+"""Routers whose number of experts per token is part of their definition."""
+
+
+class MoEConfig(Section):
+    """Which layers are mixtures of experts, and how they route."""
+
+    every: Positive = 2
+    """Layer i is an MoE layer when (i + 1) % every == 0."""
+    first_dense: Count = 0
+    """This many first layers stay dense whatever ``every`` says."""
+    num_experts: Positive = 8
+    """Experts over all ranks, E."""
+    top_k: Positive = 2
+    """Experts per token, K. Set by the router where its definition fixes it."""
+    router: AnyRouterOptions = GShardTop2Options()
+    """Router name, or a mapping with its name and options."""
+    d_ff: Positive | None = None
+    """Hidden width of an expert, F; null = model.d_ff."""
+    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    shared_experts: Count = 0
+    """Experts every token passes through, with weight 1 (together one FFN of shared_experts * F hidden units)."""
+    group: Literal["sequence", "rank"] = "sequence"
+    """Tokens that share a capacity: one sequence (no layout changes what is dropped), or a rank's micro-batch."""
+    capacity_factor: Annotated[float, Field(gt=0)] | None = 1.25
+    """Slots per expert relative to an even spread, in training; null = dropless."""
+    capacity_factor_eval: Annotated[float, Field(gt=0)] | None = None
+    """The same in evaluation and generation."""
+    capacity_unit: Literal["per_assignment", "per_token"] = "per_assignment"
+    """What a factor of 1 means: K*S/E slots (DeepSpeed, Megatron, V-MoE) or S/E slots (GShard, Switch, ST-MoE)."""
+    min_capacity: Count = 4
+    capacity_multiple: Positive = 1
+    dispatcher: Literal["auto", "local", "all_to_all"] = "auto"
+    """``auto``: local when one rank holds all experts, else all_to_all."""
+    losses: dict[str, float] = {"balance": 0.01, "z": 0.001}
+    """Auxiliary losses and their coefficients."""
+    balance_count: Literal["auto", "top1", "all"] = "auto"
+    """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for topk."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _router_by_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        router = values.get("router", "gshard_top2")
+        if isinstance(router, str):
+            values["router"] = router = {"name": router}
+        name = router.get("name") if isinstance(router, dict) else router.name
+        if name in ROUTER_TOP_K:
+            values.setdefault("top_k", ROUTER_TOP_K[name])
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MoEConfig:
+        fixed = ROUTER_TOP_K.get(self.router.name)
+        if fixed not in (None, self.top_k):
+            raise ValueError(
+                f"router {self.router.name} sends every token to {fixed} expert(s), got top_k={self.top_k}; "
+                f"leave top_k out, or use router: topk"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------ training
+class ParallelConfig(Section):
+    """How ranks share the work."""
+
+    engine: Literal["native"] = "native"
+    ep_size: Positive | Literal["auto"] = "auto"
+    """Ranks over which the experts are spread; auto = the largest common divisor of world size and experts."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """A collective that takes longer than this ends the job."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (fused) or SGD, learning-rate schedule, clipping."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Applied to matrices (experts one by one are matrices), not to norms and embeddings."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null = no clipping."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay; warm-up, stable, linear decay; constant."""
+    warmup_steps: Count = 100
+    decay_fraction: Fraction = 0.2
+    """wsd: share of the steps in the final decay."""
+    min_lr_ratio: Fraction = 0.1
+    """Learning rate at the end, relative to the peak."""
+
+
+class SampleConfig(Section):
+    """The text generated at the end of training."""
+
+    prompt: str = "def "
+    tokens: Count = 120
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    steps: Positive = 1000
+    global_batch_size: Positive = 16
+    """Sequences per optimizer step over all ranks."""
+    micro_batch_size: Positive | None = None
+    """Sequences per rank and forward pass; null = global_batch_size / ranks (no accumulation)."""
+    precision: Literal["fp32", "bf16_autocast", "bf16_params", "fp64"] = "fp32"
+    """fp64 is for proofs, not for speed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop cleanly, with checkpoint and final evaluation, after this long; the schedule still counts ``steps``."""
+    eval_every: Count = 0
+    """Steps between evaluations; 0 = only at the end."""
+    eval_samples: Positive | None = None
+    """Windows per source in an evaluation during training; null = all. The final evaluation always uses all."""
+    log_every: Positive = 10
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """What all ranks do together when a loss or gradient is not finite."""
+    max_nonfinite: Positive = 5
+    """With ``skip``: stop after this many such steps in a row."""
+    init_from: str | None = None
+    """Checkpoint or run folder whose weights (not optimizer, not step) the run starts from."""
+    sample: SampleConfig = SampleConfig()
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every: Count = 500
+    """Steps between checkpoints; 0 = only at the end and when asked to stop."""
+    keep: Positive = 2
+    """Newest checkpoints that are kept."""
+
+
+class ProfileConfig(Section):
+    """torch.profiler traces."""
+
+    steps: str | None = None
+    """``10-13``: write a Chrome trace of these steps."""
+
+
+class Config(Section):
+    """A run of ``epmoe train``."""
+
+    out: str = "runs/default"
+    """Folder of the run: checkpoints, metrics, report. The same command in the same folder resumes."""
+    seed: Count = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig | None = MoEConfig()
+    """null = a dense model."""
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()

@@ -1,0 +1,130 @@
+"""The only reader of environment variables, and the fault-injection points.
+
+Nothing here imports torch, so configuration mistakes are found before it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+
+def rank() -> int:
+    """Rank of this process in the job, 0 when it was not started by a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes in the job, 1 when it was not started by a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Rank of this process on its node; picks the GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def launched() -> bool:
+    """True under torchrun or any launcher that sets its variables."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def missing_launch_variables() -> list[str]:
+    """Launcher variables that must all be set for a job of several processes, and are not."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return [name for name in names if name not in os.environ]
+
+
+def rendezvous_address() -> str:
+    """``host:port`` of the launcher's rendezvous, for error messages."""
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    return f"{host}:{os.environ.get('MASTER_PORT', '?')}"
+
+
+def attempt() -> int:
+    """How often torchrun has restarted this job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def kernels() -> str:
+    """``auto`` (native kernels where they are built) or ``reference`` (plain PyTorch always)."""
+    return os.environ.get("EPMOE_KERNELS", "auto")
+
+
+FAULT_POINTS = (
+    "dispatch.exchange",
+    "train.step_start",
+    "train.after_backward",
+    "train.eval",
+    "ckpt.stage",
+    "ckpt.mid_shard",
+    "ckpt.shard_done",
+    "ckpt.before_manifest",
+    "ckpt.after_manifest",
+    "ckpt.before_rename",
+    "ckpt.after_rename",
+    "ckpt.before_latest",
+    "data.worker",
+    "data.prepare",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One planned fault, parsed from ``EPMOE_FAULT``: where, when, and what happens there."""
+
+    point: str
+    action: str
+    rank: int | None = None
+    step: int | None = None
+    attempt: int | None = None
+
+    @staticmethod
+    def parse(text: str) -> Fault:
+        """``point=ckpt.before_rename,rank=1,step=7,action=kill,attempt=0`` -> Fault."""
+        fields = dict(part.split("=", 1) for part in text.split(","))
+        if fields["point"] not in FAULT_POINTS:
+            raise ValueError(f"EPMOE_FAULT names {fields['point']!r}; points: {FAULT_POINTS}")
+        numbers = {k: int(fields[k]) for k in ("rank", "step", "attempt") if k in fields}
+        return Fault(point=fields["point"], action=fields["action"], **numbers)
+
+
+def planned_faults() -> list[Fault]:
+    """The faults ``EPMOE_FAULT`` asks for, separated by ``;``. Empty in every real run."""
+    text = os.environ.get("EPMOE_FAULT", "")
+    return [Fault.parse(part) for part in text.split(";") if part]
+
+
+def fault(point: str, *, step: int | None = None) -> str | None:
+    """A named place where tests make a run fail; does nothing unless ``EPMOE_FAULT`` is set.
+
+    ``kill``, ``stop`` and ``term`` signal this process, ``exc`` raises, ``hang`` sleeps, ``enospc`` raises
+    the disk-full error. Any other action (``nan``, ``inf``, ``oom``) is returned for the caller to act on.
+    """
+    if "EPMOE_FAULT" not in os.environ:
+        return None
+    for planned in planned_faults():
+        wanted = (planned.rank, planned.step, planned.attempt)
+        actual = (rank(), step, attempt())
+        if planned.point != point or any(w is not None and w != a for w, a in zip(wanted, actual, strict=True)):
+            continue
+        print(f"[rank {rank()}] injected fault: {planned}", file=sys.stderr, flush=True)
+        return _act(planned)
+    return None
+
+
+def _act(planned: Fault) -> str | None:
+    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+    if planned.action in signals:
+        os.kill(os.getpid(), signals[planned.action])
+        return None
+    if planned.action == "exc":
+        raise RuntimeError(f"injected exception at {planned.point}")
+    if planned.action == "enospc":
+        raise OSError(28, "No space left on device (injected)")
+    if planned.action == "hang":
+        time.sleep(10**6)
+    return planned.action

@@ -1,0 +1,72 @@
+"""Errors a user can act on. Each carries what failed, why, the fix, and the exit code of the process."""
+
+from __future__ import annotations
+
+
+class EpmoeError(Exception):
+    """Base of every error epmoe raises on purpose.
+
+    Args:
+        what: One sentence: what failed, with the numbers.
+        why: The cause, if it is not obvious.
+        fix: What to type or change.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str | None = None, fix: str | None = None) -> None:
+        self.what, self.why, self.fix = what, why, fix
+        lines = [what]
+        if why:
+            lines.append(f"  why: {why}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(EpmoeError):
+    """A mistake in the configuration or on the command line."""
+
+    exit_code = 2
+
+
+class DataError(EpmoeError):
+    """Training data is missing, damaged or does not fit the tokenizer."""
+
+    exit_code = 3
+
+
+class CheckpointError(EpmoeError):
+    """A checkpoint cannot be used or written."""
+
+    exit_code = 4
+
+
+class NumericsError(EpmoeError):
+    """Training stopped because losses or gradients are not finite."""
+
+    exit_code = 5
+
+
+class MemoryExhausted(EpmoeError):
+    """The device ran out of memory."""
+
+    exit_code = 6
+
+
+class CommError(EpmoeError):
+    """A collective failed or timed out: a peer died, hung or cannot be reached."""
+
+    exit_code = 7
+
+
+class Preempted(EpmoeError):
+    """Asked to stop (SIGTERM, SIGINT); a checkpoint was written. Run the same command to go on."""
+
+    exit_code = 75
+
+
+class NoProgress(EpmoeError):
+    """The same step failed at every restart; restarting again would not help."""
+
+    exit_code = 93

@@ -1,0 +1,106 @@
+"""What the rows are sent for: stacked feed-forward experts, or any list of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from epmoe.ops import grouped_gemm
+from epmoe.types import ExpertBatch
+
+
+def swiglu(hidden_RF: Tensor) -> Tensor:
+    """silu(gate) * up, where the first half of the columns is the gate -> ``[R, F]`` from ``[R, 2F]``."""
+    gate_RF, up_RF = hidden_RF.chunk(2, dim=-1)
+    return F.silu(gate_RF) * up_RF
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": F.gelu, "relu": F.relu}
+
+
+class FFNExperts(nn.Module):
+    """Two-layer feed-forward experts without biases, their weights stacked.
+
+    Args:
+        num_experts: Experts over all ranks, E. The module starts with all of them; ``keep`` leaves this rank's.
+        d_model: Width of rows, D.
+        d_ff: Hidden width, F.
+        activation: ``swiglu`` (w_in holds gate and up columns) | ``gelu`` | ``relu``.
+    """
+
+    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str = "swiglu") -> None:
+        super().__init__()
+        width_in = 2 * d_ff if activation == "swiglu" else d_ff
+        self.num_experts = num_experts
+        self.first_expert = 0
+        """Global id of local expert 0."""
+        self.activation = ACTIVATIONS[activation]
+        self.w_in = nn.Parameter(torch.empty(num_experts, d_model, width_in))
+        self.w_out = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each matrix N(0, 1/fan_in). A model's own initialisation may overwrite it."""
+        for weight_LXY in (self.w_in, self.w_out):
+            nn.init.normal_(weight_LXY, std=weight_LXY.shape[1] ** -0.5)
+
+    @property
+    def num_local(self) -> int:
+        """Experts on this rank, L."""
+        return int(self.w_in.shape[0])
+
+    def keep(self, first: int, count: int) -> None:
+        """Leaves only experts ``first`` to ``first + count - 1`` on this rank."""
+        self.first_expert = self.first_expert + first
+        with torch.no_grad():
+            self.w_in = nn.Parameter(self.w_in[first : first + count].clone())
+            self.w_out = nn.Parameter(self.w_out[first : first + count].clone())
+
+    def forward(self, batch: ExpertBatch) -> Tensor:
+        """Each row through its expert -> ``[R, D]``."""
+        hidden_RF = grouped_gemm(batch.rows_RD, self.w_in, batch.tokens_per_expert_L)
+        return grouped_gemm(self.activation(hidden_RF), self.w_out, batch.tokens_per_expert_L)
+
+
+class ModuleExperts(nn.Module):
+    """Any modules that map rows ``[n, D]`` to rows ``[n, D]`` as experts.
+
+    Args:
+        modules: Experts of this rank, in ascending global order.
+        num_experts: Experts over all ranks, E; None = these are all.
+        first_expert: Global id of ``modules[0]``. Parameter names carry global ids.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], *, num_experts: int | None = None, first_expert: int = 0
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts or len(modules)
+        self.first_expert = first_expert
+        self.experts = nn.ModuleDict({str(first_expert + i): module for i, module in enumerate(modules)})
+
+    @property
+    def num_local(self) -> int:
+        """Experts on this rank, L."""
+        return len(self.experts)
+
+    def forward(self, batch: ExpertBatch) -> Tensor:
+        """Each block of rows through its module -> ``[R, D]``."""
+        counts = batch.tokens_per_expert_L.tolist()  # a host sync on CUDA
+        blocks = batch.rows_RD.split(counts)
+        outputs = [
+            module(block) if block.shape[0] else _touch(module, block)
+            for module, block in zip(self.experts.values(), blocks, strict=True)
+        ]
+        return torch.cat(outputs)
+
+
+def _touch(module: nn.Module, empty_rows_RD: Tensor) -> Tensor:
+    """Passes no rows, but connects the parameters, so that their gradients are zero and not None."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            empty_rows_RD = empty_rows_RD + parameter.reshape(-1)[:0].sum().to(empty_rows_RD.dtype)
+    return empty_rows_RD

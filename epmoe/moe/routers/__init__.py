@@ -1,0 +1,1 @@
+"""Router families: pure functions (RouterInputs, options) -> Routing."""

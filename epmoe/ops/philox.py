@@ -1,0 +1,69 @@
+"""Stateless random numbers: Philox4x32-10 (Salmon et al., SC 2011) keyed by what is drawn for whom.
+
+A draw depends on (seed, stream, layer, sample number, position, lane) and on nothing else: not on the step, the
+rank, the micro-batch or the world size. Every layout, device and recomputation therefore draws the same number.
+
+    key      seed, low and high 32 bits
+    counter  lane >> 2 | position | sample, low 32 bits | stream << 24 | layer << 8 | sample >> 32
+    draw     (word[lane & 3] >> 8) * 2**-24, in [0, 1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT = range(5)
+"""Streams: what a number is drawn for."""
+
+MAX_LAYER = 2**16
+MAX_SAMPLE = 2**40
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words -> four such tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps in int64; masking after the shift still leaves its true high word.
+        product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product_1 >> 32) & _MASK) ^ c1 ^ k0,
+            product_1 & _MASK,
+            ((product_0 >> 32) & _MASK) ^ c3 ^ k1,
+            product_0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(
+    seed: int, stream: int, layer: int, sample_T: Tensor, position_T: Tensor, num_lanes: int
+) -> Tensor:
+    """Draws in [0, 1) for every token and lane -> float32 ``[T, num_lanes]``.
+
+    Args:
+        seed: Any integer; its low 64 bits are the key.
+        stream: What is drawn, one of this module's constants.
+        layer: Layer (or other place in the model), below 65536.
+        sample_T: int64 sample number of each token's sequence, below 2**40.
+        position_T: int64 position of each token in its sequence.
+        num_lanes: Numbers per token.
+    """
+    if not 0 <= layer < MAX_LAYER:
+        raise ValueError(f"layer={layer} must be in [0, {MAX_LAYER})")
+    block_Q = torch.arange((num_lanes + 3) // 4, device=sample_T.device)
+    sample_T1, position_T1 = sample_T.long().unsqueeze(1), position_T.long().unsqueeze(1)
+    place = (stream << 24) | (layer << 8)
+    counter_TQ = torch.broadcast_tensors(
+        block_Q, position_T1 & _MASK, sample_T1 & _MASK, ((sample_T1 >> 32) & 0xFF) | place
+    )
+    words = philox4x32(
+        (counter_TQ[0], counter_TQ[1], counter_TQ[2], counter_TQ[3]), (seed & _MASK, (seed >> 32) & _MASK)
+    )
+    draws_TL = torch.stack(words, dim=-1).flatten(1)[:, :num_lanes]
+    return (draws_TL >> 8).to(torch.float32) * 2.0**-24

@@ -1,0 +1,168 @@
+"""Registers the operators with PyTorch: schema, reference kernel, fake kernel, autograd and autocast rules.
+
+The reference is registered as ``CompositeExplicitAutograd``; a native kernel registered for a device takes precedence
+there, chosen by PyTorch's own dispatcher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmoe.ops import reference
+
+_LIBRARY = torch.library.Library("epmoe", "DEF")
+
+_SCHEMAS = {
+    "route_topk": "(Tensor logits, Tensor valid, Tensor? uniform, Tensor? sample, Tensor? position, int top_k, "
+    "bool normalize, str second_policy, float tau, int seed, int layer) -> (Tensor, Tensor, Tensor, Tensor)",
+    "route_topk_backward": "(Tensor d_probs, Tensor d_weights, Tensor probs, Tensor topk_ids, "
+    "Tensor chosen_logits, Tensor active, bool normalize) -> Tensor",
+    "assign_slots": "(Tensor expert, Tensor group, Tensor active, SymInt num_groups, int num_experts, "
+    "SymInt capacity) -> (Tensor, Tensor)",
+    "permute": "(Tensor x, Tensor token) -> Tensor",
+    "combine": "(Tensor rows, Tensor? weight, Tensor token, SymInt num_tokens) -> Tensor",
+    "combine_backward": "(Tensor d_y, Tensor rows, Tensor weight, Tensor token) -> (Tensor, Tensor)",
+    "grouped_gemm": "(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor",
+    "grouped_gemm_weight_grad": "(Tensor rows, Tensor d_out, Tensor tokens_per_expert) -> Tensor",
+}
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+ops = torch.ops.epmoe
+
+
+def kernel_status() -> tuple[str, str]:
+    """Which kernels serve the operators, and why -> (name, reason)."""
+    return "reference", "this version ships plain PyTorch kernels only"
+
+
+# ------------------------------------------------------------------------------------- fake kernels
+@torch.library.register_fake("epmoe::route_topk", lib=_LIBRARY)
+def _(logits: Tensor, valid: Tensor, uniform: Any, sample: Any, position: Any, top_k: int, *_: Any) -> Any:
+    shape_TK = (logits.shape[0], top_k)
+    return (
+        torch.empty_like(logits),
+        logits.new_empty(shape_TK, dtype=torch.int64),
+        logits.new_empty(shape_TK),
+        logits.new_empty(shape_TK, dtype=torch.bool),
+    )
+
+
+@torch.library.register_fake("epmoe::route_topk_backward", lib=_LIBRARY)
+def _(d_probs: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(d_probs)
+
+
+@torch.library.register_fake("epmoe::assign_slots", lib=_LIBRARY)
+def _(expert: Tensor, group: Tensor, active: Tensor, num_groups: int, num_experts: int, _: int) -> Any:
+    return torch.empty_like(expert), expert.new_empty(num_groups, num_experts)
+
+
+@torch.library.register_fake("epmoe::permute", lib=_LIBRARY)
+def _(x: Tensor, token: Tensor) -> Tensor:
+    return x.new_empty(token.shape[0], x.shape[1])
+
+
+@torch.library.register_fake("epmoe::combine", lib=_LIBRARY)
+def _(rows: Tensor, weight: Tensor | None, token: Tensor, num_tokens: int) -> Tensor:
+    return rows.new_empty(num_tokens, rows.shape[1])
+
+
+@torch.library.register_fake("epmoe::combine_backward", lib=_LIBRARY)
+def _(d_y: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> Any:
+    return torch.empty_like(rows), torch.empty_like(weight)
+
+
+@torch.library.register_fake("epmoe::grouped_gemm", lib=_LIBRARY)
+def _(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@torch.library.register_fake("epmoe::grouped_gemm_weight_grad", lib=_LIBRARY)
+def _(rows: Tensor, d_out: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return rows.new_empty(tokens_per_expert.shape[0], rows.shape[1], d_out.shape[1])
+
+
+# ------------------------------------------------------------------------------------------ autograd
+def _save_route_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    probs_TE, ids_TK, _, active_TK = output
+    # Only the chosen logits are needed, at 0 where the row was not usable (its gradient is masked by active).
+    chosen_TK = inputs[0].gather(1, ids_TK).masked_fill(~active_TK[:, :1], 0.0)
+    ctx.save_for_backward(probs_TE, ids_TK, chosen_TK, active_TK)
+    ctx.normalize = inputs[6]
+    ctx.mark_non_differentiable(ids_TK, active_TK)
+    ctx.set_materialize_grads(True)
+
+
+def _route_topk_backward(ctx: Any, d_probs: Tensor, _: Any, d_weights: Tensor, __: Any) -> tuple[Any, ...]:
+    d_logits = ops.route_topk_backward(d_probs, d_weights, *ctx.saved_tensors, ctx.normalize)
+    return (d_logits, *[None] * 10)
+
+
+def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.num_tokens = inputs[0].shape[0]
+
+
+def _permute_backward(ctx: Any, d_rows: Tensor) -> tuple[Any, ...]:
+    return ops.combine(d_rows, None, ctx.saved_tensors[0], ctx.num_tokens), None
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weight, token, _ = inputs
+    ctx.save_for_backward(*((token,) if weight is None else (token, rows, weight)))
+
+
+def _combine_backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
+    token, *rest = ctx.saved_tensors
+    if not rest:
+        return ops.permute(d_y, token), None, None, None
+    d_rows, d_weight = ops.combine_backward(d_y, *rest, token)
+    return d_rows, d_weight, None, None
+
+
+def _save_grouped_gemm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_gemm_backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    rows, weight, counts = ctx.saved_tensors
+    d_out = d_out.contiguous()
+    d_rows = ops.grouped_gemm(d_out, weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
+    d_weight = ops.grouped_gemm_weight_grad(rows, d_out, counts) if ctx.needs_input_grad[1] else None
+    return d_rows, d_weight, None
+
+
+for _name, _backward, _save in (
+    ("route_topk", _route_topk_backward, _save_route_topk),
+    ("permute", _permute_backward, _save_permute),
+    ("combine", _combine_backward, _save_combine),
+    ("grouped_gemm", _grouped_gemm_backward, _save_grouped_gemm),
+):
+    torch.library.register_autograd(f"epmoe::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
+
+
+# ------------------------------------------------------------------------------------------ autocast
+def _register_autocast(device_type: str) -> None:
+    """Under autocast the expert GEMM runs in the autocast dtype, like ``torch.mm``; nothing else is cast."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
+    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            wanted = torch.get_autocast_dtype(device_type)
+            if rows.dtype != torch.float64:
+                rows, weight = rows.to(wanted), weight.to(wanted)
+            out: Tensor = ops.grouped_gemm(rows, weight, tokens_per_expert)
+            return out
+
+    _LIBRARY.impl("grouped_gemm", cast, key)
+
+
+for _device_type in ("cpu", "cuda"):
+    _register_autocast(_device_type)

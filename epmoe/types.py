@@ -1,0 +1,161 @@
+"""The legend of letters, and the values that travel between the parts of an MoE layer.
+
+Letters (a tensor's suffix names its logical dimensions, in order):
+
+    T  tokens on this rank in this micro-batch      E  experts over all ranks
+    B  sequences in it        S  their length       L  experts on this rank
+    G  token groups                                 K  experts per token (top_k)
+    D  model width                                  A  assignments: (token, expert) pairs
+    F  hidden width of an expert                    N  kept assignments, N <= A
+    C  capacity per expert and group                R  rows received by this rank
+    W  ranks that share the experts (ep_size)       H  heads      V  vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+def _register(cls: type) -> type:
+    """Makes a frozen dataclass a pytree, so that compile, checkpointing and tree_map see its tensors."""
+    pytree.register_dataclass(cls)
+    return cls
+
+
+@_register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenContext:
+    """What is known about the tokens of a micro-batch besides their vectors. Every field is optional.
+
+    Made once per micro-batch by the loader and handed unchanged to every block.
+    """
+
+    valid_BS: Tensor | None = None
+    """bool; False = padding: never routed, no slot, in no count or mean. None = all valid."""
+    sample_B: Tensor | None = None
+    """int64 sample number of each sequence, the key of every random draw. None = no draws possible."""
+    token_BS: Tensor | None = None
+    """int64 token ids."""
+    segment_BS: Tensor | None = None
+    """int64 document number inside the window."""
+
+
+@_register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """Counters of the stateless random numbers of a layer's tokens (``epmoe.ops.philox``)."""
+
+    seed: int
+    layer: int
+    sample_T: Tensor
+    """int64 sample number of each token's sequence."""
+    position_T: Tensor
+    """int64 position of each token in its sequence."""
+
+
+@_register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterInputs:
+    """What a router function decides from."""
+
+    logits_TE: Tensor
+    """In the compute dtype (at least float32)."""
+    valid_T: Tensor
+    """bool; False = padding."""
+    training: bool = True
+    """Chooses between a policy's training and evaluation setting."""
+    draws: Draws | None = None
+    """Counters from which random policies draw,"""
+    uniform_T: Tensor | None = None
+    """or their numbers in [0, 1) themselves (tests, replayed examples). Never both."""
+
+
+@_register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """A router's decision: a flat list of assignments in priority order.
+
+    Earlier entries get slots first. Token choice has ``A = T*K`` entries. An inactive entry (padding, skipped
+    second expert, fewer than K available experts) carries a valid expert id, weight 0 and ``active = False``.
+    """
+
+    token_A: Tensor
+    """int64 in [0, T)."""
+    expert_A: Tensor
+    """int64 in [0, E)."""
+    weight_A: Tensor
+    """Combine weight, differentiable, compute dtype; 0 where inactive."""
+    active_A: Tensor
+    """bool."""
+    choice_A: Tensor
+    """int64 in [0, K): 0 = the token's first choice."""
+    probs_TE: Tensor
+    """softmax of the logits, differentiable; zero rows for invalid tokens."""
+    logits_TE: Tensor
+    """The logits the decision was made on, differentiable; zero rows for invalid tokens."""
+    valid_T: Tensor
+    """bool: real tokens whose logits are usable."""
+    nonfinite_tokens: Tensor
+    """int64 scalar: real tokens treated as padding because a logit is NaN or +inf."""
+
+
+@_register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchPlan:
+    """Where every kept assignment travels: integers only, a value, never changed after it is made."""
+
+    slot_A: Tensor
+    """int64 slot inside (group, expert), -1 = dropped or inactive."""
+    demand_GE: Tensor
+    """int64 active assignments before capacity."""
+    assignment_N: Tensor
+    """int64: the kept entries of the routing list, ascending by expert, then by priority."""
+    token_N: Tensor
+    """int64: the token of each kept entry."""
+    tokens_per_expert_E: Tensor
+    """int64: rows this rank sends to each expert."""
+    send_splits: tuple[int, ...]
+    """Rows sent to each of the W ranks."""
+    recv_splits: tuple[int, ...]
+    """Rows received from each of the W ranks."""
+    expert_order_R: Tensor | None
+    """int64: received rows (rank-major) in expert-major order; None when they already are."""
+    rank_order_R: Tensor | None
+    """int64: the inverse."""
+
+
+@_register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertBatch:
+    """All that experts see: contiguous rows, ascending local expert, and how many belong to each."""
+
+    rows_RD: Tensor
+    tokens_per_expert_L: Tensor
+    """int64."""
+
+
+@_register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterReport:
+    """What a layer tells the trainer. All values are sums over this rank's tokens, so that ranks, micro-batches
+    and steps add up without weights."""
+
+    losses: dict[str, Tensor]
+    """Differentiable sums over valid tokens, without coefficients. The trainer divides by the token count."""
+    metrics: dict[str, Tensor]
+    """Detached: demand_E, kept_E, assignments, overflow_tokens, valid_tokens, nonfinite_tokens, entropy."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of routers, softmax, losses, weights and accumulation: at least float32, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def tree_tensors(value: Any) -> list[Tensor]:
+    """Every tensor inside a value."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
