@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -160,6 +161,13 @@ class TopKOptions(RouterOptions):
 AnyRouterOptions = Annotated[GShardTop2Options | SwitchOptions | TopKOptions, Field(discriminator="name")]
 ROUTER_TOP_K = {"gshard_top2": 2, "switch": 1}
 """Routers whose number of experts per token is part of their definition."""
+AUX_LOSSES = ("balance", "z")
+
+
+def _known_loss(name: str) -> str:
+    if name not in AUX_LOSSES:
+        raise ValueError(f"unknown auxiliary loss; choices: {', '.join(AUX_LOSSES)}")
+    return name
 
 
 class MoEConfig(Section):
@@ -192,7 +200,7 @@ class MoEConfig(Section):
     capacity_multiple: Positive = 1
     dispatcher: Literal["auto", "local", "all_to_all"] = "auto"
     """``auto``: local when one rank holds all experts, else all_to_all."""
-    losses: dict[str, float] = {"balance": 0.01, "z": 0.001}
+    losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = {"balance": 0.01, "z": 0.001}
     """Auxiliary losses and their coefficients."""
     balance_count: Literal["auto", "top1", "all"] = "auto"
     """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for topk."""
@@ -206,8 +214,10 @@ class MoEConfig(Section):
         router = values.get("router", "gshard_top2")
         if isinstance(router, str):
             values["router"] = router = {"name": router}
-        name = router.get("name") if isinstance(router, dict) else router.name
-        if name in ROUTER_TOP_K:
+        if isinstance(router, dict):
+            values["router"] = router = {"name": "gshard_top2", **router}
+        name = router.get("name") if isinstance(router, dict) else getattr(router, "name", None)
+        if isinstance(name, str) and name in ROUTER_TOP_K:
             values.setdefault("top_k", ROUTER_TOP_K[name])
         return values
 
@@ -323,3 +333,21 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
+
+
+def choose_ep_size(ep_size: int | Literal["auto"], world_size: int, num_experts: int) -> int:
+    """Ranks over which the experts are spread; ``auto`` = the largest common divisor of both numbers.
+
+    Raises:
+        ValueError: ``ep_size`` does not divide both; the message lists the values that do.
+    """
+    largest = math.gcd(world_size, num_experts)
+    if ep_size == "auto":
+        return largest
+    if largest % ep_size:
+        valid = ", ".join(str(n) for n in range(1, largest + 1) if largest % n == 0)
+        raise ValueError(
+            f"ep_size={ep_size} must divide the world size {world_size} and num_experts={num_experts}; "
+            f"valid values: {valid}"
+        )
+    return ep_size

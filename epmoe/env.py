@@ -6,6 +6,7 @@ Nothing here imports torch, so configuration mistakes are found before it is loa
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -36,6 +37,37 @@ def missing_launch_variables() -> list[str]:
     """Launcher variables that must all be set for a job of several processes, and are not."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return [name for name in names if name not in os.environ]
+
+
+def local_world_size() -> int:
+    """Ranks of the job on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def threads_chosen() -> bool:
+    """True when the user or the launcher said how many threads a process may use."""
+    return "OMP_NUM_THREADS" in os.environ
+
+
+def batch_job() -> str:
+    """Slurm's number of this job, the same after a requeue; empty elsewhere."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+RECORDED = ("NCCL_", "CUDA_", "TORCH", "OMP_", "SLURM_", "GLOO_", "EPMOE_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
+SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+
+
+def recorded() -> dict[str, str]:
+    """The variables a run's description may hold: a fixed list of prefixes, secrets replaced."""
+    kept = {name: value for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)}
+    return {name: "<redacted>" if SECRET.search(name) else redact(value) for name, value in kept.items()}
+
+
+def redact(text: str) -> str:
+    """Hides user and password of URLs, and the value of ``...token=`` and the like."""
+    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1<redacted>@", text)
+    return re.sub(r"(?i)(\w*(?:key|token|secret|passw\w*)=)[^\s&]+", r"\1<redacted>", text)
 
 
 def rendezvous_address() -> str:

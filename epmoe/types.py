@@ -21,13 +21,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 
-def _register(cls: type) -> type:
+def register_pytree(cls: type) -> type:
     """Makes a frozen dataclass a pytree, so that compile, checkpointing and tree_map see its tensors."""
     pytree.register_dataclass(cls)
     return cls
 
 
-@_register
+@register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenContext:
     """What is known about the tokens of a micro-batch besides their vectors. Every field is optional.
@@ -45,7 +45,7 @@ class TokenContext:
     """int64 document number inside the window."""
 
 
-@_register
+@register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
     """Counters of the stateless random numbers of a layer's tokens (``epmoe.ops.philox``)."""
@@ -58,7 +58,7 @@ class Draws:
     """int64 position of each token in its sequence."""
 
 
-@_register
+@register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterInputs:
     """What a router function decides from."""
@@ -75,7 +75,7 @@ class RouterInputs:
     """or their numbers in [0, 1) themselves (tests, replayed examples). Never both."""
 
 
-@_register
+@register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
     """A router's decision: a flat list of assignments in priority order.
@@ -104,7 +104,7 @@ class Routing:
     """int64 scalar: real tokens treated as padding because a logit is NaN or +inf."""
 
 
-@_register
+@register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchPlan:
     """Where every kept assignment travels: integers only, a value, never changed after it is made."""
@@ -129,7 +129,7 @@ class DispatchPlan:
     """int64: the inverse."""
 
 
-@_register
+@register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertBatch:
     """All that experts see: contiguous rows, ascending local expert, and how many belong to each."""
@@ -139,7 +139,7 @@ class ExpertBatch:
     """int64."""
 
 
-@_register
+@register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterReport:
     """What a layer tells the trainer. All values are sums over this rank's tokens, so that ranks, micro-batches

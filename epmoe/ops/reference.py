@@ -69,7 +69,7 @@ def _second_active(chosen_TK: Tensor, uniform_T: Tensor | None, second_policy: s
     """Whether each token's second expert is used. In float64, so that every device decides alike."""
     if second_policy == "none":
         return torch.zeros_like(chosen_TK[:, 0], dtype=torch.bool)
-    gap_T = (chosen_TK[:, 0] - chosen_TK[:, 1]).double()
+    gap_T = chosen_TK[:, 0].double() - chosen_TK[:, 1].double()
     twice_a2_T = 2.0 / (1.0 + gap_T.exp())
     if second_policy == "threshold":
         return twice_a2_T > 2.0 * tau

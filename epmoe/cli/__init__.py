@@ -1,0 +1,142 @@
+"""The command line. A command's module is imported when the command runs, so ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from epmoe import __version__, env
+from epmoe.errors import ConfigError, EpmoeError
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder (its newest checkpoint) or a checkpoint.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys that replace values, e.g. moe.top_k=1.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0, or the code of the error (see ``epmoe.errors``).
+
+    What the user can act on is a message on stderr; anything else is our mistake and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:  # accepted anywhere on the line, though only the program as a whole declares it
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    try:
+        _app()(arguments, prog_name="epmoe")
+    except EpmoeError as error:
+        if debug:
+            traceback.print_exc()
+        # Every rank finds the same mistake in the same file: one per machine is enough.
+        elif not isinstance(error, ConfigError) or env.local_rank() == 0:
+            who = f"[rank {env.rank()}] " if env.world_size() > 1 else ""
+            print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        help="Pretrain GShard-style sparse language models with expert parallelism.",
+        epilog="Several processes: torchrun --nproc-per-node N -m epmoe train CONFIG ...",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_program)
+    app.command("train")(_train)
+    app.command("prepare")(_prepare)
+    app.command("eval")(_eval)
+    app.command("generate")(_generate)
+    app.command("doctor")(_doctor)
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        print(f"epmoe {__version__}\ntorch {torch.__version__}\nCUDA  {torch.version.cuda or 'none (CPU build)'}")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Versions of epmoe, torch and CUDA.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+) -> None:
+    pass
+
+
+def _train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and explain the run, then stop.")] = False,
+) -> None:
+    """Train; the same command in the same folder resumes."""
+    from epmoe.cli.train import train
+
+    train(config, overrides or [], dry_run)
+
+
+def _prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Tokenize the training text ahead of a run."""
+    from epmoe.cli.prepare import prepare
+
+    prepare(config, overrides or [])
+
+
+def _eval(checkpoint: CheckpointArgument, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Loss and perplexity of a checkpoint on the validation text."""
+    from epmoe.cli.eval import evaluate
+
+    evaluate(checkpoint, overrides or [], json)
+
+
+def _generate(
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="File with the prompt; - is stdin.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 120,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many likeliest tokens.")] = None,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this much probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
+) -> None:
+    """Continue a prompt with a trained model."""
+    if prompt is not None and prompt_file is not None:
+        raise ConfigError("--prompt and --prompt-file are both given", fix="give one of them")
+    from epmoe.cli.generate import generate
+
+    generate(
+        checkpoint,
+        prompt=prompt,
+        prompt_file=prompt_file,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def _doctor(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder to report on.", show_default=False)] = None,
+    json: AsJson = False,
+) -> None:
+    """Check this machine, or report on a run."""
+    from epmoe.cli.doctor import doctor
+
+    doctor(run, json)

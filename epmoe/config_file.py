@@ -1,0 +1,275 @@
+"""Reads a configuration: YAML, then ``key=value`` overrides, then every check that needs no torch.
+
+All mistakes are reported together, each with its place, its dotted key, the valid choices and the nearest one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from epmoe.config import Config, choose_ep_size
+from epmoe.errors import ConfigError
+from epmoe.yaml12 import Document, KeyPath, Problem, dotted, dump_yaml
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration of a YAML file with dotted ``key=value`` overrides on top.
+
+    Raises ConfigError naming all mistakes at once, each with ``file:line:column`` or ``command line``.
+    """
+    document = Document.read(path)
+    for override in overrides:
+        document.override(override)
+    problems = list(document.problems)
+    config = None
+    try:
+        config = Config.model_validate(document.frozen(), strict=True)
+    except ValidationError as error:
+        problems += _validation_problems(error, document)
+    if config is not None:
+        problems += [
+            Problem(place=document.value_place(key), key=dotted(key), what=what, hint=hint)
+            for key, what, hint in _cross_section(config)
+        ]
+    if config is None or problems:
+        raise _as_error(problems)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML text that ``load_config`` reads back to an equal value."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Checks that batches and experts divide over ``world_size`` ranks; raises ConfigError with the valid values."""
+    train, problems = config.train, []
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if batch % world_size:
+        below = batch // world_size * world_size
+        valid = ", ".join(str(n) for n in (below, below + world_size) if n > 0)
+        problems.append(
+            Problem(
+                place=None,
+                key="train.global_batch_size",
+                what=f"{batch} sequences do not divide over {world_size} ranks",
+                hint=f"nearest valid values: {valid}",
+            )
+        )
+    elif micro is not None and batch % (world_size * micro):
+        share = batch // world_size
+        valid = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        problems.append(
+            Problem(
+                place=None,
+                key="train.micro_batch_size",
+                what=f"{micro} does not divide the {share} sequences of each of {world_size} ranks",
+                hint=f"valid values: {valid}",
+            )
+        )
+    problems += _expert_layout(config, world_size)
+    if problems:
+        raise _as_error(problems)
+
+
+def _expert_layout(config: Config, world_size: int) -> list[Problem]:
+    if config.moe is None:
+        return []
+    try:
+        ep_size = choose_ep_size(config.parallel.ep_size, world_size, config.moe.num_experts)
+    except ValueError as error:
+        return [Problem(place=None, key="parallel.ep_size", what=str(error), hint="or use 'auto'")]
+    if config.moe.dispatcher == "local" and ep_size > 1:
+        what = f"'local' needs all experts on every rank, but ep_size is {ep_size}"
+        return [
+            Problem(place=None, key="moe.dispatcher", what=what, hint="use 'auto', or parallel.ep_size=1")
+        ]
+    return []
+
+
+def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
+    """Mistakes between sections that no single section can see: key, what is wrong, hint."""
+    moe, model = config.moe, config.model
+    if moe is not None:
+        sparse = [i for i in range(moe.first_dense, model.num_layers) if (i + 1) % moe.every == 0]
+        if not sparse:
+            what = f"no layer is an MoE layer: every={moe.every}, first_dense={moe.first_dense}, "
+            what += f"model.num_layers={model.num_layers}"
+            yield ("moe", "every"), what, "for a dense model write moe: null"
+    if config.profile.steps is not None:
+        match = re.fullmatch(r"(\d+)-(\d+)", config.profile.steps)
+        if match is None or int(match[1]) > int(match[2]):
+            yield ("profile", "steps"), f"{config.profile.steps!r} is not a range", "write first-last: 10-13"
+
+
+def _as_error(problems: Sequence[Problem]) -> ConfigError:
+    problems = sorted(problems, key=_reading_order)
+    if len(problems) == 1:
+        return ConfigError(problems[0].headline(), fix=problems[0].hint)
+    lines = [f"{len(problems)} mistakes in the configuration"]
+    for problem in problems:
+        lines.append(f"  {problem.headline()}")
+        if problem.hint:
+            lines.append(f"    fix: {problem.hint}")
+    return ConfigError("\n".join(lines))
+
+
+def _reading_order(problem: Problem) -> tuple[int, int]:
+    """Down the file first, then the command line."""
+    match = re.search(r":(\d+):(\d+)$", problem.place or "")
+    return (int(match[1]), int(match[2])) if match else (sys.maxsize, 0)
+
+
+# ------------------------------------------------------------------------- what pydantic says, in our words
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "greater_than": "a number greater than {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number less than {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "too_short": "at least {min_length} element(s)",
+    "too_long": "at most {max_length} element(s)",
+    "literal_error": "{expected}",
+}
+
+
+def _validation_problems(error: ValidationError, document: Document) -> list[Problem]:
+    """One problem per key: the alternatives of a union (``int`` or ``'auto'``) become one sentence."""
+    by_key: dict[KeyPath, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        by_key.setdefault(_document_path(detail, document), []).append(detail)
+    return [_explain(path, details, document) for path, details in by_key.items()]
+
+
+def _document_path(detail: ErrorDetails, document: Document) -> KeyPath:
+    """The key path inside the document: pydantic's location without its names for union members."""
+    path: KeyPath = ()
+    for part in detail["loc"]:
+        if document.has((*path, part)):
+            path = (*path, part)
+    if detail["type"] == "missing":
+        path = (*path, detail["loc"][-1])
+    return path
+
+
+def _explain(path: KeyPath, details: list[ErrorDetails], document: Document) -> Problem:
+    kind = details[0]["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(path, document)
+    place, key = document.value_place(path), dotted(path)
+    if kind == "value_error":
+        message = str(details[0]["ctx"]["error"])
+        # A check of a whole section names the keys it compared: point at the first one the user wrote.
+        named = [(*path, word) for word in re.findall(r"(\w+)=", message)]
+        places = [document.value_place(p) for p in named if document.has(p)]
+        return Problem(place=places[0] if places else place, key=key, what=message, hint=None)
+    value = document.value(path)
+    if kind == "union_tag_invalid":
+        choices = re.findall(r"'([^']+)'", details[0]["ctx"]["expected_tags"])
+        if isinstance(value, dict):
+            path, value = (*path, "name"), value["name"]
+        return _wrong_choice(path, value, choices, document)
+    if all(d["type"] == "literal_error" for d in details):
+        choices = re.findall(r"'([^']+)'", details[0]["ctx"]["expected"])
+        return _wrong_choice(path, value, choices, document)
+    phrases = [
+        _EXPECTED[d["type"]].format(**d.get("ctx", {})) if d["type"] in _EXPECTED else d["msg"]
+        for d in details
+    ]
+    what = f"expects {' or '.join(dict.fromkeys(phrases))}, got {_shown(value)}"
+    hint = f'as text: "{value}", with the quotes' if kind == "string_type" else _description(path, document)
+    return Problem(place=place, key=key, what=what, hint=hint)
+
+
+def _wrong_choice(path: KeyPath, value: object, choices: list[str], document: Document) -> Problem:
+    near = get_close_matches(str(value), choices, n=1, cutoff=0.68)
+    hint = f"did you mean {near[0]}? choices: " if near else "choices: "
+    return Problem(
+        place=document.value_place(path),
+        key=dotted(path),
+        what=f"{_shown(value)} is not a choice",
+        hint=hint + ", ".join(choices),
+    )
+
+
+def _unknown_key(path: KeyPath, document: Document) -> Problem:
+    parent, key = path[:-1], str(path[-1])
+    sections = _sections_at(parent, document)
+    valid = sorted({name for section in sections for name in section.model_fields})
+    elsewhere = {f: dotted(p) for f, p in _all_keys(Config, ())}
+    near = [dotted((*parent, name)) for name in get_close_matches(key, valid, n=2, cutoff=0.7)]
+    if not near:
+        near = [elsewhere[name] for name in get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    where = f"keys of {dotted(parent)}" if parent else "sections and keys"
+    return Problem(
+        place=document.key_place(path),
+        key=dotted(path),
+        what="unknown key",
+        hint=f"{hint}{where}: {', '.join(valid)}",
+    )
+
+
+def _sections_at(path: KeyPath, document: Document) -> list[type[BaseModel]]:
+    """The section classes a key path leads to; several where a union is decided by its ``name``."""
+    sections: list[type[BaseModel]] = [Config]
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            continue
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [model for field in fields for model in _models_in(field.annotation)]
+        value = document.value(path[: depth + 1])
+        if len(sections) > 1 and isinstance(value, dict):
+            sections = [
+                s for s in sections if s.model_fields["name"].default == value.get("name")
+            ] or sections
+    return sections
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _all_keys(section: type[BaseModel], path: KeyPath) -> Iterator[tuple[str, KeyPath]]:
+    for name, field in section.model_fields.items():
+        yield name, (*path, name)
+        for model in _models_in(field.annotation):
+            yield from _all_keys(model, (*path, name))
+
+
+def _description(path: KeyPath, document: Document) -> str | None:
+    """What the key means, from the docstring below the field."""
+    for section in _sections_at(path[:-1], document) if path else []:
+        if path[-1] in section.model_fields:
+            text = section.model_fields[str(path[-1])].description
+            return None if text is None else f"{path[-1]}: {' '.join(text.split())}"
+    return None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list | tuple):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    words: dict[object, str] = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

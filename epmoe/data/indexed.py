@@ -1,0 +1,259 @@
+"""Token files in Megatron's format: ``.bin`` holds tokens, ``.idx`` says where sequences and documents are.
+
+    .idx   bytes  0..8    MMIDIDX\\0\\0
+                  9..16   uint64 version, 1
+                 17       uint8 dtype code: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16 (6, 7: floats)
+                 18..25   uint64 sequences Q
+                 26..33   uint64 document indices, documents + 1
+                 then     int32 lengths [Q], int64 byte pointers into .bin [Q], int64 document indices
+    .bin   the tokens of all sequences, one after the other
+    .mask  ours, optional: one uint8 per token, 1 = counts in the loss
+
+All numbers are little-endian. Document d is sequences ``[index[d], index[d + 1])``. Sizes are checked by arithmetic
+on Python integers, which do not overflow, before anything is mapped.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epmoe.errors import DataError
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+LENGTH, POINTER = np.dtype("<i4"), np.dtype("<i8")
+DTYPE_OF_CODE: Mapping[int, np.dtype[Any]] = MappingProxyType(
+    {code: np.dtype(f"<{name}") for code, name in ((1, "u1"), (2, "i1"), (3, "i2"), (4, "i4"), (5, "i8"), (8, "u2"))}
+)
+FLOAT_CODES = (6, 7)
+MAX_SEQUENCE = 2**31 - 1
+
+Ints = NDArray[Any]
+
+
+def bin_path(prefix: Path) -> Path:
+    """The tokens of a pair."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """The index of a pair."""
+    return Path(f"{prefix}.idx")
+
+
+def mask_path(prefix: Path) -> Path:
+    """The loss mask of a pair, if it has one."""
+    return Path(f"{prefix}.mask")
+
+
+def pair_prefix(path: str | Path) -> Path:
+    """The prefix a user may have typed with its ``.bin`` or ``.idx``."""
+    text = str(Path(path).expanduser())
+    return Path(text[:-4] if text.endswith((".bin", ".idx")) else text).absolute()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexedPair:
+    """An opened pair. ``tokens`` and ``mask`` are mapped, not read."""
+
+    prefix: Path
+    tokens: Ints
+    document_offsets: NDArray[np.int64]
+    """Token offset of every document, and the total: documents + 1 entries."""
+    mask: NDArray[np.uint8] | None
+    """1 = counts in the loss; None = every token does."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, empty ones included."""
+        return len(self.document_offsets) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSums:
+    """CRC-32 of the files of a pair."""
+
+    bin_crc32: int
+    idx_crc32: int
+    mask_crc32: int | None
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrower of the two usual dtypes that holds every id."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<i4")
+
+
+class IndexedWriter:
+    """Writes a pair document by document, one sequence each; ``finish`` writes the index.
+
+    Args:
+        prefix: Path without ``.bin``.
+        dtype: Of the tokens.
+        with_mask: Also write ``.mask``.
+    """
+
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], *, with_mask: bool = False) -> None:
+        self._prefix, self._dtype = prefix, dtype
+        self._lengths: list[NDArray[np.int32]] = []
+        self._bin = bin_path(prefix).open("wb")
+        self._mask = mask_path(prefix).open("wb") if with_mask else None
+        self._bin_crc = self._mask_crc = 0
+
+    def add(self, tokens: Ints, lengths: Ints, mask: Ints | None = None) -> None:
+        """Appends documents.
+
+        Args:
+            tokens: Ids of all of them, one after the other.
+            lengths: Tokens of each.
+            mask: uint8 per token; needed exactly when the writer was made with a mask.
+        """
+        if int(np.sum(lengths)) != len(tokens) or (mask is None) != (self._mask is None):
+            raise ValueError(f"lengths add up to {np.sum(lengths)}, got {len(tokens)} tokens, mask {mask is not None}")
+        if len(lengths) and int(np.max(lengths)) > MAX_SEQUENCE:
+            raise DataError(
+                f"a document has {int(np.max(lengths))} tokens, the format's largest is {MAX_SEQUENCE}",
+                fix="split it",
+            )
+        data = np.ascontiguousarray(tokens, dtype=self._dtype).tobytes()
+        self._bin.write(data)
+        self._bin_crc = zlib.crc32(data, self._bin_crc)
+        self._lengths.append(np.asarray(lengths, dtype=LENGTH))
+        if mask is not None and self._mask is not None:
+            marks = np.ascontiguousarray(mask, dtype=np.uint8).tobytes()
+            self._mask.write(marks)
+            self._mask_crc = zlib.crc32(marks, self._mask_crc)
+
+    def finish(self) -> FileSums:
+        """Closes the files and writes the index."""
+        for file in (self._bin, self._mask):
+            if file is not None:
+                file.close()
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, LENGTH)
+        index = index_bytes(lengths, self._dtype)
+        idx_path(self._prefix).write_bytes(index)
+        return FileSums(
+            bin_crc32=self._bin_crc,
+            idx_crc32=zlib.crc32(index),
+            mask_crc32=None if self._mask is None else self._mask_crc,
+        )
+
+
+def index_bytes(lengths: Ints, dtype: np.dtype[Any]) -> bytes:
+    """The ``.idx`` of documents of these lengths, one sequence each."""
+    code = next(code for code, known in DTYPE_OF_CODE.items() if known == dtype)
+    ends = np.cumsum(lengths, dtype=POINTER) * dtype.itemsize
+    pointers = np.concatenate([np.zeros(1, POINTER), ends])[: len(lengths)].astype(POINTER)
+    documents = np.arange(len(lengths) + 1, dtype=POINTER)
+    header = HEADER.pack(MAGIC, 1, code, len(lengths), len(documents))
+    return b"".join((header, lengths.astype(LENGTH).tobytes(), pointers.tobytes(), documents.tobytes()))
+
+
+def open_indexed(prefix: Path) -> IndexedPair:
+    """Checks a pair by arithmetic and maps it.
+
+    Raises DataError, with expected and actual bytes, for a damaged header, a float dtype, an index or token file of
+    another size than it says, pointers that are not those of sequences in order, and document indices out of order.
+    """
+    index, tokens_file = idx_path(prefix), bin_path(prefix)
+    for file in (index, tokens_file):
+        if not file.is_file():
+            raise DataError(f"{file} is missing", fix="give the prefix of a .bin/.idx pair")
+    header = _read_header(index)
+    lengths, pointers, documents = (np.frombuffer(part, kind) for part, kind in _read_parts(index, header))
+    total, size = _check_lengths(index, lengths), header.dtype.itemsize
+    expected, actual = total * size, tokens_file.stat().st_size
+    if expected != actual:
+        raise DataError(
+            f"{tokens_file} has {actual} bytes, expected {expected}",
+            why=f"{index} lists {total} tokens of {size} bytes; the copy is incomplete or of another pair",
+        )
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    wrong = np.flatnonzero(pointers != offsets[:-1] * size)
+    if len(wrong):
+        first = int(wrong[0])
+        raise DataError(
+            f"{index}: sequence {first} points to byte {int(pointers[first])}, "
+            f"expected {int(offsets[first]) * size}",
+            why="sequences must follow each other without gaps",
+        )
+    if documents[0] != 0 or documents[-1] != len(lengths) or np.any(np.diff(documents) < 0):
+        raise DataError(
+            f"{index}: document indices run from {documents[0]} to {documents[-1]}, "
+            f"expected 0 to {len(lengths)} in order"
+        )
+    return IndexedPair(
+        prefix=prefix,
+        tokens=_map(tokens_file, header.dtype, total),
+        document_offsets=offsets[documents],
+        mask=_open_mask(prefix, total),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Header:
+    dtype: np.dtype[Any]
+    num_sequences: int
+    num_indices: int
+
+
+def _read_header(index: Path) -> _Header:
+    """The checked header; also checks the size of the whole index."""
+    actual = index.stat().st_size
+    if actual < HEADER.size:
+        raise DataError(f"{index} has {actual} bytes, expected at least {HEADER.size} for its header")
+    with index.open("rb") as file:
+        magic, version, code, num_sequences, num_indices = HEADER.unpack(file.read(HEADER.size))
+    if magic != MAGIC or version != 1:
+        raise DataError(
+            f"{index} begins with {magic!r} and version {version}, expected {MAGIC!r} and version 1",
+            why="it is no index of Megatron's .bin/.idx format",
+        )
+    if code not in DTYPE_OF_CODE:
+        kind = "floats, which are no token ids" if code in FLOAT_CODES else "unknown"
+        raise DataError(f"{index}: dtype code {code} is {kind}; known codes: {sorted(DTYPE_OF_CODE)}")
+    expected = HEADER.size + num_sequences * (LENGTH.itemsize + POINTER.itemsize) + num_indices * POINTER.itemsize
+    if expected != actual or num_indices < 1:
+        raise DataError(
+            f"{index} has {actual} bytes, expected {expected}",
+            why=f"its header announces {num_sequences} sequences and {num_indices} document indices",
+        )
+    return _Header(dtype=DTYPE_OF_CODE[code], num_sequences=num_sequences, num_indices=num_indices)
+
+
+def _read_parts(index: Path, header: _Header) -> Iterator[tuple[bytes, np.dtype[Any]]]:
+    """Lengths, pointers and document indices, as bytes with their dtype."""
+    counts = (header.num_sequences, header.num_sequences, header.num_indices)
+    with index.open("rb") as file:
+        file.seek(HEADER.size)
+        for count, dtype in zip(counts, (LENGTH, POINTER, POINTER), strict=True):
+            yield file.read(count * dtype.itemsize), dtype
+
+
+def _check_lengths(index: Path, lengths: Ints) -> int:
+    if len(lengths) and int(lengths.min()) < 0:
+        first = int(np.flatnonzero(lengths < 0)[0])
+        raise DataError(f"{index}: sequence {first} has length {int(lengths[first])}")
+    return int(lengths.sum(dtype=np.int64))
+
+
+def _open_mask(prefix: Path, total: int) -> NDArray[np.uint8] | None:
+    file = mask_path(prefix)
+    if not file.is_file():
+        return None
+    if file.stat().st_size != total:
+        raise DataError(f"{file} has {file.stat().st_size} bytes, expected {total}, one per token")
+    return _map(file, np.dtype(np.uint8), total)
+
+
+def _map(file: Path, dtype: np.dtype[Any], count: int) -> Ints:
+    # An empty file cannot be mapped.
+    return np.memmap(file, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)

@@ -1,0 +1,1 @@
+"""The decoder: single-device code that knows no rank."""

@@ -1,0 +1,106 @@
+"""Small parts of the decoder: projections, RMSNorm, the SwiGLU feed-forward layer, keyed dropout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from epmoe.errors import EpmoeError
+from epmoe.ops import philox
+from epmoe.types import TokenContext, compute_dtype
+
+
+class Linear(nn.Linear):
+    """A projection without bias whose weight ``[out, in]`` is left unset: ``init_weights`` draws it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Does nothing, so that building a model neither costs a draw nor moves torch's global generator."""
+
+
+class Embedding(nn.Embedding):
+    """A lookup table ``[V, D]`` that is left unset: ``init_weights`` draws it."""
+
+    def reset_parameters(self) -> None:
+        """Does nothing, for the reason given in ``Linear``."""
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in at least float32. arXiv:1910.07467.
+
+    The result has the dtype of ``x``.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """x ``[..., D]`` -> ``[..., D]``."""
+        dtype = compute_dtype(x_D.dtype)
+        return F.rms_norm(x_D.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x_D.dtype)
+
+    def extra_repr(self) -> str:
+        """Width and eps, for ``print(model)``."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, the dense feed-forward layer. arXiv:2002.05202."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """x ``[B, S, D]`` -> ``[B, S, D]``."""
+        hidden_BSF = F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)
+        out_BSD: Tensor = self.down_proj(hidden_BSF)
+        return out_BSD
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose draws depend on (seed, site, sample, position, channel) and on nothing else.
+
+    So a token loses the same channels in every batch split, on every rank and when a block is recomputed.
+
+    Args:
+        probability: Share of the values set to zero in training; the others are divided by ``1 - probability``.
+        site: Number of this place in the model; no two places may share one.
+        seed: Key of the draws.
+    """
+
+    def __init__(self, probability: float, *, site: int, seed: int) -> None:
+        super().__init__()
+        self.probability, self.site, self.seed = probability, site, seed
+
+    def forward(self, x_BSD: Tensor, ctx: TokenContext | None) -> Tensor:
+        """x ``[B, S, D]`` -> ``[B, S, D]``; the identity in evaluation and for probability 0.
+
+        Raises:
+            EpmoeError: In training without ``ctx.sample_B``, which the draws need.
+        """
+        if not self.training or self.probability == 0:
+            return x_BSD
+        if ctx is None or ctx.sample_B is None:
+            raise EpmoeError(
+                f"dropout={self.probability} needs the sample number of each of the {x_BSD.size(0)} sequences",
+                why="its random numbers are keyed by sample and position",
+                fix="pass ctx=TokenContext(sample_B=...), or set model.dropout to 0",
+            )
+        num_sequences, length, width = x_BSD.shape
+        position_T = torch.arange(length, device=x_BSD.device).repeat(num_sequences)
+        sample_T = ctx.sample_B.to(x_BSD.device).repeat_interleave(length, output_size=num_sequences * length)
+        draws_TD = philox.uniform(self.seed, philox.DROPOUT, self.site, sample_T, position_T, width)
+        keep_BSD = (draws_TD >= self.probability).view_as(x_BSD)
+        return torch.where(keep_BSD, x_BSD / (1 - self.probability), 0.0)
+
+    def extra_repr(self) -> str:
+        """Probability and site, for ``print(model)``."""
+        return f"{self.probability}, site={self.site}"

@@ -1,0 +1,99 @@
+"""Which ranks hold which experts.
+
+rank = edp_rank * ep_size + ep_rank, so neighbours (usually one node) exchange rows:
+
+    6 ranks, ep_size 3, 6 experts      ep_rank 0    1    2
+                          edp_rank 0   r0: 01   r1: 23   r2: 45    <- one ep group: together all experts
+                          edp_rank 1   r3: 01   r4: 23   r5: 45
+                                       ^ one edp group: the same experts, different sequences
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from epmoe.parallel.layout import choose_ep_size
+from epmoe.parallel.runtime import Runtime
+
+__all__ = ["ExpertMesh", "build_mesh", "choose_ep_size", "is_expert"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertMesh:
+    """This rank's place among the ranks that share experts (ep) and those that hold the same ones (edp)."""
+
+    ep_size: int
+    edp_size: int
+    ep_rank: int
+    edp_rank: int
+    ep_group: dist.ProcessGroup
+    edp_group: dist.ProcessGroup
+    world_group: dist.ProcessGroup
+    device_mesh: DeviceMesh
+    """Axes (edp, ep); wraps expert tensors as DTensors for checkpoints."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.ep_size * self.edp_size
+
+
+def build_mesh(runtime: Runtime, ep_size: int) -> ExpertMesh:
+    """The groups of an expert-parallel layout. A collective: every rank calls it, once.
+
+    Args:
+        runtime: A started runtime.
+        ep_size: Divides the world size; ``choose_ep_size`` gives it.
+    """
+    edp_size = runtime.world_size // ep_size
+    ranks = torch.arange(runtime.world_size, dtype=torch.int).view(edp_size, ep_size)
+    edp_rank, ep_rank = divmod(runtime.rank, ep_size)
+    ep_group = _group_of(ranks.tolist(), runtime)
+    edp_group = _group_of(ranks.T.tolist(), runtime)
+    device_mesh = DeviceMesh.from_group(
+        [edp_group, ep_group], runtime.device.type, mesh=ranks, mesh_dim_names=("edp", "ep")
+    )
+    return ExpertMesh(
+        ep_size=ep_size,
+        edp_size=edp_size,
+        ep_rank=ep_rank,
+        edp_rank=edp_rank,
+        ep_group=ep_group,
+        edp_group=edp_group,
+        world_group=runtime.world_group,
+        device_mesh=device_mesh,
+    )
+
+
+def _group_of(partition: list[list[int]], runtime: Runtime) -> dist.ProcessGroup:
+    """The group of this rank among disjoint groups; the world itself where that is one of them."""
+    if len(partition) == 1:
+        return runtime.world_group
+    # Without an explicit time-out a subgroup waits 30 minutes, whatever the world's time-out is.
+    timeout = timedelta(seconds=runtime.timeout_s)
+    group: dist.ProcessGroup | None
+    group, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)
+    if group is None:
+        raise AssertionError(f"rank {runtime.rank} is in no group of {partition}")
+    return group
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter, by its fully qualified name, belongs to one rank's experts."""
+    return ".experts." in f".{name}"
+
+
+def split_expert_id(name: str) -> tuple[str, int | None]:
+    """``moe.experts.experts.5.w`` -> (``moe.experts.experts.*.w``, 5): experts that are modules carry their global
+    id in the name. A stacked weight, ``moe.experts.w_in``, has none."""
+    match = re.search(r"\.experts\.(\d+)\.", f".{name}")
+    if match is None:
+        return name, None
+    start, end = match.span(1)
+    return f"{name[: start - 1]}*{name[end - 1 :]}", int(match.group(1))

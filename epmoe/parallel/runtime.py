@@ -1,0 +1,300 @@
+"""Process start-up, agreement between ranks, and errors that name the rank that is missing.
+
+Text travels between ranks as UTF-8 in tensors; torch's object collectives would unpickle what peers send.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import io
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from epmoe import env, errors
+from epmoe.errors import CommError, ConfigError, EpmoeError
+
+TORCHRUN = "torchrun --nproc-per-node RANKS -m epmoe train CONFIG.yaml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    backend: str
+    """``gloo``, or ``cpu:gloo,cuda:nccl``: tensors on the CPU always have a backend."""
+    timeout_s: float
+    """A collective that takes longer ends the job."""
+    world_group: dist.ProcessGroup
+    owns_group: bool
+    """False when the process group was there before ``start``; ``stop`` then leaves it."""
+
+
+def start(device: str, timeout_s: float) -> Runtime:
+    """Joins the job a launcher describes, or makes one of a single rank when there is no launcher.
+
+    A process group that is already initialised is adopted. Sets the number of threads of this process.
+
+    Args:
+        device: ``cpu`` | ``cuda`` | ``auto``.
+        timeout_s: Limit for start-up and for every collective, in seconds.
+
+    Raises:
+        ConfigError: Launcher variables are missing, or there is no GPU for this rank.
+        CommError: The ranks did not find each other: port in use, unknown master, missing peers.
+    """
+    place = _pick_device(device)
+    if not env.threads_chosen():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // env.local_world_size()))
+    adopted = dist.is_initialized()
+    if not adopted:
+        _join(place, timeout_s)
+    return Runtime(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=env.local_rank(),
+        device=place,
+        backend=dist.get_backend_config(),
+        timeout_s=timeout_s,
+        world_group=_world(),
+        owns_group=not adopted,
+    )
+
+
+def stop(runtime: Runtime) -> None:
+    """Leaves the process group, if ``start`` made it."""
+    if runtime.owns_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    if group is None:
+        raise AssertionError("the process group is not initialised")
+    return group
+
+
+def _pick_device(device: str) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "train.device=cuda, but torch sees no GPU",
+            why=f"torch {torch.__version__} was built {'for' if torch.version.cuda else 'without'} CUDA",
+            fix="train.device=cpu, or install a CUDA build of torch and check `nvidia-smi`",
+        )
+    count = torch.cuda.device_count()
+    if env.local_rank() >= count:
+        raise ConfigError(
+            f"local rank {env.local_rank()} has no GPU: this node shows {count}",
+            fix=f"torchrun --nproc-per-node {count}, or more CUDA_VISIBLE_DEVICES",
+        )
+    place = torch.device("cuda", env.local_rank())
+    torch.cuda.set_device(place)
+    return place
+
+
+def _join(place: torch.device, timeout_s: float) -> None:
+    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_s)
+    if not env.launched():
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    if missing := env.missing_launch_variables():
+        raise ConfigError(
+            f"a launcher was expected, but these variables are not set: {', '.join(missing)}",
+            why="some of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are there and some are not",
+            fix=f"start with `{TORCHRUN}`, or unset RANK and WORLD_SIZE to run a single process",
+        )
+    try:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise _rendezvous_error(error, timeout_s) from error
+
+
+def _rendezvous_error(error: Exception, timeout_s: float) -> EpmoeError:
+    """Says which of the usual start-up problems it is."""
+    address = env.rendezvous_address()
+    host, _, port = address.rpartition(":")
+    why = str(error).splitlines()[0]
+    who = f"rank {env.rank()} of {env.world_size()}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return CommError(
+            f"{who} cannot listen on {address}: port {port} (MASTER_PORT) is in use",
+            why="another job, or what is left of an earlier one, holds it",
+            fix=f"`{TORCHRUN}` picks a free port on one node; otherwise choose another --master-port",
+        )
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return CommError(
+            f"{who} cannot resolve MASTER_ADDR={host}",
+            why=why,
+            fix=f"set MASTER_ADDR to the name or address of the first node, or start with `{TORCHRUN}`",
+        )
+    return CommError(
+        f"{who} did not find the other ranks at {address} within {timeout_s:g} s",
+        why=why,
+        fix="check that every node started, reaches that address, and has the same WORLD_SIZE; "
+        "parallel.timeout_s is the limit",
+    )
+
+
+# ------------------------------------------------------------------------------------------- agreement
+def gather_text(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+    """One text per rank, in rank order, on every rank. A collective; a single process gets its own back."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [text]
+    device = "cpu" if "gloo" in dist.get_backend_config(group) else "cuda"
+    world_size = dist.get_world_size(group)
+    raw = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(device)
+    lengths = raw.new_empty(world_size, dtype=torch.int64)
+    dist.all_gather_into_tensor(lengths, torch.tensor([raw.numel()], device=device), group=group)
+    sizes = lengths.tolist()
+    padded = raw.new_zeros(max(sizes))
+    padded[: raw.numel()] = raw
+    parts = raw.new_empty(world_size, max(sizes))
+    dist.all_gather_into_tensor(parts, padded, group=group)
+    return [_decode(part[: size - 1]) for part, size in zip(parts.cpu(), sizes, strict=True)]
+
+
+def _decode(raw: Tensor) -> str:
+    return raw.numpy().tobytes().decode()
+
+
+def raise_together(error: EpmoeError | None) -> None:
+    """Raises the error of the lowest failing rank on every rank, or on none. A collective.
+
+    A rank that raised alone would leave the others waiting for it until the time-out.
+    """
+    mine = "" if error is None else json.dumps([type(error).__name__, error.what, error.why, error.fix])
+    for rank, text in enumerate(gather_text(mine)):
+        if not text:
+            continue
+        if error is not None and text == mine:
+            raise error
+        name, what, why, fix = json.loads(text)
+        kind = {cls.__name__: cls for cls in EpmoeError.__subclasses__()}.get(name, errors.EpmoeError)
+        raise kind(f"rank {rank}: {what}", why=why, fix=fix)
+
+
+def require_equal(name: str, text: str) -> None:
+    """Checks that every rank was given the same text, for example the resolved configuration. A collective.
+
+    Raises:
+        ConfigError: On every rank, naming the ranks that differ from rank 0.
+    """
+    digests = gather_text(hashlib.sha256(text.encode()).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ConfigError(
+            f"the {name} of rank(s) {different} differs from rank 0's",
+            why=f"{len(digests)} ranks, {len(set(digests))} different versions (compared by sha256)",
+            fix="start every node with the same file and the same overrides",
+        )
+
+
+# ------------------------------------------------------------------------------------------- failures
+@contextlib.contextmanager
+def watching(runtime: Runtime, *, step: int, phase: str) -> Iterator[None]:
+    """Turns a failed collective inside the block into a CommError that names the missing ranks.
+
+    Any other exception passes through, after a note for the peers, who will only see a closed connection.
+
+    Raises:
+        CommError: A collective failed or timed out. The stacks of this process are on stderr by then.
+    """
+    try:
+        yield
+    except CommError:
+        raise
+    except Exception as error:
+        where = f"step {step}, phase {phase}"
+        if not is_comm_failure(error):
+            _leave_note(runtime, f"{where}: {type(error).__name__}: {error}")
+            raise
+        _dump_stacks(f"[rank {runtime.rank}] a collective failed at {where}; stacks of this process:")
+        raise _comm_error(runtime, where, error) from error
+
+
+def is_comm_failure(error: BaseException) -> bool:
+    """Whether an exception comes from a collective. gloo raises plain RuntimeErrors that name its source files."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
+    )
+
+
+def _comm_error(runtime: Runtime, where: str, error: Exception) -> CommError:
+    # Ranks time out at slightly different moments: give the others that long to report.
+    grace_s = min(5.0, max(0.5, runtime.timeout_s / 100))
+    notes = _notes(runtime, where, grace_s)
+    silent = [rank for rank in range(runtime.world_size) if rank not in notes]
+    causes = [f"rank {rank} stopped first at {note[1:]}" for rank, note in sorted(notes.items()) if note[0] == "!"]
+    first_line = str(error).splitlines()[0][:300]
+    if causes:
+        what = f"rank {runtime.rank} lost a peer at {where}: {causes[0]}"
+        fix = "the log of that rank has the cause"
+    elif silent:
+        what = f"rank {runtime.rank} lost rank(s) {silent} at {where}: dead, stopped or hanging"
+        fix = (
+            f"look at the logs of rank(s) {silent}; if they were only slow, raise parallel.timeout_s "
+            f"(now {runtime.timeout_s:g})"
+        )
+    else:
+        what = f"rank {runtime.rank} failed to communicate at {where}, though all ranks answer"
+        fix = f"check the network; if a rank was slow, raise parallel.timeout_s (now {runtime.timeout_s:g})"
+    return CommError(what, why=first_line, fix=fix)
+
+
+def _note_key(rank: int) -> str:
+    return f"epmoe/failed/{env.attempt()}/{rank}"
+
+
+def _leave_note(runtime: Runtime, note: str) -> None:
+    """Tells the peers, through the rendezvous store, why this rank is about to stop."""
+    with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that hosts it
+        _get_default_store().set(_note_key(runtime.rank), f"!{note}"[:1000])
+
+
+def _notes(runtime: Runtime, where: str, grace_s: float) -> dict[int, str]:
+    """Reports of the ranks that still answer: ``!`` and an error, or where they lost contact."""
+    notes: dict[int, str] = {}
+    deadline = time.monotonic() + grace_s
+    try:
+        store = _get_default_store()
+        store.set_timeout(timedelta(seconds=grace_s))
+        store.set(_note_key(runtime.rank), where)
+        while time.monotonic() < deadline and len(notes) < runtime.world_size:
+            for rank in range(runtime.world_size):
+                if rank not in notes and store.check([_note_key(rank)]):
+                    notes[rank] = store.get(_note_key(rank)).decode()
+            time.sleep(0.02)
+    except RuntimeError as error:
+        print(f"[rank {runtime.rank}] the rendezvous store does not answer: {error}", file=sys.stderr)
+        notes.setdefault(runtime.rank, where)
+    return notes
+
+
+def _dump_stacks(title: str) -> None:
+    print(title, file=sys.stderr, flush=True)
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError, ValueError):  # no real stderr
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

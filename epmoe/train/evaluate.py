@@ -1,0 +1,92 @@
+"""Validation: summed loss over every validation token, dropless unless the configuration says otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from epmoe import env
+from epmoe.data.loader import ValidationData
+from epmoe.models.decoder import Decoder
+from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
+from epmoe.train.step import autocast, report_sums, token_loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Validation of one source."""
+
+    name: str
+    loss: float
+    """Nats per token."""
+    num_tokens: int
+    bits_per_byte: float | None
+    """Summed loss / ln 2 / UTF-8 bytes; None when only part of the text was read."""
+    drop_rate: float
+    """Dropped assignments / assignments; 0 when dropless."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder,
+    data: ValidationData,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    precision: str,
+    device: torch.device,
+    max_windows: int | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Loss over the windows of one validation set, shared out over the ranks.
+
+    Args:
+        batch_size: Windows per rank and forward pass. Ranks without a window get an invalid one, so that all of them
+            run the same number of passes.
+        max_windows: Read only this many windows, evenly spread.
+        poll: Called between passes; may raise to end the evaluation on all ranks alike.
+    """
+    was_training = model.training
+    model.eval()
+    windows = _spread(data.num_windows, max_windows)
+    totals: Sums = {}
+    for start in range(0, len(windows), batch_size * world_size):
+        env.fault("train.eval")
+        poll()
+        first = start + rank * batch_size
+        chosen = [windows[i] if i < len(windows) else None for i in range(first, first + batch_size)]
+        batch = data.batch(chosen).to(device)
+        with autocast(precision, device.type):
+            logits_BSV, reports = model(batch.token_BS, batch.context)
+        add_sums(totals, {"loss": token_loss(logits_BSV, batch), "tokens": batch.loss_BS.sum()})
+        add_sums(totals, report_sums(reports))
+    model.train(was_training)
+    sums = all_reduce_sums(totals, None)
+    return _summarise(data, sums, complete=len(windows) == data.num_windows)
+
+
+def _spread(num_windows: int, max_windows: int | None) -> list[int]:
+    count = min(num_windows, max_windows or num_windows)
+    return [i * num_windows // count for i in range(count)]
+
+
+def _summarise(data: ValidationData, sums: Sums, *, complete: bool) -> Evaluation:
+    loss, tokens = float(sums["loss"]), int(sums["tokens"])
+    wanted = sum(int(value) for name, value in sums.items() if name.endswith(".assignments"))
+    kept = sum(int(value.sum()) for name, value in sums.items() if name.endswith(".kept_E"))
+    return Evaluation(
+        name=data.name,
+        loss=loss / max(tokens, 1),
+        num_tokens=tokens,
+        bits_per_byte=loss / math.log(2) / data.utf8_bytes if complete and data.utf8_bytes else None,
+        drop_rate=1.0 - kept / wanted if wanted else 0.0,
+    )

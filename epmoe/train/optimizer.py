@@ -1,0 +1,141 @@
+"""AdamW or SGD over the gradient buffers, float32 masters, and learning rates as functions of the step.
+
+State is reached by fully qualified parameter name, because that is what a checkpoint is keyed by.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from epmoe.config import OptimizerConfig
+from epmoe.parallel.gradients import Gradients
+from epmoe.parallel.mesh import is_expert, split_expert_id
+
+
+# ------------------------------------------------------------------------------------------- schedules
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step ``step`` (the first is 0) of ``total_steps``.
+
+    Linear warm-up that reaches the peak in its last step, then the schedule, whose last step runs at
+    ``min_lr_ratio * lr``.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    floor = config.min_lr_ratio
+    if config.schedule == "cosine":
+        done = _progress(step, config.warmup_steps, total_steps)
+        return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    decay_steps = round(config.decay_fraction * total_steps)
+    start = max(config.warmup_steps, total_steps - decay_steps)
+    return config.lr * (1 - (1 - floor) * _progress(step, start, total_steps))
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    """How far a stretch of steps is done when ``step`` runs: 0 before it, 1 in its last step."""
+    return min(1.0, max(0.0, (step + 1 - start) / max(1, end - start)))
+
+
+# ------------------------------------------------------------------------------------------- tensors by name
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tensor with two names (tied embeddings) comes once."""
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor
+    return weights
+
+
+def decays(name: str, parameter: Tensor, embeddings: set[int]) -> bool:
+    """Whether weight decay applies: to matrices (each expert's own, where they are stacked) but embeddings."""
+    stacked = is_expert(name) and split_expert_id(name)[1] is None
+    return parameter.ndim - stacked >= 2 and id(parameter) not in embeddings
+
+
+class Optimizer:
+    """torch's fused AdamW or SGD with state by name.
+
+    Parameters in bfloat16 or float16 get a float32 master: the master is updated and checkpointed, the parameter is
+    a rounded copy. State exists before the first step, so that a checkpoint can be read into it.
+
+    Args:
+        config: The ``optimizer`` section.
+        model: Its parameters that require gradients are trained.
+        gradients: Their gradient buffers.
+    """
+
+    def __init__(self, config: OptimizerConfig, model: nn.Module, gradients: Gradients) -> None:
+        self._model = model
+        self._masters: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] = {}
+        self._rounded: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            view = gradients.views[name]
+            tensor: Tensor = parameter
+            if view.dtype != parameter.dtype:
+                tensor = parameter.detach().to(view.dtype)
+                self._masters[name], self._rounded[name] = tensor, parameter
+            tensor.grad = view
+            self._trained[name] = tensor
+        self._torch = _build(config, model, self._trained)
+        if config.name == "adamw":
+            self._fill_state()
+
+    def _fill_state(self) -> None:
+        for tensor in self._trained.values():
+            self._torch.state[tensor] = {
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+
+    def step(self, lr: float) -> None:
+        """One update from the gradients in the buffers, at the given learning rate."""
+        for group in self._torch.param_groups:
+            group["lr"] = lr
+        self._torch.step()
+        self.publish()
+
+    def publish(self) -> None:
+        """Rounds the masters into the model's parameters; also needed after masters were loaded."""
+        if self._masters:
+            with torch.no_grad():
+                targets = [self._rounded[name] for name in self._masters]
+                torch._foreach_copy_(targets, list(self._masters.values()))
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: masters where there are some, else parameters and buffers."""
+        return {name: self._masters.get(name, tensor) for name, tensor in named_weights(self._model).items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimizer state as ``<parameter name>.exp_avg`` and so on, in place: reading into it sets it."""
+        return {
+            f"{name}.{key}": value
+            for name, tensor in self._trained.items()
+            for key, value in self._torch.state[tensor].items()
+        }
+
+
+def _build(config: OptimizerConfig, model: nn.Module, trained: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """One parameter group per (decays or not, dtype)."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = dict(model.named_parameters())
+    groups: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
+    for name, tensor in trained.items():
+        kind = (decays(name, parameters[name], embeddings), tensor.dtype)
+        groups.setdefault(kind, []).append(tensor)
+    settings = [
+        {"params": tensors, "weight_decay": config.weight_decay if decayed else 0.0}
+        for (decayed, _), tensors in groups.items()
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(settings, lr=config.lr, fused=True)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,0 +1,66 @@
+"""One micro-batch: task loss, auxiliary losses, and the sums that are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from epmoe.data.loader import Batch
+from epmoe.models.decoder import Decoder
+from epmoe.parallel.sums import Sums
+from epmoe.types import RouterReport, compute_dtype
+
+IGNORED = -100
+
+
+def autocast(precision: str, device_type: str) -> AbstractContextManager[object]:
+    """The autocast context of a precision."""
+    if precision == "bf16_autocast":
+        return torch.autocast(device_type, torch.bfloat16)
+    return nullcontext()
+
+
+def token_loss(logits_BSV: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the targets that count -> scalar, in at least float32."""
+    logits_TV = logits_BSV.flatten(0, 1)
+    target_T = batch.target_BS.masked_fill(~batch.loss_BS, IGNORED).flatten()
+    return F.cross_entropy(
+        logits_TV.to(compute_dtype(logits_TV.dtype)), target_T, ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def micro_step(
+    model: Decoder, batch: Batch, *, num_tokens: float, coefficients: Mapping[str, float], precision: str
+) -> Sums:
+    """Forward and backward of one micro-batch; gradients add up in ``.grad``.
+
+    The objective is (task loss + sum of coefficient * auxiliary loss) / ``num_tokens``, all of them sums over tokens;
+    with ``num_tokens`` counted over all ranks and micro-batches of the step, gradients only ever need to be summed.
+
+    Returns:
+        Sums over this micro-batch: ``loss``, ``aux.<name>`` and ``<layer>.<metric>``.
+    """
+    with autocast(precision, batch.token_BS.device.type):
+        logits_BSV, reports = model(batch.token_BS, batch.context)
+    loss = token_loss(logits_BSV, batch)
+    objective = loss
+    for report in reports:
+        for name, value in report.losses.items():
+            objective = objective + coefficients[name] * value
+    (objective / num_tokens).backward()
+    return {"loss": loss.detach(), **report_sums(reports)}
+
+
+def report_sums(reports: list[RouterReport]) -> Sums:
+    """Auxiliary losses summed over layers, and every layer's metrics, under flat names."""
+    sums: Sums = {}
+    for layer, report in enumerate(reports):
+        for name, value in report.losses.items():
+            sums[f"aux.{name}"] = sums.get(f"aux.{name}", 0.0) + value.detach()
+        for name, value in report.metrics.items():
+            sums[f"{layer}.{name}"] = value
+    return sums

@@ -1,0 +1,78 @@
+"""Auxiliary losses as sums over valid tokens, and the router's metrics."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .routing import Decision
+
+
+def zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+def balance_loss(
+    decision: Decision, group_of: list[int], groups: int, experts: int, *, count: str, k: int
+) -> Tensor:
+    """sum over groups of n * E * sum_e f_e m_e.
+
+    n = routed tokens of the group; m_e = mean probability; f_e = share of tokens whose first choice is e
+    (``top1``), or wishes for e / (n k) (``all``); both before capacity.
+    """
+    total = zero()
+    for group in range(groups):
+        tokens = [t for t in decision.probs if group_of[t] == group]
+        n = max(len(tokens), 1)
+        loss = zero()
+        for expert in range(experts):
+            wishes = [a for a in decision.assignments if a.token in tokens and a.expert == expert]
+            if count == "top1":
+                f = len([a for a in wishes if a.choice == 0]) / n
+            else:
+                f = len(wishes) / (n * k)
+            mean = sum((decision.probs[t][expert] for t in tokens), zero()) / n
+            loss = loss + experts * f * mean
+        total = total + len(tokens) * loss
+    return total
+
+
+def z_loss(decision: Decision) -> Tensor:
+    """sum over routed tokens of (log sum_e exp h_e) squared."""
+    total = zero()
+    for row in decision.logits.values():
+        available = [h for h in row if h.item() > -math.inf]
+        shift = max(h.item() for h in available)
+        log_sum = torch.log(sum((torch.exp(h - shift) for h in available), zero())) + shift
+        total = total + log_sum * log_sum
+    return total
+
+
+def entropy(decision: Decision) -> float:
+    """sum over routed tokens of -sum_e p_e ln p_e, with 0 ln 0 = 0."""
+    total = 0.0
+    for row in decision.probs.values():
+        total -= sum(p.item() * math.log(p.item()) for p in row if p.item() > 0.0)
+    return total
+
+
+def metrics(
+    decision: Decision, kept: dict[tuple[int, int], int], experts: int
+) -> dict[str, list[int] | int | float]:
+    """The counts a layer reports, over all its groups."""
+    demand, stay = [0] * experts, [0] * experts
+    for a in decision.assignments:
+        demand[a.expert] += 1
+        stay[a.expert] += (a.token, a.choice) in kept
+    carried = {token for token, _ in kept}
+    return {
+        "demand_E": demand,
+        "kept_E": stay,
+        "assignments": len(decision.assignments),
+        "overflow_tokens": len([t for t in decision.probs if t not in carried]),
+        "valid_tokens": len(decision.probs),
+        "nonfinite_tokens": decision.nonfinite,
+        "entropy": entropy(decision),
+    }

@@ -1,0 +1,120 @@
+"""Capacity, and the order of the rows on their way, with all ranks simulated in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epmoe.moe.plan import expert_capacity, expert_major_order, plan_exchange, plan_send
+from epmoe.ops import DROPLESS
+from tests.oracle import cases
+from tests.oracle.capacity import capacity
+from tests.unit.moe.helpers import config
+from tests.unit.moe.test_routers import route
+
+# factor, S, E, k, unit, minimum, multiple, slots: worked out by hand.
+BY_HAND = [
+    (1.25, 256, 8, 2, "per_assignment", 4, 1, 80),
+    (1.25, 256, 8, 2, "per_token", 4, 1, 40),
+    (1.0, 2048, 2048, 2, "per_assignment", 0, 1, 2),  # GShard's 2 S / E
+    (1.1, 20, 2, 1, "per_token", 0, 1, 11),  # 11.000000000000002 in floating point
+    (1.1, 10, 1, 1, "per_token", 0, 1, 10),  # never more than S
+    (1.0, 7, 2, 1, "per_token", 0, 1, 4),  # 3.5
+    (1.0, 7, 2, 1, "per_token", 0, 8, 8),  # the multiple comes after min(S, .)
+    (0.01, 100, 8, 2, "per_assignment", 4, 1, 4),
+    (0.01, 3, 8, 2, "per_assignment", 4, 1, 3),
+    (0.01, 100, 8, 2, "per_assignment", 0, 1, 1),
+    (1.25, 256, 8, 2, "per_assignment", 4, 32, 96),
+    (1.25, 0, 8, 2, "per_assignment", 4, 4, 0),
+]
+
+
+def package_capacity(factor, size, experts, k, unit, minimum, multiple, training=True):
+    moe = config(
+        "top2",
+        num_experts=experts,
+        top_k=k,
+        capacity_factor=factor,
+        capacity_factor_eval=3.0,
+        capacity_unit=unit,
+        min_capacity=minimum,
+        capacity_multiple=multiple,
+    )
+    return expert_capacity(moe, size, training=training)
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_capacity_by_hand(case):
+    factor, size, experts, k, unit, minimum, multiple, slots = case
+    assert package_capacity(*case[:-1]) == slots
+    assert slots == capacity(
+        factor, group_size=size, num_experts=experts, k=k, unit=unit, minimum=minimum, multiple=multiple
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    factor=st.integers(1, 400).map(lambda n: n / 100),
+    size=st.integers(0, 300),
+    experts=st.integers(2, 16),
+    k=st.integers(1, 2),
+    unit=st.sampled_from(["per_assignment", "per_token"]),
+    minimum=st.integers(0, 8),
+    multiple=st.integers(1, 8),
+)
+def test_capacity_equals_the_oracle(factor, size, experts, k, unit, minimum, multiple):
+    wanted = capacity(
+        factor, group_size=size, num_experts=experts, k=k, unit=unit, minimum=minimum, multiple=multiple
+    )
+    assert package_capacity(factor, size, experts, k, unit, minimum, multiple) == wanted
+
+
+def test_evaluation_has_its_own_capacity_and_none_is_dropless():
+    assert package_capacity(1.0, 8, 4, 1, "per_token", 0, 1, training=False) == 6
+    moe = config("top2", capacity_factor=None, capacity_factor_eval=None)
+    assert expert_capacity(moe, 64, training=True) == expert_capacity(moe, 64, training=False) == DROPLESS
+
+
+@pytest.mark.parametrize(("num_ranks", "num_local"), [(1, 4), (2, 3), (4, 1), (4, 2)])
+def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
+    """Simulated ranks: each makes its plan from what the others would tell it; the rows carry names."""
+    experts = num_ranks * num_local
+    moe = config("top2", num_experts=experts)
+    sent, plans = [], []
+    for rank in range(num_ranks):
+        logits, valid = cases.logits_and_valid("broken", 8 * rank, experts, seed=rank)  # rank 0 has none
+        routed = route(moe, logits, valid)
+        plan = plan_send(routed, num_experts=experts, group_size=8, capacity=3)
+        plans.append(plan)
+        entries = plan.assignment_N.tolist()
+        sent.append([(int(routed.expert_A[a]), rank, a) for a in entries])
+    received_back = [[] for _ in range(num_ranks)]
+    for rank in range(num_ranks):
+        mine = range(rank * num_local, (rank + 1) * num_local)
+        counts_WL = torch.stack([plan.tokens_per_expert_E[mine.start : mine.stop] for plan in plans])
+        plan = plan_exchange(plans[rank], counts_WL)
+        rows = [row for other in sent for row in other if row[0] in mine]
+        assert plan.recv_splits == tuple(len([r for r in other if r[0] in mine]) for other in sent)
+        assert plan.send_splits == tuple(
+            len([r for r in sent[rank] if r[0] // num_local == to]) for to in range(num_ranks)
+        )
+        ordered = [rows[i] for i in plan.expert_order_R.tolist()]
+        assert ordered == sorted(rows), "ascending expert, then rank, then priority"
+        back = [ordered[i] for i in plan.rank_order_R.tolist()]
+        assert back == rows
+        for row in back:
+            received_back[row[1]].append(row)
+    assert received_back == sent
+
+
+def test_order_of_no_rows():
+    assert expert_major_order(torch.zeros(3, 2).long()).tolist() == []
+
+
+def test_plan_is_a_frozen_value():
+    logits, valid = cases.logits_and_valid("random", 4, 2)
+    plan = plan_send(route(config("top1", num_experts=2), logits, valid), num_experts=2, group_size=4, capacity=1)
+    with pytest.raises(AttributeError):
+        plan.slot_A = None

@@ -1,0 +1,81 @@
+"""``grouped_gemm``: blocks of rows, each times its own matrix."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from epmoe import ops
+
+# Rows per expert, and rows after the last block.
+COUNTS = [([0], 0), ([3], 0), ([0, 0], 0), ([2, 0, 5, 1], 0), ([0, 4], 0), ([1, 0, 2], 3)]
+
+
+def naive(rows, weight, counts):
+    out, row = [], 0
+    for expert, count in enumerate(counts):
+        for _ in range(count):
+            out.append((rows[row].unsqueeze(1) * weight[expert]).sum(0))
+            row += 1
+    while row < rows.shape[0]:
+        out.append(rows[row].sum() * torch.zeros_like(weight[0, 0]))
+        row += 1
+    return torch.stack(out) if out else rows @ weight[0]
+
+
+@pytest.mark.parametrize(("counts", "beyond"), COUNTS)
+def test_value_and_gradients(counts, beyond):
+    rows = torch.randn(sum(counts) + beyond, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(counts), 3, 4, dtype=torch.float64, requires_grad=True)
+    rows2, weight2 = rows.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    got = ops.grouped_gemm(rows, weight, torch.tensor(counts))
+    wanted = naive(rows2, weight2, counts)
+    assert torch.allclose(got, wanted, atol=1e-13, rtol=0)
+    upstream = torch.randn_like(got)
+    got.backward(upstream)
+    wanted.backward(upstream)
+    assert torch.allclose(rows.grad, rows2.grad, atol=1e-13, rtol=0)
+    assert weight.grad is not None, "experts without rows get zeros, not None"
+    assert torch.allclose(weight.grad, weight2.grad, atol=1e-13, rtol=0)
+    for expert, count in enumerate(counts):
+        assert count or (weight.grad[expert] == 0).all()
+
+
+def test_upstream_gradient_may_be_expanded():
+    rows = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    ops.grouped_gemm(rows, weight, torch.tensor([1, 2])).sum().backward()
+    assert torch.allclose(rows.grad[0], weight[0].sum(1), atol=1e-14)
+
+
+def test_gradcheck():
+    rows = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradcheck(
+            lambda r, w: ops.grouped_gemm(r, w, torch.tensor([3, 0, 1])), (rows, weight)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision(dtype):
+    rows, weight = torch.randn(5, 8).to(dtype), torch.randn(2, 8, 4).to(dtype)
+    got = ops.grouped_gemm(rows, weight, torch.tensor([2, 3]))
+    wanted = naive(rows.double(), weight.double(), [2, 3])
+    assert got.dtype == dtype
+    assert torch.allclose(got.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_autocast_computes_in_the_autocast_dtype_but_never_narrows_float64():
+    rows, weight = torch.randn(2, 3, requires_grad=True), torch.randn(1, 3, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = ops.grouped_gemm(rows, weight, torch.tensor([2]))
+        full = ops.grouped_gemm(rows.double(), weight.double(), torch.tensor([2]))
+    assert low.dtype == torch.bfloat16
+    assert full.dtype == torch.float64
+    low.sum().backward()
+    assert rows.grad.dtype == torch.float32
+    assert weight.grad.dtype == torch.float32
