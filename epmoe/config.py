@@ -23,8 +23,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class SourceConfig(Section):
     """One body of text."""
 
-    name: str = "stdlib"
-    """Name in metrics and file names."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "stdlib"
+    """Name in metrics and file names: letters, digits, ``_``, ``-`` and ``.``."""
     path: str = "stdlib"
     """``stdlib`` (Python's own standard library sources), a folder of text files, a ``.jsonl`` file, or the
     prefix of a prepared ``.bin``/``.idx`` pair."""
@@ -50,6 +50,8 @@ class DataConfig(Section):
     """``byte``, ``bpe`` (trained on the training text) or the path of a ``tokenizer.json``."""
     vocab_size: Positive = 4096
     """Entries of a trained ``bpe`` tokenizer."""
+    eos_token: str | None = None
+    """End-of-text token of a ``tokenizer.json``; null = found by its usual names."""
     vocab_multiple: Positive = 64
     """The model's vocabulary is the tokenizer's rounded up to a multiple of this."""
     seq_len: Annotated[int, Field(ge=2)] = 256

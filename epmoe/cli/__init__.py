@@ -13,13 +13,18 @@ import typer
 from epmoe import __version__, env
 from epmoe.errors import ConfigError, EpmoeError
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")
+]
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder (its newest checkpoint) or a checkpoint.")
+    Path,
+    typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder (its newest checkpoint) or a checkpoint."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys that replace values, e.g. moe.top_k=1.", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Dotted keys that replace values, e.g. moe.top_k=1.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -67,13 +72,18 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         import torch
 
-        print(f"epmoe {__version__}\ntorch {torch.__version__}\nCUDA  {torch.version.cuda or 'none (CPU build)'}")
+        print(
+            f"epmoe {__version__}\ntorch {torch.__version__}\nCUDA  {torch.version.cuda or 'none (CPU build)'}"
+        )
         raise typer.Exit
 
 
 def _program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Versions of epmoe, torch and CUDA.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Versions of epmoe, torch and CUDA."
+        ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
 ) -> None:
@@ -108,11 +118,15 @@ def _eval(checkpoint: CheckpointArgument, overrides: Overrides = None, json: AsJ
 def _generate(
     checkpoint: CheckpointArgument,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="File with the prompt; - is stdin.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with the prompt; - is stdin.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 120,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many likeliest tokens.")] = None,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this much probability.")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample within this much probability.")
+    ] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a prompt with a trained model."""
@@ -133,7 +147,9 @@ def _generate(
 
 
 def _doctor(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder to report on.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder to report on.", show_default=False)
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Check this machine, or report on a run."""

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from epmoe.config import SourceConfig
-from epmoe.data.files import BLOCK_BYTES, StopFlag, never_stop, stop_if
+from epmoe.data.files import BLOCK_BYTES, Report, StopFlag, never_stop, silent, stop_if
 from epmoe.errors import DataError
 
 VALIDATION_MODULUS = 20
@@ -118,7 +118,7 @@ def kind_of(source: SourceConfig) -> Kind:
     )
 
 
-def scan(source: SourceConfig, should_stop: StopFlag = never_stop) -> Corpus:
+def scan(source: SourceConfig, progress: Report = silent, should_stop: StopFlag = never_stop) -> Corpus:
     """Lists and hashes a source of text -> Corpus, sorted, the same on every machine.
 
     Reads every byte once. Raises DataError for missing paths, unreadable files and folders without files:
@@ -134,11 +134,14 @@ def scan(source: SourceConfig, should_stop: StopFlag = never_stop) -> Corpus:
     if source.val_path is not None:
         places.append((source.val_path, "val"))
     pieces: list[Piece] = []
+    done = 0
     for path, split in places:
-        if kind == "jsonl":
-            pieces += _jsonl_pieces(Path(path).expanduser(), split, should_stop)
-        else:
-            pieces += _file_pieces(source, path, split, should_stop)
+        found = _jsonl_pieces(path, split) if kind == "jsonl" else _file_pieces(source, path, split)
+        for piece in found:
+            stop_if(should_stop)
+            pieces.append(piece)
+            done += piece.end - piece.start
+            progress(f"reading {source.name}", done, 0)
     return Corpus(
         name=source.name,
         kind=kind,
@@ -181,11 +184,8 @@ def _unreadable(path: str | Path, error: OSError) -> DataError:
 
 
 # --------------------------------------------------------------------------------------------- files
-def _file_pieces(
-    source: SourceConfig, path: str, split: Split | None, should_stop: StopFlag
-) -> Iterator[Piece]:
+def _file_pieces(source: SourceConfig, path: str, split: Split | None) -> Iterator[Piece]:
     for name, file_path in _list_files(source, path):
-        stop_if(should_stop)
         digest, size = hashlib.sha256(), 0
         try:
             with file_path.open("rb") as file:
@@ -250,14 +250,13 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 
 # --------------------------------------------------------------------------------------------- JSONL
-def _jsonl_pieces(path: Path, split: Split | None, should_stop: StopFlag) -> Iterator[Piece]:
-    start, first_line = 0, 1
+def _jsonl_pieces(source_path: str, split: Split | None) -> Iterator[Piece]:
+    path, start, first_line = Path(source_path).expanduser(), 0, 1
     try:
         size = path.stat().st_size
         hint = min(max(size // PIECES_PER_FILE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
         with path.open("rb") as file:
             while lines := file.readlines(hint):
-                stop_if(should_stop)
                 data = b"".join(lines)
                 yield Piece(
                     path=str(path.absolute()),
@@ -278,7 +277,9 @@ def _jsonl_document(corpus: Corpus, piece: Piece, line: bytes, where: str) -> Do
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON", why=str(error), fix="correct or remove the line") from None
+        raise DataError(
+            f"{where}: not valid JSON", why=str(error), fix="correct or remove the line"
+        ) from None
     if not isinstance(record, dict) or not isinstance(record.get(corpus.text_field), str):
         keys = sorted(record)[:10] if isinstance(record, dict) else type(record).__name__
         raise DataError(

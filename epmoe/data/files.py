@@ -18,6 +18,14 @@ StopFlag = Callable[[], bool]
 """Polled between pieces of work; true = stop now."""
 
 
+Report = Callable[[str, int, int], None]
+"""Progress: called with a phase, the bytes done and the bytes there are, 0 = not known yet."""
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """Reports nothing."""
+
+
 def never_stop() -> bool:
     """The stop flag of callers that cannot be interrupted."""
     return False

@@ -15,6 +15,7 @@ on Python integers, which do not overflow, before anything is mapped.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,13 +27,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epmoe.data.files import write_atomically
 from epmoe.errors import DataError
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 LENGTH, POINTER = np.dtype("<i4"), np.dtype("<i8")
 DTYPE_OF_CODE: Mapping[int, np.dtype[Any]] = MappingProxyType(
-    {code: np.dtype(f"<{name}") for code, name in ((1, "u1"), (2, "i1"), (3, "i2"), (4, "i4"), (5, "i8"), (8, "u2"))}
+    {
+        code: np.dtype(f"<{name}")
+        for code, name in ((1, "u1"), (2, "i1"), (3, "i2"), (4, "i4"), (5, "i8"), (8, "u2"))
+    }
 )
 FLOAT_CODES = (6, 7)
 MAX_SEQUENCE = 2**31 - 1
@@ -117,7 +122,9 @@ class IndexedWriter:
             mask: uint8 per token; needed exactly when the writer was made with a mask.
         """
         if int(np.sum(lengths)) != len(tokens) or (mask is None) != (self._mask is None):
-            raise ValueError(f"lengths add up to {np.sum(lengths)}, got {len(tokens)} tokens, mask {mask is not None}")
+            raise ValueError(
+                f"lengths add up to {np.sum(lengths)}, got {len(tokens)} tokens, mask {mask is not None}"
+            )
         if len(lengths) and int(np.max(lengths)) > MAX_SEQUENCE:
             raise DataError(
                 f"a document has {int(np.max(lengths))} tokens, the format's largest is {MAX_SEQUENCE}",
@@ -136,10 +143,12 @@ class IndexedWriter:
         """Closes the files and writes the index."""
         for file in (self._bin, self._mask):
             if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
                 file.close()
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, LENGTH)
         index = index_bytes(lengths, self._dtype)
-        idx_path(self._prefix).write_bytes(index)
+        write_atomically(idx_path(self._prefix), index)
         return FileSums(
             bin_crc32=self._bin_crc,
             idx_crc32=zlib.crc32(index),
@@ -168,7 +177,7 @@ def open_indexed(prefix: Path) -> IndexedPair:
         if not file.is_file():
             raise DataError(f"{file} is missing", fix="give the prefix of a .bin/.idx pair")
     header = _read_header(index)
-    lengths, pointers, documents = (np.frombuffer(part, kind) for part, kind in _read_parts(index, header))
+    lengths, pointers, documents = _read_arrays(index, header)
     total, size = _check_lengths(index, lengths), header.dtype.itemsize
     expected, actual = total * size, tokens_file.stat().st_size
     if expected != actual:
@@ -220,7 +229,9 @@ def _read_header(index: Path) -> _Header:
     if code not in DTYPE_OF_CODE:
         kind = "floats, which are no token ids" if code in FLOAT_CODES else "unknown"
         raise DataError(f"{index}: dtype code {code} is {kind}; known codes: {sorted(DTYPE_OF_CODE)}")
-    expected = HEADER.size + num_sequences * (LENGTH.itemsize + POINTER.itemsize) + num_indices * POINTER.itemsize
+    expected = (
+        HEADER.size + num_sequences * (LENGTH.itemsize + POINTER.itemsize) + num_indices * POINTER.itemsize
+    )
     if expected != actual or num_indices < 1:
         raise DataError(
             f"{index} has {actual} bytes, expected {expected}",
@@ -229,13 +240,13 @@ def _read_header(index: Path) -> _Header:
     return _Header(dtype=DTYPE_OF_CODE[code], num_sequences=num_sequences, num_indices=num_indices)
 
 
-def _read_parts(index: Path, header: _Header) -> Iterator[tuple[bytes, np.dtype[Any]]]:
-    """Lengths, pointers and document indices, as bytes with their dtype."""
-    counts = (header.num_sequences, header.num_sequences, header.num_indices)
+def _read_arrays(index: Path, header: _Header) -> Iterator[Ints]:
+    """Lengths, pointers and document indices."""
     with index.open("rb") as file:
         file.seek(HEADER.size)
-        for count, dtype in zip(counts, (LENGTH, POINTER, POINTER), strict=True):
-            yield file.read(count * dtype.itemsize), dtype
+        yield np.fromfile(file, LENGTH, header.num_sequences)
+        yield np.fromfile(file, POINTER, header.num_sequences)
+        yield np.fromfile(file, POINTER, header.num_indices)
 
 
 def _check_lengths(index: Path, lengths: Ints) -> int:

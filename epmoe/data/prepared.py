@@ -1,9 +1,9 @@
 """Prepared data: a folder with token files, their facts, and the tokenizer they were made with.
 
-    <cache>/<key>/prepared.json          all of it, as described here
-                  tokenizer/             for load_tokenizer
-                  <source>.train.bin     and .idx, .mask where the loss has ranges, .json (the facts again, so that a
-                  <source>.val.bin       pair can be moved elsewhere and used as an ``indexed`` source)
+<cache>/<key>/prepared.json          all of it, as described here
+              tokenizer/             for load_tokenizer
+              <source>.train.bin     and .idx, .mask where the loss has ranges, .json (the facts again, so that a
+              <source>.val.bin       pair can be moved elsewhere and used as an ``indexed`` source)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,8 +25,10 @@ from epmoe.errors import DataError
 
 RECORD_FILE = "prepared.json"
 TOKENIZER_FOLDER = "tokenizer"
+FORMAT_VERSION: Literal[1] = 1
 TOKENS_AT_A_TIME = 1 << 22
-FORMAT_VERSION = 1
+
+R = TypeVar("R", bound=BaseModel)
 
 
 class _Record(BaseModel):
@@ -44,9 +46,9 @@ class Facts(_Record):
     tokens: int = Field(ge=0)
     missing_eos: int = Field(ge=0)
     """Documents that do not end with end-of-text in the file; it is added when they are read."""
-    utf8_bytes: int = Field(ge=0)
-    """Bytes of the text."""
-    loss_utf8_bytes: int = Field(ge=0)
+    utf8_bytes: int | None = Field(ge=0)
+    """Bytes of the text; None = unknown (training tokens somebody else prepared)."""
+    loss_utf8_bytes: int | None = Field(ge=0)
     """Bytes of the text that counts in the loss."""
     bin_crc32: int
     idx_crc32: int
@@ -155,7 +157,7 @@ def open_prepared(folder: Path, cfg: DataConfig) -> PreparedData:
     )
 
 
-def parse_record[R: BaseModel](kind: type[R], path: Path) -> R:
+def parse_record(kind: type[R], path: Path) -> R:
     """Reads a JSON record; DataError that names the wrong fields."""
     try:
         return kind.model_validate(read_json(path))
@@ -179,7 +181,7 @@ def check_length(name: str, facts: Facts, seq_len: int) -> None:
     if facts.stream_tokens < seq_len + 1:
         raise DataError(
             f"source {name} has {facts.stream_tokens} training tokens in {facts.documents} documents "
-            f"({facts.utf8_bytes} bytes), one window needs {seq_len + 1}",
+            f"({facts.utf8_bytes or 0} bytes), one window needs {seq_len + 1}",
             fix="use more text or a smaller data.seq_len",
         )
 

@@ -86,9 +86,10 @@ def mixture(weights: Sequence[float]) -> Mixture:
         for source in by_remainder[: length - sum(counts)]:
             counts[source] += 1
     if 0 in counts:
+        unseen = counts.index(0)
         raise ConfigError(
-            f"data.sources[{counts.index(0)}].weight={weights[counts.index(0)]} is {float(min(shares)):.2g} of the "
-            f"total, the smallest share is 1/{length}",
+            f"data.sources[{unseen}].weight={weights[unseen]} is {float(shares[unseen]):.2g} of the total, "
+            f"the smallest share is 1/{length}",
             fix="raise the weight or leave the source out",
         )
     pattern, rank = _spread(counts)

@@ -124,7 +124,7 @@ def attention_inputs(
     # Without a mask F.scaled_dot_product_attention may pick a kernel that never writes a [Q, M] matrix.
     if segment_BS is None and (start == 0 or length == 1):
         return AttentionInputs(cos_QP=cos_QP, sin_QP=sin_QP, mask_QM=None)
-    mask_QM = torch.ones(length, start + length, dtype=torch.bool, device=device).tril()
+    mask_QM = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
     if segment_BS is not None:
         segment_BS = segment_BS.to(device)
         mask_QM = (mask_QM & (segment_BS[:, :, None] == segment_BS[:, None, :])).unsqueeze(1)

@@ -95,7 +95,8 @@ class ModuleExperts(nn.Module):
             module(block) if block.shape[0] else _touch(module, block)
             for module, block in zip(self.experts.values(), blocks, strict=True)
         ]
-        return torch.cat(outputs)
+        # One dtype whatever autocast made of each block: ranks that exchange the rows must agree on it.
+        return torch.cat([rows_RD.to(batch.rows_RD.dtype) for rows_RD in outputs])
 
 
 def _touch(module: nn.Module, empty_rows_RD: Tensor) -> Tensor:

@@ -18,10 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from epmoe.parallel.layout import choose_ep_size
 from epmoe.parallel.runtime import Runtime
-
-__all__ = ["ExpertMesh", "build_mesh", "choose_ep_size", "is_expert"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +46,7 @@ def build_mesh(runtime: Runtime, ep_size: int) -> ExpertMesh:
 
     Args:
         runtime: A started runtime.
-        ep_size: Divides the world size; ``choose_ep_size`` gives it.
+        ep_size: Divides the world size; ``config.choose_ep_size`` gives it.
     """
     edp_size = runtime.world_size // ep_size
     ranks = torch.arange(runtime.world_size, dtype=torch.int).view(edp_size, ep_size)

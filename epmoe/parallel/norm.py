@@ -48,8 +48,8 @@ def global_norm(
     if ep_size == 1:
         return (squares + local).sqrt()
     # Gathered and added here, in rank order: an all-reduce may add in another order on each rank.
-    parts = local.new_empty(ep_size)
-    dist.all_gather_into_tensor(parts, local.view(1), group=ep_group)
+    parts = [torch.empty_like(local) for _ in range(ep_size)]
+    dist.all_gather(parts, local, group=ep_group)
     for part in parts:
         squares = squares + part
     return squares.sqrt()

@@ -14,13 +14,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from epmoe import env, errors
@@ -166,18 +165,14 @@ def gather_text(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     device = "cpu" if "gloo" in dist.get_backend_config(group) else "cuda"
     world_size = dist.get_world_size(group)
     raw = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(device)
-    lengths = raw.new_empty(world_size, dtype=torch.int64)
-    dist.all_gather_into_tensor(lengths, torch.tensor([raw.numel()], device=device), group=group)
-    sizes = lengths.tolist()
+    lengths = raw.new_empty(world_size, 1, dtype=torch.int64)
+    dist.all_gather(list(lengths), torch.tensor([raw.numel()], device=device), group=group)
+    sizes = lengths.flatten().tolist()
     padded = raw.new_zeros(max(sizes))
     padded[: raw.numel()] = raw
     parts = raw.new_empty(world_size, max(sizes))
-    dist.all_gather_into_tensor(parts, padded, group=group)
-    return [_decode(part[: size - 1]) for part, size in zip(parts.cpu(), sizes, strict=True)]
-
-
-def _decode(raw: Tensor) -> str:
-    return raw.numpy().tobytes().decode()
+    dist.all_gather(list(parts), padded, group=group)
+    return [part[: size - 1].numpy().tobytes().decode() for part, size in zip(parts.cpu(), sizes, strict=True)]
 
 
 def raise_together(error: EpmoeError | None) -> None:
@@ -194,6 +189,23 @@ def raise_together(error: EpmoeError | None) -> None:
         name, what, why, fix = json.loads(text)
         kind = {cls.__name__: cls for cls in EpmoeError.__subclasses__()}.get(name, errors.EpmoeError)
         raise kind(f"rank {rank}: {what}", why=why, fix=fix)
+
+
+def on_rank_zero(action: Callable[[], object], kind: type[EpmoeError]) -> None:
+    """Rank 0 does something, the others wait; if it fails, all ranks raise. A collective.
+
+    Args:
+        action: Its EpmoeErrors are passed on, an OSError becomes ``kind``.
+    """
+    error: EpmoeError | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except EpmoeError as caught:
+            error = caught
+        except OSError as caught:
+            error = kind(f"{caught.filename or 'a file'} cannot be used: {caught.strerror}")
+    raise_together(error)
 
 
 def require_equal(name: str, text: str) -> None:
@@ -248,7 +260,9 @@ def _comm_error(runtime: Runtime, where: str, error: Exception) -> CommError:
     grace_s = min(5.0, max(0.5, runtime.timeout_s / 100))
     notes = _notes(runtime, where, grace_s)
     silent = [rank for rank in range(runtime.world_size) if rank not in notes]
-    causes = [f"rank {rank} stopped first at {note[1:]}" for rank, note in sorted(notes.items()) if note[0] == "!"]
+    causes = [
+        f"rank {rank} stopped first at {note[1:]}" for rank, note in sorted(notes.items()) if note[0] == "!"
+    ]
     first_line = str(error).splitlines()[0][:300]
     if causes:
         what = f"rank {runtime.rank} lost a peer at {where}: {causes[0]}"

@@ -27,8 +27,9 @@ def generate(
     """Continues a prompt; yields each token as soon as it is drawn.
 
     Nothing is ever cut: the cache takes ``len(prompt) + max_tokens`` tokens, and the model, whose positions are
-    rotary, accepts any length. Beyond the window it was trained on, expect the text to get worse. The draws are
-    made on the CPU, so a device or a layout changes them only through the rounding of the logits.
+    rotary, accepts any length. Beyond the window it was trained on, expect the text to get worse. With a
+    capacity in evaluation the prompt is one group and every later token a group of its own. The draws are made on
+    the CPU, so a device or a layout changes them only through the rounding of the logits.
 
     The model runs in evaluation mode and without gradients while a token is computed, and is in its former mode
     whenever a token is handed out.

@@ -63,7 +63,9 @@ def run_ranks(
     traceback when a rank raises, dies, or is not done after ``timeout`` seconds.
     """
     outcomes = rank_outcomes(world_size, fn, tmp_path, *args, timeout=timeout)
-    failed = sorted((o for o in outcomes if o.exit_code != 0), key=lambda o: (o.error is None, o.ended_after_s))
+    failed = sorted(
+        (o for o in outcomes if o.exit_code != 0), key=lambda o: (o.error is None, o.ended_after_s)
+    )
     if failed:
         first = failed[0]
         others = ", ".join(f"rank {o.rank}: exit {o.exit_code}" for o in failed[1:])
@@ -190,4 +192,3 @@ def _collect(
             Outcome(rank=rank, result=result, error=error, exit_code=process.exitcode, ended_after_s=after)
         )
     return outcomes
-

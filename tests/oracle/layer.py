@@ -35,7 +35,9 @@ def ffn_experts(w_in: Tensor, w_out: Tensor, activation: str) -> list[Expert]:
     ]
 
 
-def combine(x_TD: Tensor, decision: Decision, kept: dict[tuple[int, int], int], experts: list[Expert]) -> Tensor:
+def combine(
+    x_TD: Tensor, decision: Decision, kept: dict[tuple[int, int], int], experts: list[Expert]
+) -> Tensor:
     """y_t = sum over the kept assignments of token t of weight * expert(x_t)."""
     rows = [torch.zeros_like(x_D) for x_D in x_TD.unbind()]
     for a in decision.assignments:
@@ -58,9 +60,7 @@ def run_layer(
     """Output, losses and metrics of one MoE layer for a router's decision."""
     kept = assign_slots(decision.assignments, group_of, slots)
     losses = {
-        "balance": balance_loss(
-            decision, group_of, groups, len(experts), count=balance_count, k=k
-        ),
+        "balance": balance_loss(decision, group_of, groups, len(experts), count=balance_count, k=k),
         "z": z_loss(decision),
     }
     return LayerResult(

@@ -142,5 +142,7 @@ def jittered(x_TD: Tensor, jitter: float, uniform_TD: list[list[float]]) -> Tens
     rows = []
     for x_D, u_D in zip(x_TD.unbind(), uniform_TD, strict=True):
         low, high = 1.0 - jitter, 1.0 + jitter
-        rows.append(torch.stack([x * (low + (high - low) * u) for x, u in zip(x_D.unbind(), u_D, strict=True)]))
+        rows.append(
+            torch.stack([x * (low + (high - low) * u) for x, u in zip(x_D.unbind(), u_D, strict=True)])
+        )
     return torch.stack(rows) if rows else x_TD

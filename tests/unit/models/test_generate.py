@@ -41,11 +41,14 @@ def test_same_seed_same_text() -> None:
 
 def test_modes_are_restored_whenever_a_token_is_out() -> None:
     model = decoder().train()
+    inside: list[bool] = []
+    model.register_forward_hook(lambda module, *_: inside.extend([module.training, torch.is_grad_enabled()]))
     for token in generate(model, [1, 2], max_tokens=3):
         assert 0 <= token < V
         assert model.training
         assert model.blocks.training
         assert torch.is_grad_enabled()
+    assert inside == [False] * 6
 
 
 def test_stops_at_the_end_token_and_at_the_limit() -> None:

@@ -39,6 +39,16 @@ def test_rms_norm_takes_its_mean_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got_TD, expected_TD.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
+def test_rms_norm_uses_a_wide_weight_at_full_width() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x_TD = torch.randn(8, 64, generator=generator).bfloat16()
+    norm = norm_with(torch.rand(64, generator=generator) + 0.5)
+    wide_TD = x_TD.double()
+    expected_TD = wide_TD / (wide_TD.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    # Half a unit in the last place of bfloat16: one rounding, at the very end.
+    torch.testing.assert_close(norm(x_TD).double(), expected_TD, rtol=2**-8 * 1.001, atol=0)
+
+
 def test_gradients_of_norm_and_feed_forward() -> None:
     generator = torch.Generator().manual_seed(1)
     x_TD = torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True)

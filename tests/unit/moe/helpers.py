@@ -100,9 +100,7 @@ def oracle_slots(moe: MoEConfig, group_size: int) -> int | None:
     )
 
 
-def oracle_layer(
-    x_BSD: Tensor, weights: dict[str, Tensor], moe: MoEConfig, ctx: TokenContext
-) -> LayerResult:
+def oracle_layer(x_BSD: Tensor, weights: dict[str, Tensor], moe: MoEConfig, ctx: TokenContext) -> LayerResult:
     """The training forward pass of a layer, for leaves ``x_BSD`` and ``weights``."""
     num_sequences, seq_len = x_BSD.shape[:2]
     x_TD = x_BSD.flatten(0, 1)

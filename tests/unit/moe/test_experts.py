@@ -44,7 +44,9 @@ def test_the_gate_is_the_first_half():
         experts.w_in.copy_(torch.tensor([[[2.0, 10.0]]]))
         experts.w_out.fill_(1.0)
     batch = ExpertBatch(rows_RD=torch.ones(1, 1).double(), tokens_per_expert_L=torch.tensor([1]))
-    assert experts(batch).item() == pytest.approx(20.0 / (1.0 + torch.exp(torch.tensor(-2.0).double()).item()))
+    assert experts(batch).item() == pytest.approx(
+        20.0 / (1.0 + torch.exp(torch.tensor(-2.0).double()).item())
+    )
 
 
 def test_keep_leaves_a_range_of_experts():
@@ -126,12 +128,23 @@ def test_any_modules_as_experts(bias):
 
 def test_no_rows_at_all():
     experts = ModuleExperts(different_modules())
-    batch = ExpertBatch(rows_RD=torch.zeros(0, 4, requires_grad=True), tokens_per_expert_L=torch.zeros(5).long())
+    batch = ExpertBatch(
+        rows_RD=torch.zeros(0, 4, requires_grad=True), tokens_per_expert_L=torch.zeros(5).long()
+    )
     out_RD = experts(batch)
     assert out_RD.shape == (0, 4)
     out_RD.sum().backward()
     for parameter in experts.parameters():
         assert parameter.grad is None if not parameter.requires_grad else (parameter.grad == 0).all()
+
+
+@pytest.mark.parametrize("counts", [[2, 2], [4, 0], [0, 0]])
+def test_dtype_of_the_result_does_not_depend_on_who_got_rows(counts):
+    """Under autocast the ranks of a group must agree on the dtype of the rows they send back."""
+    experts = ModuleExperts([nn.Linear(3, 3), nn.LayerNorm(3)])
+    batch = ExpertBatch(rows_RD=torch.randn(sum(counts), 3), tokens_per_expert_L=torch.tensor(counts))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experts(batch).dtype == torch.float32
 
 
 def test_parameter_names_carry_global_ids():

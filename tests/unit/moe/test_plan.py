@@ -115,6 +115,8 @@ def test_order_of_no_rows():
 
 def test_plan_is_a_frozen_value():
     logits, valid = cases.logits_and_valid("random", 4, 2)
-    plan = plan_send(route(config("top1", num_experts=2), logits, valid), num_experts=2, group_size=4, capacity=1)
+    plan = plan_send(
+        route(config("top1", num_experts=2), logits, valid), num_experts=2, group_size=4, capacity=1
+    )
     with pytest.raises(AttributeError):
         plan.slot_A = None

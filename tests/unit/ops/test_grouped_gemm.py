@@ -66,7 +66,9 @@ def test_low_precision(dtype):
     got = ops.grouped_gemm(rows, weight, torch.tensor([2, 3]))
     wanted = naive(rows.double(), weight.double(), [2, 3])
     assert got.dtype == dtype
-    assert torch.allclose(got.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    assert torch.allclose(
+        got.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+    )
 
 
 def test_autocast_computes_in_the_autocast_dtype_but_never_narrows_float64():

@@ -73,6 +73,16 @@ def test_low_precision_rows_are_added_in_float32(dtype):
     assert torch.equal(weights.grad, rows.detach().flatten().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients_of_a_token_are_added_in_float32(dtype):
+    step = torch.finfo(dtype).eps / 2
+    x_TD = torch.zeros(2, 1, dtype=dtype, requires_grad=True)
+    ops.permute(x_TD, torch.zeros(257, dtype=torch.int64)).backward(
+        torch.cat([torch.ones(1, 1), torch.full((256, 1), step)]).to(dtype)
+    )
+    assert x_TD.grad.flatten().tolist() == [torch.tensor(1 + 256 * step).to(dtype).item(), 0.0]
+
+
 def test_gradcheck():
     token = torch.tensor([2, 0, 2])
     rows = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)

@@ -34,7 +34,15 @@ def arguments(name, tokens=5):
     }[name]
 
 
-NAMES = ["route_topk", "route_topk_raw", "assign_slots", "permute", "combine", "combine_plain", "grouped_gemm"]
+NAMES = [
+    "route_topk",
+    "route_topk_raw",
+    "assign_slots",
+    "permute",
+    "combine",
+    "combine_plain",
+    "grouped_gemm",
+]
 
 
 def operator(name):
@@ -55,7 +63,9 @@ def test_opcheck(name):
 def test_fake_and_meta_kernels_know_shapes_and_dtypes(name, tokens):
     real = operator(name)(*arguments(name, tokens))
     with FakeTensorMode() as mode:
-        fake = operator(name)(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments(name, tokens)))
+        fake = operator(name)(
+            *(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments(name, tokens))
+        )
     meta = operator(name)(*(a.to("meta") if torch.is_tensor(a) else a for a in arguments(name, tokens)))
     for other in (fake, meta):
         pairs = zip(real, other, strict=True) if isinstance(real, tuple) else [(real, other)]

@@ -1,0 +1,85 @@
+"""``epmoe prepare``: turns text into token files ahead of training, checks them, and prints what is in them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from epmoe.data.prepare import prepare as prepare_data
+from epmoe.data.prepared import PreparedData, PreparedSplit, verify_split
+from epmoe.data.progress import console_progress
+
+
+def prepare(config: Path, overrides: list[str]) -> None:
+    """Prepares the data of a configuration, reads it back once completely, and prints statistics.
+
+    Args:
+        config: YAML file.
+        overrides: ``section.key=value``.
+    """
+    from epmoe.config_file import load_config
+
+    cfg = load_config(config, overrides).data
+    with _stop_on_signals() as stopped, console_progress() as progress:
+        prepared = prepare_data(cfg, progress=progress, should_stop=stopped)
+        for source in prepared.sources:
+            for split in (source.train, source.val):
+                if split is not None:
+                    verify_split(split, prepared.tokenizer, stopped)
+    print("\n".join(statistics(prepared)))
+
+
+def statistics(prepared: PreparedData) -> list[str]:
+    """Lines of text: the tokenizer, and one row per source and split."""
+    tokenizer = prepared.tokenizer
+    lines = [
+        f"prepared {prepared.folder}",
+        f"tokenizer {tokenizer.name}: {tokenizer.size} entries, {prepared.padded_vocab_size} with padding",
+        f"{'source':<16} {'split':<5} {'documents':>10} {'tokens':>13} {'bytes':>14} {'bytes/token':>11} "
+        f"{'repaired':>8} {'empty':>6}",
+    ]
+    for source in prepared.sources:
+        lines.append(_row(source.name, "train", source.train))
+        if source.val is None:
+            lines.append(f"{source.name:<16} val   none: it has no validation text (see val_path)")
+        else:
+            lines.append(_row(source.name, "val", source.val))
+    repaired = sum(
+        s.replaced for source in prepared.sources for s in (source.train, source.val) if s is not None
+    )
+    if repaired:
+        lines.append(f"{repaired} documents had bytes that are not UTF-8; each became U+FFFD")
+    return lines
+
+
+def _row(name: str, split_name: str, split: PreparedSplit) -> str:
+    facts = split.facts
+    size = "unknown" if facts.utf8_bytes is None else f"{facts.utf8_bytes:,}"
+    ratio = "" if facts.utf8_bytes is None else f"{facts.utf8_bytes / max(facts.stream_tokens, 1):.2f}"
+    return (
+        f"{name:<16} {split_name:<5} {facts.documents:>10,} {facts.stream_tokens:>13,} {size:>14} {ratio:>11} "
+        f"{split.replaced:>8,} {split.empty:>6,}"
+    )
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """A flag that SIGINT and SIGTERM raise; a second signal acts as usual."""
+    stopped, previous = threading.Event(), {}
+
+    def ask_to_stop(number: int, frame: object) -> None:
+        stopped.set()
+        signal.signal(number, previous[number])
+        print("stopping after the pieces in work ...", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, ask_to_stop)
+    try:
+        yield stopped.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

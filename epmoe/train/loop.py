@@ -1,0 +1,187 @@
+"""Optimizer steps: accumulation, reduction, norm, the decision all ranks take together, update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmoe import env
+from epmoe.config import Config
+from epmoe.data.loader import Batch, TrainData
+from epmoe.errors import NumericsError
+from epmoe.models.decoder import Decoder
+from epmoe.parallel.gradients import Gradients
+from epmoe.parallel.mesh import ExpertMesh
+from epmoe.parallel.norm import clip_coefficient, global_norm, scale
+from epmoe.parallel.runtime import Runtime
+from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
+from epmoe.train.optimizer import Optimizer, learning_rate
+from epmoe.train.signals import StopFlag
+from epmoe.train.step import micro_step
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run is: all a checkpoint remembers besides tensors, since data order and draws are stateless."""
+
+    step: int = 0
+    """Finished optimizer steps, skipped ones included."""
+    samples: int = 0
+    """Sequences used, which is also the number of the next sample."""
+    tokens: int = 0
+    """Tokens that counted in the loss."""
+    skipped: int = 0
+    """Steps without an update because something was not finite."""
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step, summed over all ranks and micro-batches."""
+
+    sums: Sums
+    """``loss``, ``aux.<name>``, ``<layer>.<metric>``."""
+    num_tokens: int
+    """Tokens that counted in the loss."""
+    grad_norm: float
+    clip: float
+    """Factor the gradients were multiplied by."""
+    lr: float
+
+
+class StopRequested(Exception):
+    """Some rank was asked to stop, or time is up; raised on all ranks at the same step."""
+
+
+class Trainer:
+    """Everything that changes during training, and one method per optimizer step.
+
+    Args:
+        config: The run.
+        runtime: This rank's place.
+        mesh: Who shares experts with whom.
+        model: The decoder with this rank's experts.
+        data: Training samples by number.
+        stop: Set by signals.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        mesh: ExpertMesh,
+        *,
+        model: Decoder,
+        data: TrainData,
+        stop: StopFlag,
+    ) -> None:
+        self.config, self.runtime, self.mesh = config, runtime, mesh
+        self.model, self.data, self.stop = model, data, stop
+        self.gradients = Gradients(model.named_parameters(), mesh)
+        self.optimizer = Optimizer(config.optimizer, model, self.gradients)
+        self.progress = Progress()
+        train = config.train
+        self.micro_batch = train.micro_batch_size or train.global_batch_size // runtime.world_size
+        self.num_micro = train.global_batch_size // (self.micro_batch * runtime.world_size)
+
+    def step(self, *, out_of_time: bool = False) -> StepResult:
+        """One optimizer step. A collective.
+
+        Raises:
+            StopRequested: On all ranks, before anything of the step was done.
+            NumericsError: On all ranks, when the policy for non-finite steps says so.
+        """
+        number = self.progress.step + 1
+        if env.fault("train.step_start", step=number) == "oom":
+            raise torch.OutOfMemoryError("injected: out of memory")
+        batches = [self._batch(micro) for micro in range(self.num_micro)]
+        num_tokens = self._agree(batches, out_of_time)
+        self.model.train()
+        self.gradients.zero()
+        local: Sums = {}
+        for batch in batches:
+            sums = micro_step(
+                self.model,
+                batch.to(self.runtime.device),
+                num_tokens=max(num_tokens, 1),
+                coefficients=self.config.moe.losses if self.config.moe else {},
+                precision=self.config.train.precision,
+            )
+            add_sums(local, sums)
+        self._poison(env.fault("train.after_backward", step=number))
+        self.gradients.reduce()
+        norm = self._norm()
+        sums = all_reduce_sums(local, self.mesh.world_group)
+        return self._update(sums, num_tokens, norm)
+
+    def sample_numbers(self, micro: int) -> list[int]:
+        """Samples of this rank in a micro-batch of the next step. Together the ranks and micro-batches of a step
+        cover the same numbers in every layout."""
+        start = self.progress.samples + (micro * self.runtime.world_size + self.runtime.rank) * self.micro_batch
+        return list(range(start, start + self.micro_batch))
+
+    def _batch(self, micro: int) -> Batch:
+        return self.data.batch(self.sample_numbers(micro))
+
+    def _agree(self, batches: list[Batch], out_of_time: bool) -> int:
+        """Tokens of the step over all ranks; the same small all-reduce tells whether anybody wants to stop."""
+        wish = torch.tensor(float(self.stop.requested or out_of_time))
+        tokens = torch.stack([batch.loss_BS.sum() for batch in batches]).sum()
+        agreed = all_reduce_sums({"tokens": tokens, "stop": wish}, self.mesh.world_group)
+        if agreed["stop"] > 0:
+            raise StopRequested
+        return int(agreed["tokens"])
+
+    def check_stop(self) -> None:
+        """Raises StopRequested on all ranks when any of them was asked to stop. A collective."""
+        wish = torch.tensor(float(self.stop.requested))
+        if all_reduce_sums({"stop": wish}, self.mesh.world_group)["stop"] > 0:
+            raise StopRequested
+
+    def _poison(self, value: str | None) -> None:
+        if value is not None:
+            self.gradients.flats[0][0] = float(value)
+
+    def _norm(self) -> Tensor:
+        dense = [bucket.flat for bucket in self.gradients.dense]
+        experts = [bucket.flat for bucket in self.gradients.experts]
+        return global_norm(dense, experts, self.mesh.ep_group, self.runtime.device)
+
+    def _update(self, sums: Sums, num_tokens: int, norm: Tensor) -> StepResult:
+        progress, optimizer = self.progress, self.config.optimizer
+        lr = learning_rate(optimizer, progress.step, self.config.train.steps)
+        coefficient = clip_coefficient(norm, optimizer.clip_norm)
+        grad_norm, clip = torch.stack((norm, coefficient)).tolist()
+        broken_tokens = sum(int(v) for name, v in sums.items() if name.endswith(".nonfinite_tokens"))
+        # Loss, norm and counts are the same bits on every rank, so every rank takes the same decision.
+        finite = math.isfinite(grad_norm) and math.isfinite(float(sums["loss"])) and broken_tokens == 0
+        if finite:
+            if clip != 1.0:
+                scale(self.gradients.flats, coefficient)
+            self.optimizer.step(lr)
+            progress.skipped_in_a_row = 0
+        else:
+            self._skip(float(sums["loss"]), grad_norm, broken_tokens)
+        progress.step += 1
+        progress.samples += self.config.train.global_batch_size
+        progress.tokens += num_tokens
+        return StepResult(sums=sums, num_tokens=num_tokens, grad_norm=grad_norm, clip=clip, lr=lr)
+
+    def _skip(self, loss: float, grad_norm: float, broken_tokens: int) -> None:
+        train, progress = self.config.train, self.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if train.nonfinite == "skip" and progress.skipped_in_a_row < train.max_nonfinite:
+            return
+        first = progress.samples
+        raise NumericsError(
+            f"step {progress.step + 1} is not finite: summed loss {loss}, gradient norm {grad_norm}, "
+            f"{broken_tokens} tokens with NaN or +inf router logits; "
+            f"{progress.skipped_in_a_row} such step(s) in a row",
+            why=f"samples {first} to {first + train.global_batch_size - 1} of this step, or weights that diverged",
+            fix="lower optimizer.lr, or start from an earlier checkpoint; "
+            "train.nonfinite=skip with a larger train.max_nonfinite goes on for longer",
+        )

@@ -1,0 +1,97 @@
+"""From the sums of a few steps to the record people and trackers see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from epmoe.config import Config
+from epmoe.models.sizes import flops_per_token, is_moe_layer
+from epmoe.observe.record import LayerHealth, StepRecord
+from epmoe.parallel.sums import Sums, add_sums
+from epmoe.train.loop import Progress, StepResult
+from epmoe.train.throughput import Clock, memory_gib, peak_flops
+
+
+class Recorder:
+    """Adds up steps and turns them into one record per logging interval.
+
+    Args:
+        config: The run.
+        vocab_size: Padded vocabulary, V.
+        device: This rank's device.
+        world_size: Ranks of the job.
+        seconds: Training time of earlier attempts, in seconds.
+    """
+
+    def __init__(
+        self, config: Config, vocab_size: int, device: torch.device, world_size: int, seconds: float
+    ) -> None:
+        moe = config.moe
+        self.layers = [i for i in range(config.model.num_layers) if moe is not None and is_moe_layer(moe, i)]
+        self.flops_per_token = flops_per_token(config.model, moe, vocab_size, config.data.seq_len)
+        self.device, self.world_size = device, world_size
+        self.seconds = seconds
+        """Training time so far, over all restarts; evaluation and checkpoints are not in it."""
+        self.clock = Clock()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: Sums = {}
+        self._num_tokens = 0
+
+    def add(self, result: StepResult) -> None:
+        """Takes one step."""
+        add_sums(self._sums, result.sums)
+        self._num_tokens += result.num_tokens
+
+    def record(self, result: StepResult, progress: Progress, val: Mapping[str, float]) -> StepRecord:
+        """The record of the steps since the last one; loss and loads are means and sums over all of them."""
+        spent = self.clock.lap()
+        self.seconds += spent
+        tokens = max(self._num_tokens, 1)
+        per_second = self._num_tokens / max(spent, 1e-9)
+        flops = per_second * self.flops_per_token
+        peak = peak_flops(self.device)
+        aux = {name[4:]: float(v) / tokens for name, v in self._sums.items() if name.startswith("aux.")}
+        record = StepRecord(
+            step=progress.step,
+            tokens=progress.tokens,
+            samples=progress.samples,
+            loss=float(self._sums["loss"]) / tokens,
+            aux=aux,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            clip=result.clip,
+            tokens_per_second=per_second,
+            flops_per_second=flops,
+            mfu=flops / (peak * self.world_size) if peak else None,
+            memory_gib=memory_gib(self.device),
+            seconds=self.seconds,
+            skipped_steps=progress.skipped,
+            layers={layer: layer_health(self._sums, index) for index, layer in enumerate(self.layers)},
+            val=dict(val),
+        )
+        self._clear()
+        return record
+
+
+def layer_health(sums: Sums, index: int) -> LayerHealth:
+    """What the ``index``-th MoE layer's router did, from sums named ``<index>.<metric>``."""
+
+    def number(name: str) -> int:
+        return int(sums[f"{index}.{name}"])
+
+    kept_E = tuple(int(n) for n in sums[f"{index}.kept_E"])
+    valid_tokens = number("valid_tokens")
+    return LayerHealth(
+        demand_E=tuple(int(n) for n in sums[f"{index}.demand_E"]),
+        kept_E=kept_E,
+        assignments=number("assignments"),
+        kept=sum(kept_E),
+        overflow_tokens=number("overflow_tokens"),
+        valid_tokens=valid_tokens,
+        nonfinite_tokens=number("nonfinite_tokens"),
+        entropy=float(sums[f"{index}.entropy"]) / max(valid_tokens, 1),
+    )

@@ -1,0 +1,190 @@
+"""Every layout trains the same model: gradients, norms, clip coefficients and losses against one process.
+
+Plain SGD, because Adam divides a wrong scale of the gradient away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epmoe.config import Config
+from epmoe.data.loader import Batch
+from epmoe.parallel import runtime
+from epmoe.parallel.mesh import build_mesh, is_expert
+from epmoe.train.loop import Trainer
+from epmoe.train.setup import build_model
+from epmoe.train.signals import StopFlag
+from epmoe.types import TokenContext
+from tests.distributed.harness import run_ranks
+
+VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
+STEPS = 20
+LAYOUTS = {1: (1,), 2: (1, 2), 4: (2, 4)}
+"""World size -> ep sizes."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Made-up sequences by number. Lengths differ; samples 2 and 3 of every eight are all padding, so that with four
+    ranks one of them has no valid token."""
+
+    def batch(self, numbers: list[int]) -> Batch:
+        token, target, loss, valid = [], [], [], []
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            window = torch.randint(0, VOCAB, (SEQ_LEN + 1,), generator=generator)
+            length = 0 if number % 8 in (2, 3) else SEQ_LEN - number % 3
+            real = torch.arange(SEQ_LEN) < length
+            token.append(window[:-1])
+            target.append(window[1:])
+            valid.append(real)
+            loss.append(real & (window[1:] % 7 != 0))
+        token_BS = torch.stack(token)
+        context = TokenContext(
+            valid_BS=torch.stack(valid), sample_B=torch.tensor(numbers), token_BS=token_BS
+        )
+        return Batch(
+            token_BS=token_BS, target_BS=torch.stack(target), loss_BS=torch.stack(loss), context=context
+        )
+
+
+def config(router: str, precision: str, accumulation: int, world_size: int) -> Config:
+    moe = {
+        "every": 1,
+        "num_experts": NUM_EXPERTS,
+        "router": router,
+        "d_ff": 24,
+        "capacity_factor": 0.75,
+        "min_capacity": 1,
+        "shared_experts": 1,
+        "losses": {"balance": 0.05, "z": 0.01},
+    }
+    return Config.model_validate(
+        {
+            "seed": 3,
+            "data": {"seq_len": SEQ_LEN},
+            "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "d_ff": 24,
+                      "qk_norm": True, "init_std": 0.2, "dropout": 0.1},
+            "moe": moe,
+            "optimizer": {"name": "sgd", "lr": 0.3, "warmup_steps": 2, "clip_norm": 0.8},
+            "train": {"steps": STEPS, "global_batch_size": GLOBAL_BATCH, "precision": precision,
+                      "micro_batch_size": GLOBAL_BATCH // accumulation // world_size},
+        }
+    )  # fmt: skip
+
+
+def train_cells(rank: int, cells: list[tuple[int, str, str, int]]) -> list[dict[str, Any]]:
+    """Trains each (ep_size, router, precision, accumulation) for a few steps in this world."""
+    place = runtime.start("cpu", 60.0)
+    meshes = {ep_size: build_mesh(place, ep_size) for ep_size in sorted({cell[0] for cell in cells})}
+    return [train_cell(place, meshes[ep_size], *rest) for ep_size, *rest in cells]
+
+
+def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation: int) -> dict[str, Any]:
+    cfg = config(router, precision, accumulation, place.world_size)
+    model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
+    trainer = Trainer(cfg, place, mesh, model=model, data=Samples(), stop=StopFlag())  # type: ignore[arg-type]
+    losses, norms, clips, gradients, counts = [], [], [], {}, []
+    for step in range(STEPS):
+        result = trainer.step()
+        losses.append(float(result.sums["loss"]) / result.num_tokens)
+        norms.append(result.grad_norm)
+        clips.append(result.clip)
+        counts.append({k: v for k, v in result.sums.items() if k.endswith("kept_E")})
+        if step == 0:
+            gradients = {name: view.clone() for name, view in trainer.gradients.views.items()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "clips": clips, "gradients": gradients, "counts": counts,
+            "weights": weights, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip
+
+
+def local_part(name: str, whole: Tensor, result: dict[str, Any]) -> Tensor:
+    if not is_expert(name):
+        return whole
+    num_local = whole.shape[0] // result["ep_size"]
+    return whole[result["ep_rank"] * num_local :][:num_local]
+
+
+def worst_error(kind: str, result: dict[str, Any], reference: dict[str, Any]) -> tuple[float, str]:
+    """Largest max|a-b| / max|b| over all tensors, and the tensor's name."""
+    errors = []
+    for name, whole in reference[kind].items():
+        wanted, got = local_part(name, whole, result), result[kind][name]
+        assert wanted.shape == got.shape, name
+        scale = float(wanted.abs().max())
+        difference = float((got - wanted).abs().max())
+        errors.append((difference / scale if scale else difference, name))
+    return max(errors)
+
+
+ROUTERS = ("gshard_top2", "switch", "topk")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Every cell of every world size; each world is started once."""
+    found = {}
+    for world_size, ep_sizes in LAYOUTS.items():
+        cells = [
+            (ep, router, precision, accumulation)
+            for ep in ep_sizes
+            for router in ROUTERS
+            for precision in ("fp32", "fp64")
+            for accumulation in (1, 2)
+            if router == "gshard_top2" or accumulation == 1
+        ]
+        ranks = run_ranks(world_size, train_cells, tmp_path_factory.mktemp("ranks"), cells, timeout=110)
+        for index, cell in enumerate(cells):
+            found[(world_size, *cell)] = [rank[index] for rank in ranks]
+    return found
+
+
+CELLS = [
+    (world, ep, router, precision, accumulation)
+    for world, eps in LAYOUTS.items()
+    for ep in eps
+    for router in ROUTERS
+    for precision in ("fp32", "fp64")
+    for accumulation in (1, 2)
+    if router == "gshard_top2" or accumulation == 1
+]
+
+
+@pytest.mark.parametrize(("world", "ep", "router", "precision", "accumulation"), CELLS)
+def test_layout_equals_one_process(
+    results: dict[tuple[Any, ...], list[dict[str, Any]]],
+    world: int, ep: int, router: str, precision: str, accumulation: int,
+) -> None:  # fmt: skip
+    [reference] = results[(1, 1, router, precision, 1)]
+    ranks = results[(world, ep, router, precision, accumulation)]
+    limit = 1e-9 if precision == "fp64" else 1e-5
+    for rank in ranks:
+        error, name = worst_error("gradients", rank, reference)
+        assert error <= limit, f"gradient of {name} is off by {error:.2e}"
+        for step, (loss, wanted) in enumerate(zip(rank["losses"], reference["losses"], strict=True)):
+            assert abs(loss - wanted) <= wanted * (1e-12 if precision == "fp64" else 2e-6), f"loss of step {step}"
+        for got, wanted in zip(rank["counts"], reference["counts"], strict=True):
+            assert all(torch.equal(got[key], wanted[key]) for key in wanted), "other assignments were kept"
+        assert rank["norms"] == ranks[0]["norms"]
+        assert rank["clips"] == ranks[0]["clips"]
+    assert min(reference["clips"]) < 1.0, "the clip was never active"
+
+
+def test_float32_and_float64_route_alike(results: dict[tuple[Any, ...], list[dict[str, Any]]]) -> None:
+    for router in ROUTERS:
+        [single], [double] = (results[(1, 1, router, p, 1)] for p in ("fp32", "fp64"))
+        for key, wanted in double["counts"][0].items():
+            assert torch.equal(single["counts"][0][key], wanted)
+
+
+def test_weights_after_training_agree(results: dict[tuple[Any, ...], list[dict[str, Any]]]) -> None:
+    [reference] = results[(1, 1, "gshard_top2", "fp64", 1)]
+    for (_, _, router, precision, _), ranks in results.items():
+        if (router, precision) == ("gshard_top2", "fp64"):
+            assert all(worst_error("weights", rank, reference)[0] <= 1e-9 for rank in ranks)
