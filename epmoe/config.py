@@ -311,6 +311,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 = only at the end and when asked to stop."""
     keep: Positive = 2
     """Newest checkpoints that are kept."""
+    allow_data_change: bool = False
+    """Resume although data, seed or sequence length, and so the samples, are not those of the checkpoint."""
 
 
 class ProfileConfig(Section):

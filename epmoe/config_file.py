@@ -25,7 +25,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError naming all mistakes at once, each with ``file:line:column`` or ``command line``.
     """
-    document = Document.read(path)
+    return _checked(Document.read(path), overrides)
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with dotted ``key=value`` overrides on top, checked like a file. Raises ConfigError."""
+    return _checked(Document("the run's configuration", config.model_dump(mode="json")), overrides)
+
+
+def _checked(document: Document, overrides: Sequence[str]) -> Config:
     for override in overrides:
         document.override(override)
     problems = list(document.problems)

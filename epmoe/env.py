@@ -54,7 +54,19 @@ def batch_job() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
-RECORDED = ("NCCL_", "CUDA_", "TORCH", "OMP_", "SLURM_", "GLOO_", "EPMOE_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
+RECORDED = (
+    "NCCL_",
+    "CUDA_",
+    "TORCH",
+    "OMP_",
+    "SLURM_",
+    "GLOO_",
+    "EPMOE_",
+    "MASTER_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+)
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -141,7 +153,9 @@ def fault(point: str, *, step: int | None = None) -> str | None:
     for planned in planned_faults():
         wanted = (planned.rank, planned.step, planned.attempt)
         actual = (rank(), step, attempt())
-        if planned.point != point or any(w is not None and w != a for w, a in zip(wanted, actual, strict=True)):
+        if planned.point != point or any(
+            w is not None and w != a for w, a in zip(wanted, actual, strict=True)
+        ):
             continue
         print(f"[rank {rank()}] injected fault: {planned}", file=sys.stderr, flush=True)
         return _act(planned)

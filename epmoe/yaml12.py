@@ -105,9 +105,9 @@ def dump_yaml(values: dict[str, Any]) -> str:
 class Document:
     """Plain values, the place of each, and the problems met while reading them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, values: dict[str, Any] | None = None) -> None:
         self.name = name
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, Any] = {} if values is None else values
         self.problems: list[Problem] = []
         self._places: dict[KeyPath, tuple[str, str]] = {}
         self._count = 0

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from epmoe.data.prepare import prepare as prepare_data
 from epmoe.data.prepared import PreparedData, PreparedSplit, verify_split
 from epmoe.data.progress import console_progress
+from epmoe.train.signals import stop_on_signals
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
@@ -24,7 +20,7 @@ def prepare(config: Path, overrides: list[str]) -> None:
     from epmoe.config_file import load_config
 
     cfg = load_config(config, overrides).data
-    with _stop_on_signals() as stopped, console_progress() as progress:
+    with stop_on_signals() as stopped, console_progress() as progress:
         prepared = prepare_data(cfg, progress=progress, should_stop=stopped)
         for source in prepared.sources:
             for split in (source.train, source.val):
@@ -64,22 +60,3 @@ def _row(name: str, split_name: str, split: PreparedSplit) -> str:
         f"{name:<16} {split_name:<5} {facts.documents:>10,} {facts.stream_tokens:>13,} {size:>14} {ratio:>11} "
         f"{split.replaced:>8,} {split.empty:>6,}"
     )
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """A flag that SIGINT and SIGTERM raise; a second signal acts as usual."""
-    stopped, previous = threading.Event(), {}
-
-    def ask_to_stop(number: int, frame: object) -> None:
-        stopped.set()
-        signal.signal(number, previous[number])
-        print("stopping after the pieces in work ...", file=sys.stderr, flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, ask_to_stop)
-    try:
-        yield stopped.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from epmoe.config import DataConfig
@@ -40,7 +41,7 @@ FILLER_SAMPLE = -1
 @register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Sequences of one micro-batch of one rank. ``tree_map`` moves it to a device."""
+    """Sequences of one micro-batch of one rank."""
 
     token_BS: Tensor
     """int64 inputs; end-of-text where invalid."""
@@ -50,6 +51,11 @@ class Batch:
     """bool: targets that count in the loss."""
     context: TokenContext
     """What the blocks of the model get to know."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        moved: Batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self)
+        return moved
 
 
 class TrainData:

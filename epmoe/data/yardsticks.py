@@ -37,7 +37,7 @@ class Yardsticks:
 
 
 def yardsticks(prepared: PreparedData, source: str, *, should_stop: StopFlag = never_stop) -> Yardsticks:
-    """Computes them once, about a second per megabyte of text, and keeps them beside the prepared data.
+    """Computes them once, a few seconds per megabyte of text, and keeps them beside the prepared data.
 
     Args:
         prepared: What ``prepare`` returned.

@@ -113,6 +113,7 @@ def plain_line(record: StepRecord, total_steps: int) -> str:
         "step": f"{record.step}/{total_steps}",
         "loss": f"{record.loss:.4f}",
         **{f"val_{name}": f"{value:.4f}" for name, value in record.val.items()},
+        **{name: f"{value:.4f}" for name, value in record.aux.items()},
         "lr": f"{record.lr:.2e}",
         "grad_norm": f"{record.grad_norm:.3f}",
         "tok/s": f"{record.tokens_per_second:.0f}",
@@ -132,14 +133,14 @@ def plain_line(record: StepRecord, total_steps: int) -> str:
 
 
 def panel(record: StepRecord, total_steps: int, losses: deque[float]) -> RenderableType:
-    """The live picture: a progress line, a line of numbers, one strip per MoE layer."""
+    """The live picture: a progress line, two lines of numbers, one strip per MoE layer."""
     progress = Table.grid(expand=True, padding=(0, 1))
     progress.add_column(no_wrap=True)
     progress.add_column(ratio=1)
     progress.add_column(no_wrap=True)
     progress.add_row(
         Text(f"step {record.step:,} / {total_steps:,}", style="bold"),
-        ProgressBar(total=total_steps, completed=record.step),
+        ProgressBar(total=total_steps, completed=record.step, complete_style="cyan"),
         Text(f"{record.step / total_steps:4.0%}  eta {duration(seconds_left(record, total_steps))}"),
     )
     return Group(progress, _numbers(record, losses), *([_layers(record)] if record.layers else []))
@@ -152,8 +153,10 @@ def _numbers(record: StepRecord, losses: deque[float]) -> Text:
     text.append(f"  lr {record.lr:.2e}  grad {record.grad_norm:.2f}")
     if record.clip < 1:
         text.append(" clipped", style="yellow")
+    for name, value in record.aux.items():
+        text.append(f"  {name} {value:.3f}")
     speed = f"{record.mfu:.1%} MFU" if record.mfu is not None else flops(record.flops_per_second)
-    text.append(f"  {record.tokens_per_second:,.0f} tok/s  {speed}  {record.memory_gib:.2f} GiB")
+    text.append(f"\n{record.tokens_per_second:,.0f} tok/s  {speed}  {record.memory_gib:.2f} GiB")
     if record.layers:
         text.append(f"  drop {record.drop_rate:.1%}")
     if record.skipped_steps:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from epmoe import env, errors
-from epmoe.errors import CommError, ConfigError, EpmoeError
+from epmoe.errors import CommError, ConfigError, EpmoeError, Preempted
 
 TORCHRUN = "torchrun --nproc-per-node RANKS -m epmoe train CONFIG.yaml"
 
@@ -172,7 +172,9 @@ def gather_text(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     padded[: raw.numel()] = raw
     parts = raw.new_empty(world_size, max(sizes))
     dist.all_gather(list(parts), padded, group=group)
-    return [part[: size - 1].numpy().tobytes().decode() for part, size in zip(parts.cpu(), sizes, strict=True)]
+    return [
+        part[: size - 1].numpy().tobytes().decode() for part, size in zip(parts.cpu(), sizes, strict=True)
+    ]
 
 
 def raise_together(error: EpmoeError | None) -> None:
@@ -222,6 +224,31 @@ def require_equal(name: str, text: str) -> None:
             why=f"{len(digests)} ranks, {len(set(digests))} different versions (compared by sha256)",
             fix="start every node with the same file and the same overrides",
         )
+
+
+@contextlib.contextmanager
+def rank_zero_first(runtime: Runtime, what: str, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Rank 0 runs the block; the others enter it when rank 0 has left it. Waiting has no time-out.
+
+    Raises:
+        CommError: On the other ranks, when rank 0 failed.
+        Preempted: On a rank that is asked to stop while it waits.
+    """
+    store, key = _get_default_store(), f"epmoe/first/{env.attempt()}/{what}"
+    while runtime.rank > 0 and not store.check([key]):
+        if should_stop():
+            raise Preempted(f"rank {runtime.rank} was asked to stop while rank 0 was busy: {what}")
+        time.sleep(0.1)
+    if runtime.rank > 0 and store.get(key) != b"done":
+        raise CommError(f"rank 0 failed: {what}", fix="the log of rank 0 has the cause")
+    try:
+        yield
+    except BaseException:
+        if runtime.rank == 0:
+            store.set(key, "failed")
+        raise
+    if runtime.rank == 0:
+        store.set(key, "done")
 
 
 # ------------------------------------------------------------------------------------------- failures

@@ -54,6 +54,7 @@ from epmoe.train.manifest import (
     read_manifest,
     step_folder,
     unlisted_shards,
+    write_manifest,
 )
 from epmoe.train.optimizer import Optimizer
 from epmoe.train.run_folder import software_versions
@@ -165,7 +166,7 @@ def _write_manifest(temporary: Path, manifest: Manifest) -> None:
             f"{temporary} is not complete: {len(problems)} problems", why="; ".join(problems[:MAX_LISTED])
         )
     env.fault("ckpt.before_manifest", step=manifest.record.step)
-    write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
+    write_manifest(temporary, manifest)
     sync_folder(temporary)
     env.fault("ckpt.after_manifest", step=manifest.record.step)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     vocab_size: int | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> Iterator[int]:
     """Continues a prompt; yields each token as soon as it is drawn.
 
@@ -44,6 +45,8 @@ def generate(
         seed: Of the draws.
         eos_id: Token that ends the text; it is not yielded.
         vocab_size: Only ids below this are drawn; None = the model's vocabulary, which may be padded.
+        agree: With experts on several ranks, makes their draws one (a broadcast): logits that differ in the last
+            bit could otherwise send the ranks different ways.
 
     Raises:
         ConfigError: If an argument is out of its range.
@@ -64,6 +67,8 @@ def generate(
         for _ in range(max_tokens):
             logits_V = _next_logits(model, pending, cache)[:limit]
             token = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, rng=rng)
+            if agree is not None:
+                token = agree(token)
             if token == eos_id:
                 return
             yield token

@@ -20,7 +20,7 @@ from epmoe.parallel.runtime import Runtime
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
 from epmoe.train.optimizer import Optimizer, learning_rate
 from epmoe.train.signals import StopFlag
-from epmoe.train.step import micro_step
+from epmoe.train.step import micro_step, on_device
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,7 +53,11 @@ class StepResult:
 
 
 class StopRequested(Exception):
-    """Some rank was asked to stop, or time is up; raised on all ranks at the same step."""
+    """Some rank was asked to stop; raised on all ranks at the same step."""
+
+
+class TimeUp(Exception):
+    """``train.max_minutes`` are over; raised on all ranks at the same step."""
 
 
 class Trainer:
@@ -91,7 +95,7 @@ class Trainer:
         """One optimizer step. A collective.
 
         Raises:
-            StopRequested: On all ranks, before anything of the step was done.
+            StopRequested, TimeUp: On all ranks, before anything of the step was done.
             NumericsError: On all ranks, when the policy for non-finite steps says so.
         """
         number = self.progress.step + 1
@@ -105,7 +109,7 @@ class Trainer:
         for batch in batches:
             sums = micro_step(
                 self.model,
-                batch.to(self.runtime.device),
+                on_device(batch, self.runtime.device),
                 num_tokens=max(num_tokens, 1),
                 coefficients=self.config.moe.losses if self.config.moe else {},
                 precision=self.config.train.precision,
@@ -120,7 +124,9 @@ class Trainer:
     def sample_numbers(self, micro: int) -> list[int]:
         """Samples of this rank in a micro-batch of the next step. Together the ranks and micro-batches of a step
         cover the same numbers in every layout."""
-        start = self.progress.samples + (micro * self.runtime.world_size + self.runtime.rank) * self.micro_batch
+        start = (
+            self.progress.samples + (micro * self.runtime.world_size + self.runtime.rank) * self.micro_batch
+        )
         return list(range(start, start + self.micro_batch))
 
     def _batch(self, micro: int) -> Batch:
@@ -128,16 +134,19 @@ class Trainer:
 
     def _agree(self, batches: list[Batch], out_of_time: bool) -> int:
         """Tokens of the step over all ranks; the same small all-reduce tells whether anybody wants to stop."""
-        wish = torch.tensor(float(self.stop.requested or out_of_time))
         tokens = torch.stack([batch.loss_BS.sum() for batch in batches]).sum()
-        agreed = all_reduce_sums({"tokens": tokens, "stop": wish}, self.mesh.world_group)
+        wishes = {"stop": self.stop.requested, "time": out_of_time}
+        local = {"tokens": tokens, **{name: torch.tensor(wish) for name, wish in wishes.items()}}
+        agreed = all_reduce_sums(local, self.mesh.world_group)
         if agreed["stop"] > 0:
             raise StopRequested
+        if agreed["time"] > 0:
+            raise TimeUp
         return int(agreed["tokens"])
 
     def check_stop(self) -> None:
         """Raises StopRequested on all ranks when any of them was asked to stop. A collective."""
-        wish = torch.tensor(float(self.stop.requested))
+        wish = torch.tensor(self.stop.requested)
         if all_reduce_sums({"stop": wish}, self.mesh.world_group)["stop"] > 0:
             raise StopRequested
 

@@ -4,19 +4,21 @@
                             shard_00000.safetensors  ... one per rank that had something to write
              latest.json                         for people and tools; loading never relies on it
 
-safetensors, DCP and torch.save all load a file with a flipped bit without a word, hence size and CRC-32 per file.
+safetensors, DCP and torch.save all load a file with a flipped bit without a word, hence size and CRC-32 per file, and
+a CRC-32 of the manifest itself in its first line.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from epmoe.data.files import crc32_of
+from epmoe.data.files import crc32_of, write_atomically
 from epmoe.errors import CheckpointError
 
 FORMAT = 1
@@ -79,6 +81,17 @@ def step_folder(step: int) -> str:
     return f"step_{step:09d}"
 
 
+def _first_line(rest: bytes) -> bytes:
+    return f'{{"crc32": "{zlib.crc32(rest):08x}",\n'.encode()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json, atomically and to the disk."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+    rest = text.removeprefix("{\n").encode()
+    write_atomically(folder / MANIFEST, _first_line(rest) + rest)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
@@ -87,7 +100,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        value = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        value = json.loads(raw)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it is not a finished checkpoint", fix="use another checkpoint"
@@ -104,6 +118,10 @@ def read_manifest(folder: Path) -> Manifest:
             if isinstance(version, int)
             else "use another checkpoint",
         )
+    line = _first_line(raw.partition(b"\n")[2])
+    if not raw.startswith(line):
+        raise CheckpointError(f"{path} is damaged: its CRC-32 is wrong", fix="use another checkpoint")
+    del value["crc32"]
     try:
         manifest = Manifest.model_validate_json(json.dumps(value))
     except ValidationError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -40,14 +41,31 @@ class Recorder:
     def _clear(self) -> None:
         self._sums: Sums = {}
         self._num_tokens = 0
+        self._last: StepResult | None = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in the block does not count as training time."""
+        self.clock.pause()
+        try:
+            yield
+        finally:
+            self.clock.go_on()
 
     def add(self, result: StepResult) -> None:
         """Takes one step."""
         add_sums(self._sums, result.sums)
         self._num_tokens += result.num_tokens
+        self._last = result
 
-    def record(self, result: StepResult, progress: Progress, val: Mapping[str, float]) -> StepRecord:
-        """The record of the steps since the last one; loss and loads are means and sums over all of them."""
+    def record(self, progress: Progress, val: Mapping[str, float]) -> StepRecord | None:
+        """The record of the steps since the last one, None if there were none.
+
+        Loss and loads are means and sums over all of them; learning rate, norm and clip are the last step's.
+        """
+        result = self._last
+        if result is None:
+            return None
         spent = self.clock.lap()
         self.seconds += spent
         tokens = max(self._num_tokens, 1)

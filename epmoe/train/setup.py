@@ -21,7 +21,12 @@ PARAMETER_DTYPE = {
 
 
 def build_model(
-    config: Config, vocab_size: int, *, device: torch.device, mesh: ExpertMesh | None = None, init: bool = True
+    config: Config,
+    vocab_size: int,
+    *,
+    device: torch.device,
+    mesh: ExpertMesh | None = None,
+    init: bool = True,
 ) -> Decoder:
     """The decoder with this rank's experts, in the configured precision.
 

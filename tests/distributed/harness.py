@@ -29,7 +29,9 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch  # noqa: F401 - see below
 import torch
+import torch._dynamo  # imported by the first optimizer; once here instead of 2 s in every child
 import torch.distributed as dist
 
 GRACE_S = 3.0

@@ -74,6 +74,22 @@ def test_low_precision_rows_are_added_in_float32(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_results_are_rounded_once(dtype):
+    """Weights and products stay in float32; only the finished sum and the finished gradient are rounded."""
+    generator = torch.Generator().manual_seed(0)
+    token = torch.arange(90) % 30
+    rows = torch.rand(90, 4, generator=generator).add(0.5).to(dtype).requires_grad_()
+    weights = torch.rand(90, generator=generator).add(0.1)
+    y_TD = ops.combine(rows, weights, token, 30)
+    exact = naive_combine(rows.detach().double(), weights.double(), token.tolist(), 30)
+    half_step = 0.501 * torch.finfo(dtype).eps
+    assert ((y_TD.double() - exact).abs() <= half_step * exact).all()
+    y_TD.backward(torch.full_like(y_TD, 1.125))
+    wanted = weights.double().unsqueeze(1) * 1.125
+    assert ((rows.grad.double() - wanted).abs() <= half_step * wanted).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_gradients_of_a_token_are_added_in_float32(dtype):
     step = torch.finfo(dtype).eps / 2
     x_TD = torch.zeros(2, 1, dtype=dtype, requires_grad=True)

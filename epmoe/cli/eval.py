@@ -1,0 +1,94 @@
+"""``epmoe eval``: bits per byte and perplexity of a checkpoint, dropless and with the training capacity."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from epmoe.config import Config
+from epmoe.config_file import load_config
+from epmoe.data.loader import validation_sets
+from epmoe.data.prepare import prepare
+from epmoe.data.progress import console_progress
+from epmoe.errors import CheckpointError
+from epmoe.models.decoder import Decoder
+from epmoe.parallel import runtime
+from epmoe.train.evaluate import Evaluation
+from epmoe.train.evaluate import evaluate as evaluate_set
+from epmoe.train.load import load_trained
+from epmoe.train.run import RESOLVED
+
+
+def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
+    """Evaluates every validation source in one process, without and (for MoE models) with expert capacity.
+
+    Args:
+        checkpoint: Run folder or checkpoint.
+        overrides: ``section.key=value`` on top of the run's configuration, for example other data.
+        json: Print one JSON object.
+    """
+    place = runtime.start("auto", 60.0)
+    try:
+        trained = load_trained(checkpoint, device=place.device)
+        config = trained.config
+        if overrides:
+            config = load_config(trained.checkpoint.path.parent.parent / RESOLVED, overrides)
+        with console_progress() as progress:
+            prepared = prepare(config.data, progress=progress)
+        if prepared.tokenizer.sha256 != trained.tokenizer.sha256:
+            raise CheckpointError(
+                f"the data is prepared with tokenizer {prepared.tokenizer.sha256[:12]}, the model was trained with "
+                f"{trained.tokenizer.sha256[:12]}",
+                fix="data.tokenizer=RUN/tokenizer/tokenizer.json uses the run's own",
+            )
+        results = {
+            mode: [
+                evaluate_set(
+                    trained.model,
+                    data,
+                    rank=0,
+                    world_size=1,
+                    batch_size=config.train.micro_batch_size or 16,
+                    precision=config.train.precision,
+                    device=place.device,
+                )
+                for data in validation_sets(prepared, config.data)
+            ]
+            for mode in _modes(trained.model, config)
+        }
+    finally:
+        runtime.stop(place)
+    print(_as_json(results) if json else _as_text(str(trained.checkpoint.path), results))
+
+
+def _modes(model: Decoder, config: Config) -> Iterator[str]:
+    """The name of each way to evaluate, with the model set to it."""
+    factors: dict[str, float | None] = {"dropless": None}
+    if config.moe is not None and config.moe.capacity_factor is not None:
+        factors[f"capacity factor {config.moe.capacity_factor}"] = config.moe.capacity_factor
+    for name, factor in factors.items():
+        for layer in model.moe_layers():
+            layer.moe = layer.moe.model_copy(update={"capacity_factor_eval": factor})
+        yield name
+
+
+def _as_text(path: str, results: dict[str, list[Evaluation]]) -> str:
+    lines = [path]
+    for mode, evaluations in results.items():
+        for one in evaluations:
+            bits = "" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f} bits per byte, "
+            lines.append(
+                f"  {one.name}, {mode}: {bits}perplexity {one.perplexity:.3f}, {one.loss:.4f} nats per token, "
+                f"{one.num_tokens:,} tokens, drop rate {one.drop_rate:.2%}"
+            )
+    return "\n".join(lines)
+
+
+def _as_json(results: dict[str, list[Evaluation]]) -> str:
+    listed = {
+        mode: [{**asdict(one), "perplexity": one.perplexity} for one in evaluations]
+        for mode, evaluations in results.items()
+    }
+    return json_module.dumps(listed)

@@ -1,0 +1,42 @@
+"""``epmoe train --dry-run``: the resolved configuration and what follows from it, without importing torch."""
+
+from __future__ import annotations
+
+from epmoe.config import Config, choose_ep_size
+from epmoe.config_file import dump_config
+from epmoe.models.sizes import count_parameters, flops_per_token
+
+PARAMETER_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 2, "fp64": 8}
+STATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 4, "fp64": 8}
+"""Per parameter and tensor: master, gradient and each of Adam's moments."""
+
+
+def explain(config: Config, world_size: int) -> str:
+    """The resolved configuration as YAML, then sizes as comment lines.
+
+    The vocabulary is the configured one rounded up; a tokenizer file may turn out larger or smaller.
+    """
+    multiple = config.data.vocab_multiple
+    entries = 257 if config.data.tokenizer == "byte" else config.data.vocab_size
+    vocab_size = -(-entries // multiple) * multiple
+    moe, train = config.moe, config.train
+    counts = count_parameters(config.model, moe, vocab_size)
+    ep_size = choose_ep_size(config.parallel.ep_size, world_size, moe.num_experts if moe else 1)
+    local = counts.dense + counts.expert // ep_size
+    moments = 2 if config.optimizer.name == "adamw" else 0
+    state = STATE_BYTES[train.precision]
+    master = state if train.precision == "bf16_params" else 0
+    per_rank = local * (PARAMETER_BYTES[train.precision] + master + state * (1 + moments))
+    checkpoint = counts.total * state * (1 + moments)
+    tokens = train.global_batch_size * config.data.seq_len
+    flops = flops_per_token(config.model, moe, vocab_size, config.data.seq_len)
+    facts = {
+        "ranks": f"{world_size}, ep_size {ep_size}, every expert on {world_size // ep_size} rank(s)",
+        "vocabulary": f"{vocab_size:,} (padded)",
+        "parameters": f"{counts.total:,} in all, {counts.active:,} active per token, {local:,} per rank",
+        "tokens": f"{tokens:,} per step, {tokens * train.steps:,} in {train.steps:,} steps",
+        "arithmetic": f"{flops / 1e6:.1f} MFLOP per token, {flops * tokens * train.steps / 1e12:.1f} TFLOP in all",
+        "memory": f"{per_rank / 2**20:,.0f} MiB per rank for parameters, gradients and optimizer, plus activations",
+        "checkpoint": f"{checkpoint / 2**20:,.0f} MiB each, {config.checkpoint.keep} kept",
+    }
+    return dump_config(config) + "\n".join(f"# {name}: {text}" for name, text in facts.items())

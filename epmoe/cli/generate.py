@@ -1,0 +1,68 @@
+"""``epmoe generate``: continues a prompt, printing each piece of text as soon as it is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from epmoe.errors import ConfigError
+from epmoe.train.generate import generate as generate_tokens
+from epmoe.train.load import load_trained, pick_device
+
+
+def generate(
+    checkpoint: Path,
+    prompt: str | None,
+    prompt_file: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Loads a checkpoint in this process and writes the prompt and its continuation to standard output.
+
+    Args:
+        checkpoint: Run folder or checkpoint.
+        prompt: Text to continue; None = ``prompt_file``, or the run's own sample prompt.
+        prompt_file: File with the prompt, ``-`` = standard input.
+    """
+    text = _prompt(prompt, prompt_file)
+    trained = load_trained(checkpoint, device=pick_device("auto"))
+    tokenizer = trained.tokenizer
+    text = trained.config.train.sample.prompt if text is None else text
+    ids = tokenizer.encode(text) or [tokenizer.eos_id]
+    shown = 0
+    produced: list[int] = []
+    sys.stdout.write(text)
+    tokens = generate_tokens(
+        trained.model,
+        ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.size,
+    )
+    for token in tokens:
+        produced.append(token)
+        whole = tokenizer.decode(produced)
+        # A character may need several tokens; until it is complete, decoding ends in a replacement character.
+        if not whole.endswith("\ufffd"):
+            sys.stdout.write(whole[shown:])
+            sys.stdout.flush()
+            shown = len(whole)
+    print(tokenizer.decode(produced)[shown:])
+
+
+def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
+    if prompt_file is None:
+        return prompt
+    if prompt_file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompt from {prompt_file}", why=str(error)) from None

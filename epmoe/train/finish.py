@@ -1,0 +1,125 @@
+"""The end of a run: what was reached, how the routers are, and a sample of text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from epmoe.config import Config
+from epmoe.data.files import write_json
+from epmoe.data.prepared import PreparedData
+from epmoe.data.yardsticks import Yardsticks, yardsticks
+from epmoe.errors import Preempted
+from epmoe.models.decoder import Decoder
+from epmoe.observe.chart import write_chart
+from epmoe.observe.health import RouterHistory
+from epmoe.parallel.runtime import Runtime
+from epmoe.train.evaluate import Evaluation
+from epmoe.train.generate import generate
+
+CHART = "router.svg"
+SUMMARY = "summary.json"
+
+
+def finish(
+    config: Config,
+    folder: Path,
+    prepared: PreparedData,
+    model: Decoder,
+    evaluations: list[Evaluation],
+    *,
+    place: Runtime,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Prints and stores the results of a run. Every rank calls it; rank 0 prints.
+
+    Writes ``summary.json`` and ``router.svg``.
+    """
+    text = sample_text(config, prepared, model, place)
+    if place.rank > 0:
+        return
+    results: list[dict[str, Any]] = []
+    for evaluation in evaluations:
+        try:
+            sticks = yardsticks(prepared, evaluation.name, should_stop=should_stop)
+        except Preempted as error:
+            raise Preempted(error.what, fix="run the same command to go on") from None
+        print("\n".join(_verdict(evaluation, sticks)))
+        results.append(
+            {**asdict(evaluation), "perplexity": evaluation.perplexity, "yardsticks": asdict(sticks)}
+        )
+    history = RouterHistory.from_jsonl(folder / "metrics.jsonl")
+    health = history.summary()
+    if health:
+        print("router health over the last 20% of the steps:")
+        for layer in health:
+            print(f"  {'!' if layer.flagged else ' '} {layer.sentence()}")
+    write_chart(history, folder / CHART, title=str(folder))
+    print(f"chart of loss and expert load: {folder / CHART}")
+    if text:
+        print(f"a sample, prompt {config.train.sample.prompt!r}:\n{text}")
+    summary = {
+        "validation": results,
+        "router_health": [
+            {"layer": layer.layer, "flagged": layer.flagged, "sentence": layer.sentence()} for layer in health
+        ],
+        "sample": text,
+    }
+    write_json(folder / SUMMARY, json.loads(json.dumps(summary)))
+
+
+def _verdict(evaluation: Evaluation, sticks: Yardsticks) -> list[str]:
+    """Bits per byte and what they mean, line by line."""
+    bits = evaluation.bits_per_byte
+    lines = [
+        f"validation {evaluation.name}: {evaluation.loss:.4f} nats per token, "
+        f"perplexity {evaluation.perplexity:.2f}, {bits or float('nan'):.4f} bits per byte "
+        f"({evaluation.num_tokens:,} tokens, drop rate {evaluation.drop_rate:.1%})"
+    ]
+    if bits is None:
+        return lines
+    named = {
+        "unigram model of the same tokens": sticks.unigram,
+        "xz -9e of the validation text": sticks.xz,
+        "xz -9e, given the training text": sticks.xz_after_train,
+    }
+    for name, value in named.items():
+        if value is not None:
+            side = "below" if bits < value else "above"
+            lines.append(f"  {abs(1 - bits / value):6.1%} {side} {value:.4f}, the {name}")
+    return lines
+
+
+def sample_text(config: Config, prepared: PreparedData, model: Decoder, place: Runtime) -> str:
+    """A continuation of ``train.sample.prompt``, prompt included; empty when no tokens are asked for.
+
+    With experts on several ranks it is a collective; rank 0's draws count.
+    """
+    sample, tokenizer = config.train.sample, prepared.tokenizer
+    if sample.tokens == 0:
+        return ""
+
+    def agree(token: int) -> int:
+        drawn = torch.tensor([token], device=place.device)
+        dist.broadcast(drawn, 0)
+        return int(drawn)
+
+    prompt = tokenizer.encode(sample.prompt) or [tokenizer.eos_id]
+    tokens = generate(
+        model,
+        prompt,
+        max_tokens=sample.tokens,
+        temperature=sample.temperature,
+        top_p=sample.top_p,
+        seed=config.seed,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.size,
+        agree=agree,
+    )
+    return tokenizer.decode([*prompt, *tokens])

@@ -1,0 +1,71 @@
+"""A trained model from its run folder or checkpoint, in one process, whatever layout wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from epmoe.config import Config
+from epmoe.data.tokenizer import Tokenizer, load_tokenizer
+from epmoe.errors import CheckpointError
+from epmoe.models.decoder import Decoder
+from epmoe.train.checkpoint import Checkpoint, load_weights, open_checkpoint
+from epmoe.train.setup import build_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A model with what it was trained with."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: Config
+    checkpoint: Checkpoint
+
+
+def load_trained(path: Path, *, device: torch.device) -> Trained:
+    """Loads a run's newest good checkpoint, or a named one, with all experts on one device.
+
+    Args:
+        path: Run folder, its ``ckpt`` folder, or one checkpoint.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, its configuration is not understood, or the run's tokenizer
+            is missing or another one.
+    """
+    checkpoint = open_checkpoint(path)
+    record = checkpoint.manifest.record
+    try:
+        config = Config.model_validate(record.config)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} has a configuration this version does not understand",
+            why=str(error.errors()[0]["msg"]),
+            fix="use the version of epmoe that wrote it",
+        ) from None
+    tokenizer_folder = checkpoint.path.parent.parent / "tokenizer"
+    if not tokenizer_folder.is_dir():
+        raise CheckpointError(
+            f"{tokenizer_folder} is missing",
+            why="a checkpoint is read together with its run's tokenizer folder",
+        )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if tokenizer.sha256 != record.tokenizer_hash:
+        raise CheckpointError(
+            f"{tokenizer_folder} has hash {tokenizer.sha256[:12]}, "
+            f"{checkpoint.path.name} was trained with {record.tokenizer_hash[:12]}"
+        )
+    vocab_size = checkpoint.manifest.tensors["model.embed.weight"].shape[0]
+    model = build_model(config, vocab_size, device=device, init=False)
+    load_weights(checkpoint, model=model)
+    return Trained(model=model.eval(), tokenizer=tokenizer, config=config, checkpoint=checkpoint)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``auto`` = the GPU when there is one."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)

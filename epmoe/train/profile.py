@@ -1,0 +1,54 @@
+"""Chrome traces of a few steps with torch.profiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from epmoe.errors import ConfigError
+
+
+class StepProfiler:
+    """Traces the steps ``profile.steps`` names into ``trace_rank<r>.json``; open it in Perfetto or chrome://tracing.
+
+    Args:
+        steps: ``first-last`` (counted from 1), or None for no trace.
+        folder: Where the trace goes.
+        rank: This rank.
+    """
+
+    def __init__(self, steps: str | None, folder: Path, rank: int) -> None:
+        self._path = folder / f"trace_rank{rank}.json"
+        self._first, self._last = (0, 0) if steps is None else _parse(steps)
+        self._profile: profile | None = None
+
+    def before_step(self, step: int) -> None:
+        """Starts the trace before its first step."""
+        if step == self._first:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def after_step(self, step: int) -> None:
+        """Writes the trace after its last step."""
+        if self._profile is not None and step == self._last:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self._path))
+            self._profile = None
+
+
+def _parse(steps: str) -> tuple[int, int]:
+    first, _, last = steps.partition("-")
+    try:
+        bounds = int(first), int(last or first)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise ConfigError(
+            f"profile.steps={steps} is not a range of steps", fix="for example profile.steps=10-13"
+        )
+    return bounds

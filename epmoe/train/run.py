@@ -1,0 +1,333 @@
+"""A whole run: start-up, data, resume, the loop with its checkpoints and evaluations, and the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from epmoe.config import Config, choose_ep_size
+from epmoe.config_file import check_layout, dump_config
+from epmoe.data.loader import TrainData, validation_sets
+from epmoe.data.prepare import prepare
+from epmoe.data.prepared import PreparedData
+from epmoe.data.progress import console_progress
+from epmoe.errors import EpmoeError, MemoryExhausted, Preempted
+from epmoe.observe.display import make_display
+from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
+from epmoe.parallel import runtime
+from epmoe.parallel.mesh import build_mesh
+from epmoe.parallel.runtime import Runtime
+from epmoe.train.checkpoint import (
+    FOLDER,
+    find_resumable,
+    load_checkpoint,
+    load_weights,
+    open_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+)
+from epmoe.train.evaluate import Evaluation, evaluate
+from epmoe.train.finish import finish
+from epmoe.train.loop import Progress, StopRequested, TimeUp, Trainer
+from epmoe.train.manifest import TrainingRecord
+from epmoe.train.profile import StepProfiler
+from epmoe.train.recording import Recorder
+from epmoe.train.resume import check_resumable
+from epmoe.train.run_folder import (
+    RunFolder,
+    begin_attempt,
+    close_run_folder,
+    describe_run,
+    end_attempt,
+    open_run_folder,
+    write_status,
+)
+from epmoe.train.setup import build_model
+from epmoe.train.signals import StopFlag, stop_on_signals
+
+METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer"
+RESOLVED = "config.yaml"
+"""The resolved configuration, in the run folder."""
+
+
+def train(config: Config, argv: Sequence[str]) -> None:
+    """Trains, resumes or reports that nothing is left to do. Every rank of the job calls it.
+
+    Args:
+        config: The resolved configuration, the same on all ranks.
+        argv: The command, for ``run.json``.
+
+    Raises:
+        EpmoeError: With the exit code of the process; ``run_status.json`` has it too.
+    """
+    with stop_on_signals() as stop:
+        place = runtime.start(config.train.device, config.parallel.timeout_s)
+        try:
+            runtime.require_equal("configuration", config.model_dump_json())
+            check_layout(config, place.world_size)
+            folder = open_run_folder(Path(config.out))
+            try:
+                _train_in(folder, config, place, stop, argv)
+            finally:
+                close_run_folder(folder)
+        finally:
+            runtime.stop(place)
+
+
+def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag, argv: Sequence[str]) -> None:
+    if _finished_at(folder.path) >= config.train.steps:
+        if folder.is_writer:
+            print(f"{folder.path} is finished: {config.train.steps} steps are done. Nothing to do.")
+            print("To train on, raise train.steps; for a new run, choose another out=.")
+        return
+    describe_run(folder, config.model_dump(mode="json"), argv)
+    if folder.is_writer:
+        (folder.path / RESOLVED).write_text(dump_config(config), encoding="utf-8")
+    write_status(folder, "running")
+    try:
+        run = Run(folder, config, place, stop)
+        begin_attempt(folder, run.progress.step, config.model_dump(mode="json"))
+        evaluations = run.loop()
+        with runtime.watching(place, step=run.progress.step, phase="final report"):
+            finish(
+                config,
+                folder.path,
+                run.prepared,
+                run.trainer.model,
+                evaluations,
+                place=place,
+                should_stop=stop,
+            )
+    except Preempted as error:
+        end_attempt(folder)
+        write_status(folder, "stopped", exit_code=error.exit_code, message=error.what)
+        raise
+    except torch.OutOfMemoryError as error:
+        translated = _out_of_memory(config, error)
+        write_status(folder, "failed", exit_code=translated.exit_code, message=translated.what)
+        raise translated from error
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, EpmoeError) else 1
+        write_status(folder, "failed", exit_code=code, message=f"{type(error).__name__}: {error}")
+        raise
+    end_attempt(folder)
+    write_status(folder, "done", exit_code=0, step=run.progress.step)
+
+
+def _finished_at(folder: Path) -> int:
+    """The step at which the run in a folder was done, 0 when it is not."""
+    try:
+        status = json.loads((folder / "run_status.json").read_bytes())
+        return int(status["step"]) if status["state"] == "done" else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _out_of_memory(config: Config, error: Exception) -> MemoryExhausted:
+    train = config.train
+    return MemoryExhausted(
+        f"out of memory with micro batches of {train.micro_batch_size or 'all'} x {config.data.seq_len} tokens",
+        why=str(error).splitlines()[0],
+        fix="lower train.micro_batch_size (gradients accumulate, results stay the same), moe.capacity_factor, or "
+        "data.seq_len; train.precision=bf16_autocast halves activations",
+    )
+
+
+# ------------------------------------------------------------------------------------------- the run itself
+class Run:
+    """One attempt: made with everything loaded, then ``loop`` trains to the end."""
+
+    def __init__(self, folder: RunFolder, config: Config, place: Runtime, stop: StopFlag) -> None:
+        self.config, self.place, self.folder, self.stop = config, place, folder, stop
+        self.prepared = _prepare(config, place, stop)
+        data = TrainData(self.prepared, config.data, config.seed)
+        num_experts = config.moe.num_experts if config.moe else 1
+        mesh = build_mesh(place, choose_ep_size(config.parallel.ep_size, place.world_size, num_experts))
+        vocab_size = self.prepared.padded_vocab_size
+        model = build_model(config, vocab_size, device=place.device, mesh=mesh)
+        self.trainer = Trainer(config, place, mesh, model=model, data=data, stop=stop)
+        self.validation = validation_sets(self.prepared, config.data)
+        seconds = _resume(folder, self.trainer, data, self.prepared)
+        self.saved_at = self.progress.step
+        """Step of the newest checkpoint."""
+        if folder.is_writer:
+            self.prepared.tokenizer.save(folder.path / TOKENIZER)
+            _announce(config, self.trainer)
+        self.recorder = Recorder(config, vocab_size, place.device, place.world_size, seconds)
+        self.trackers = self._open_trackers()
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands."""
+        return self.trainer.progress
+
+    def loop(self) -> list[Evaluation]:
+        """Steps until the last one, the time limit or a signal -> the final evaluation of every source.
+
+        Raises:
+            Preempted: After a signal; the checkpoint is written.
+        """
+        try:
+            self._steps()
+            self._save()
+            evaluations = self._evaluate(None)
+            self._log(evaluations)
+        except StopRequested:
+            self._save()
+            self._log([])
+            raise Preempted(
+                f"stopped after step {self.progress.step} ({self.stop.reason or 'another rank was asked to'}); "
+                "a checkpoint is written",
+                fix="run the same command to go on",
+            ) from None
+        finally:
+            self.trackers.close()
+        return evaluations
+
+    def _steps(self) -> None:
+        train, total = self.config.train, self.config.train.steps
+        profiler = StepProfiler(self.config.profile.steps, self.folder.path, self.place.rank)
+        deadline = time.monotonic() + 60 * (train.max_minutes or float("inf"))
+        self.recorder.clock.lap()
+        while self.progress.step < total:
+            number = self.progress.step + 1
+            profiler.before_step(number)
+            try:
+                with runtime.watching(self.place, step=number, phase="training"):
+                    self.recorder.add(self.trainer.step(out_of_time=time.monotonic() > deadline))
+            except TimeUp:
+                return
+            profiler.after_step(number)
+            if _due(self.config.checkpoint.every, number):
+                self._save()
+            if number < total and _due(train.eval_every, number):
+                self._log(self._evaluate(train.eval_samples))
+            elif number < total and _due(train.log_every, number):
+                self._log([])
+
+    def _save(self) -> None:
+        if self.saved_at == self.progress.step:
+            return
+        with (
+            self.recorder.paused(),
+            runtime.watching(self.place, step=self.progress.step, phase="checkpoint"),
+        ):
+            save_checkpoint(
+                self.folder.path / FOLDER,
+                model=self.trainer.model,
+                optimizer=self.trainer.optimizer,
+                mesh=self.trainer.mesh,
+                record=self._training_record(),
+                keep=self.config.checkpoint.keep,
+            )
+        self.saved_at = self.progress.step
+
+    def _training_record(self) -> TrainingRecord:
+        progress = self.progress
+        counters = {"skipped": progress.skipped, "skipped_in_a_row": progress.skipped_in_a_row}
+        return TrainingRecord(
+            step=progress.step,
+            tokens=progress.tokens,
+            samples=progress.samples,
+            config=self.config.model_dump(mode="json"),
+            data_fingerprint=self.trainer.data.fingerprint,
+            tokenizer_hash=self.prepared.tokenizer.sha256,
+            trainer={"seconds": self.recorder.seconds, **counters},
+        )
+
+    def _evaluate(self, max_windows: int | None) -> list[Evaluation]:
+        train, place = self.config.train, self.place
+        with self.recorder.paused(), runtime.watching(place, step=self.progress.step, phase="evaluation"):
+            return [
+                evaluate(
+                    self.trainer.model,
+                    data,
+                    rank=place.rank,
+                    world_size=place.world_size,
+                    batch_size=self.trainer.micro_batch,
+                    precision=train.precision,
+                    device=place.device,
+                    max_windows=max_windows,
+                    poll=self.trainer.check_stop,
+                )
+                for data in self.validation
+            ]
+
+    def _open_trackers(self) -> Trackers:
+        if not self.folder.is_writer:
+            return Trackers([])
+        path, step = self.folder.path, self.progress.step
+        return Trackers(
+            [
+                lambda: JsonlTracker(path / METRICS, step),
+                lambda: TensorBoardTracker(path / "tensorboard", step),
+                lambda: make_display(self.config.train.steps),
+            ]
+        )
+
+    def _log(self, evaluations: list[Evaluation]) -> None:
+        record = self.recorder.record(self.progress, {one.name: one.loss for one in evaluations})
+        if record is not None:
+            self.trackers.log(record)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _prepare(config: Config, place: Runtime, stop: StopFlag) -> PreparedData:
+    """Rank 0 prepares with a progress display; the others find the result, or make it on a disk of their own."""
+    with runtime.rank_zero_first(place, "prepare data", stop):
+        if place.rank > 0:
+            return prepare(config.data, should_stop=stop)
+        with console_progress() as progress:
+            return prepare(config.data, progress=progress, should_stop=stop)
+
+
+def _resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: PreparedData) -> float:
+    """Loads the newest good checkpoint, or the weights ``init_from`` names -> training seconds so far."""
+    config, checkpoints = trainer.config, folder.path / FOLDER
+    if folder.is_writer:
+        remove_unfinished(checkpoints)
+    found = find_resumable(checkpoints)
+    for reason in found.rejected if folder.is_writer else ():
+        print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr)
+    if found.checkpoint is None:
+        if config.train.init_from is not None:
+            start = open_checkpoint(Path(config.train.init_from))
+            load_weights(start, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh)
+        return 0.0
+    changes = check_resumable(
+        found.checkpoint.manifest.record,
+        config,
+        data_fingerprint=data.fingerprint,
+        tokenizer_hash=prepared.tokenizer.sha256,
+    )
+    record = load_checkpoint(
+        found.checkpoint, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh
+    )
+    counters = dict(record.trainer)
+    seconds = float(counters.pop("seconds"))
+    trainer.progress = Progress(step=record.step, samples=record.samples, tokens=record.tokens, **counters)
+    if folder.is_writer:
+        print(f"resuming from {found.checkpoint.path} (step {record.step})")
+        for line in changes:
+            print(f"  changed since: {line}")
+    return seconds
+
+
+def _announce(config: Config, trainer: Trainer) -> None:
+    mesh, model = trainer.mesh, trainer.model
+    local = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{mesh.world_size} rank(s) on {trainer.runtime.device.type}, ep_size {mesh.ep_size} "
+        f"({mesh.edp_size} holding each expert), {local:,} parameters per rank, {config.train.precision}, "
+        f"{torch.get_num_threads()} thread(s) per rank",
+        flush=True,
+    )

@@ -1,0 +1,106 @@
+"""A model small enough to write down, with everything that matters to groups and checkpoints: stacked experts,
+experts that are modules, tied embeddings, norms, a scalar, a buffer. No MoE layer is needed for that."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from epmoe.config import OptimizerConfig
+from epmoe.parallel.gradients import Gradients
+from epmoe.parallel.mesh import ExpertMesh
+from epmoe.train.manifest import TrainingRecord
+from epmoe.train.optimizer import Optimizer
+
+NUM_EXPERTS = 4
+
+
+def draw(name: str, *shape: int) -> Tensor:
+    """Values that depend on the name alone, so that every rank and every layout draws the same."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator)
+
+
+class StackedExperts(nn.Module):
+    """Experts ``first`` to ``first + count - 1`` of ``NUM_EXPERTS``, as one tensor."""
+
+    def __init__(self, first: int, count: int, num_experts: int = NUM_EXPERTS) -> None:
+        super().__init__()
+        self.first_expert, self.num_experts = first, num_experts
+        self.w_in = nn.Parameter(draw("w_in", num_experts, 3, 5)[first : first + count].clone())
+        self.bias = nn.Parameter(draw("bias", num_experts, 5)[first : first + count].clone())
+
+
+class ListedExperts(nn.Module):
+    """The same as modules, whose names carry the global id."""
+
+    def __init__(self, first: int, count: int, num_experts: int = NUM_EXPERTS) -> None:
+        super().__init__()
+        self.first_expert, self.num_experts = first, num_experts
+        self.experts = nn.ModuleDict()
+        for expert in range(first, first + count):
+            linear = nn.Linear(3, 2)
+            linear.weight = nn.Parameter(draw(f"listed{expert}", 2, 3))
+            linear.bias = nn.Parameter(draw(f"listed_bias{expert}", 2))
+            self.experts[str(expert)] = linear
+
+
+class Tiny(nn.Module):
+    """Dense and expert parameters; nothing is ever computed with it."""
+
+    steps_seen: Tensor
+
+    def __init__(self, first: int, count: int, *, listed: bool = False, width: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, width)
+        self.embed.weight = nn.Parameter(draw("embed", 7, width))
+        self.experts = StackedExperts(first, count)
+        if listed:
+            self.other = nn.ModuleDict({"experts": ListedExperts(first, count)})
+        self.norm = nn.Parameter(draw("norm", width))
+        self.temperature = nn.Parameter(draw("temperature"))
+        self.head = nn.Linear(width, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps_seen", torch.tensor([3, 1], dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+
+def tiny_model(mesh: ExpertMesh, *, listed: bool = False) -> Tiny:
+    """This rank's part."""
+    count = NUM_EXPERTS // mesh.ep_size
+    return Tiny(mesh.ep_rank * count, count, listed=listed)
+
+
+def trained(model: nn.Module, mesh: ExpertMesh, steps: int) -> Optimizer:
+    """AdamW after some steps with gradients that every layout agrees on."""
+    gradients = Gradients(model.named_parameters(), mesh)
+    optimizer = Optimizer(OptimizerConfig(), model, gradients)
+    for step in range(steps):
+        for name, view in gradients.views.items():
+            view.copy_(_global_rows(f"grad {step} {name}", name, model, view))
+        optimizer.step(0.01)
+    return optimizer
+
+
+def _global_rows(key: str, name: str, model: nn.Module, view: Tensor) -> Tensor:
+    """Rows of a draw for the whole tensor that belong to this rank's experts."""
+    if not name.startswith("experts."):
+        return draw(key, *view.shape)
+    owner = model.get_submodule("experts")
+    whole = draw(key, NUM_EXPERTS, *view.shape[1:])
+    return whole[owner.first_expert : owner.first_expert + view.shape[0]]
+
+
+def record(step: int) -> TrainingRecord:
+    """A record with something in every field."""
+    return TrainingRecord(
+        step=step,
+        tokens=step * 100,
+        samples=step * 8,
+        config={"seed": 1},
+        data_fingerprint="data",
+        tokenizer_hash="tokenizer",
+        trainer={"skipped": 2},
+    )

@@ -1,0 +1,182 @@
+"""The command line: what it parses, how it fails, and that it is quick."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import epmoe
+import epmoe.cli
+from epmoe.errors import CheckpointError, ConfigError, Preempted
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "epmoe", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        epmoe.cli.main(arguments)
+    code = caught.value.code
+    return code if isinstance(code, int) else 0
+
+
+@pytest.fixture
+def body(monkeypatch: pytest.MonkeyPatch):
+    """Puts a recording function in the place of a command's body."""
+
+    def _body(module: str, function: str, error: BaseException | None = None) -> list[tuple[tuple, dict]]:
+        calls: list[tuple[tuple, dict]] = []
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            if error is not None:
+                raise error
+
+        name = f"epmoe.cli.{module}"
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**{function: record}))
+        return calls
+
+    return _body
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        "import sys, epmoe.cli\ntry: epmoe.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    took = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        took.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    for command in ("train", "prepare", "eval", "generate", "doctor"):
+        assert command in done.stdout
+    assert min(took) < 0.5
+
+
+def test_no_command_module_imports_torch_before_it_runs():
+    modules = [f"epmoe.cli.{m.name}" for m in pkgutil.iter_modules(epmoe.cli.__path__)]
+    code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_names_epmoe_torch_and_cuda(capsys: pytest.CaptureFixture[str]):
+    assert exit_code("--version") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["epmoe", "torch", "CUDA"]
+    assert lines[0] == f"epmoe {epmoe.__version__}"
+
+
+def test_arguments_reach_the_bodies(body):
+    train = body("train", "train")
+    assert exit_code("train", "a.yaml", "moe.top_k=1", "--dry-run", "out=x=y") == 0
+    assert train == [((Path("a.yaml"), ["moe.top_k=1", "out=x=y"], True), {})]
+    prepare = body("prepare", "prepare")
+    assert exit_code("prepare", "a.yaml") == 0
+    assert prepare == [((Path("a.yaml"), []), {})]
+    evaluate = body("eval", "evaluate")
+    assert exit_code("eval", "runs/a", "--json", "data.seq_len=8") == 0
+    assert evaluate == [((Path("runs/a"), ["data.seq_len=8"], True), {})]
+    generate = body("generate", "generate")
+    assert exit_code("generate", "runs/a", "--prompt-file", "-", "--top-k", "5", "--seed", "3") == 0
+    assert generate[0][0] == (Path("runs/a"),)
+    assert generate[0][1] == {
+        "prompt": None,
+        "prompt_file": "-",
+        "max_tokens": 120,
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.95,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["fly"], ["train", "a", "--wet-run"], ["generate", "a", "--max-tokens", "x"], ["eval"]],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert exit_code(*arguments) == 2
+    assert "Error" in capsys.readouterr().err
+
+
+def test_two_prompts_are_one_too_many(capsys: pytest.CaptureFixture[str]):
+    assert exit_code("generate", "a", "--prompt", "x", "--prompt-file", "y") == 2
+    assert "both given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("a", why="b", fix="c"), 2), (CheckpointError("a"), 4), (Preempted("a"), 75)],
+)
+def test_our_errors_are_messages_with_their_own_exit_code(
+    body, capsys: pytest.CaptureFixture[str], error, code: int
+):
+    body("train", "train", error)
+    assert exit_code("train", "a.yaml") == code
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"error: {error}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--debug", "train", "a.yaml"], ["train", "a.yaml", "--debug", "seed=1"]]
+)
+def test_debug_shows_the_traceback_of_our_errors_too(
+    body, capsys: pytest.CaptureFixture[str], arguments: list[str]
+):
+    body("train", "train", ConfigError("a"))
+    assert exit_code(*arguments) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_keeps_its_traceback(body):
+    body("train", "train", ZeroDivisionError("boom"))
+    with pytest.raises(ZeroDivisionError):
+        epmoe.cli.main(["train", "a.yaml"])
+
+
+def test_one_message_per_machine_for_a_configuration_mistake(
+    body, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    body("train", "train", ConfigError("a"))
+    assert exit_code("train", "a.yaml") == 2
+    assert capsys.readouterr().err == ""
+    body("train", "train", CheckpointError("b"))
+    assert exit_code("train", "a.yaml") == 4
+    assert capsys.readouterr().err == "[rank 1] error: b\n"
+
+
+def test_no_color_is_respected_and_colour_is_there_without_it():
+    coloured = run("--help", FORCE_COLOR="1", TERM="xterm-256color")
+    assert "\x1b[" in coloured.stdout
+    plain = run("--help", FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1")
+    assert "\x1b[3" not in plain.stdout
+
+
+def test_public_names_are_the_real_ones():
+    from epmoe.moe.layer import MoELayer
+
+    assert epmoe.MoELayer is MoELayer
+    for name in epmoe.__all__:
+        assert getattr(epmoe, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = epmoe.Nonsense

@@ -1,0 +1,116 @@
+"""``epmoe doctor``: findings about the machine, and the report on a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import pytest
+import typer
+
+from epmoe.cli import doctor as module
+from epmoe.cli.doctor import apex_finding, doctor, examine
+from epmoe.errors import ConfigError
+from epmoe.observe.record import LayerHealth, StepRecord, record_to_json
+
+
+def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]):
+    doctor(None, json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    names = {finding["name"]: finding for finding in report["findings"]}
+    assert {"python", "torch", "cpu", "cores", "kernels", "rendezvous", "process group", "/dev/shm"} <= set(
+        names
+    )
+    assert names["process group"]["status"] == "ok"
+    assert names["deepspeed"]["status"] == "note"
+
+
+def test_a_look_that_fails_is_a_finding_and_the_exit_code_is_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(module, "_process_group", lambda: 1 // 0)
+    monkeypatch.setattr(module, "_storage", lambda: 1 // 0)
+    monkeypatch.setattr(module._storage, "__name__", "_storage")
+    failures = [f for f in examine() if f.status == "failure"]
+    assert [f.part for f in failures] == ["rendezvous", "storage"]
+    assert "ZeroDivisionError" in failures[0].value
+    with pytest.raises(typer.Exit) as caught:
+        doctor(None, json=False)
+    assert caught.value.exit_code == 1
+    assert "2 problem(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["toolkit", "nvidia"])
+def test_the_two_packages_called_apex_are_told_apart_without_importing_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    folder = tmp_path / "apex"
+    (folder / "optimizers").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemExit('apex was imported')")
+    if kind == "nvidia":
+        (folder / "optimizers" / "fused_adam.py").touch()
+    spec = PathFinder.find_spec("apex", [str(tmp_path)])
+    monkeypatch.setattr(module, "find_spec", lambda name: spec)
+    finding = apex_finding()
+    assert "apex" not in sys.modules
+    assert (finding.status == "warning") == (kind == "toolkit")
+    assert ("unrelated" in finding.value) == (kind == "toolkit")
+
+
+def test_a_run_is_reported_with_its_status_last_step_and_routers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "run_status.json").write_text(
+        '{"state": "failed", "exit_code": 5, "step": 20, "message": ""}'
+    )
+    layer = LayerHealth(
+        demand_E=(0, 9, 1, 2),
+        kept_E=(0, 4, 1, 2),
+        assignments=12,
+        kept=7,
+        overflow_tokens=1,
+        valid_tokens=6,
+        nonfinite_tokens=0,
+        entropy=0.5,
+    )
+    record = StepRecord(
+        step=20,
+        tokens=100,
+        samples=4,
+        loss=1.5,
+        lr=0.1,
+        grad_norm=1.0,
+        tokens_per_second=9.0,
+        flops_per_second=1e9,
+        memory_gib=1.0,
+        seconds=1.0,
+        layers={3: layer},
+    )
+    (tmp_path / "metrics.jsonl").write_text(record_to_json(record) + "\n")
+    doctor(tmp_path, json=False)
+    text = capsys.readouterr().out
+    for part in ("state: failed", "exit_code: 5", "loss=1.5", "WARNING layer 3", "DEAD experts 0"):
+        assert part in text
+    doctor(tmp_path, json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["status"]["exit_code"], report["last"]["step"], report["routers"][0]["flagged"]) == (
+        5,
+        20,
+        True,
+    )
+
+
+def test_a_run_folder_may_be_empty_or_damaged_but_must_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    doctor(tmp_path, json=False)
+    assert "last metrics: none" in capsys.readouterr().out
+    (tmp_path / "run_status.json").write_text('{"state"')
+    (tmp_path / "metrics.jsonl").write_text("not json\n")
+    doctor(tmp_path, json=False)
+    assert "damaged" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="not a run folder"):
+        doctor(tmp_path / "none", json=False)
