@@ -123,16 +123,35 @@ def _join(place: torch.device, timeout_s: float) -> None:
             why="some of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are there and some are not",
             fix=f"start with `{TORCHRUN}`, or unset RANK and WORLD_SIZE to run a single process",
         )
+    _await_name(timeout_s)
     try:
         dist.init_process_group(backend, init_method="env://", timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise _rendezvous_error(error, timeout_s) from error
 
 
-def _rendezvous_error(error: Exception, timeout_s: float) -> EpmoeError:
+def _await_name(timeout_s: float) -> None:
+    """Waits until MASTER_ADDR has an address; a cluster's name service may be behind its pods."""
+    host = env.rendezvous_address().rpartition(":")[0]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise CommError(
+                    f"rank {env.rank()} of {env.world_size()} cannot resolve MASTER_ADDR={host}",
+                    why=f"{error.strerror} for {timeout_s:g} s",
+                    fix=f"set MASTER_ADDR to the name or address of the first node, or start with `{TORCHRUN}`",
+                ) from None
+        time.sleep(min(0.5, timeout_s / 10))
+
+
+def _rendezvous_error(error: Exception, timeout_s: float) -> CommError:
     """Says which of the usual start-up problems it is."""
     address = env.rendezvous_address()
-    host, _, port = address.rpartition(":")
+    port = address.rpartition(":")[2]
     why = str(error).splitlines()[0]
     who = f"rank {env.rank()} of {env.world_size()}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -140,14 +159,6 @@ def _rendezvous_error(error: Exception, timeout_s: float) -> EpmoeError:
             f"{who} cannot listen on {address}: port {port} (MASTER_PORT) is in use",
             why="another job, or what is left of an earlier one, holds it",
             fix=f"`{TORCHRUN}` picks a free port on one node; otherwise choose another --master-port",
-        )
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return CommError(
-            f"{who} cannot resolve MASTER_ADDR={host}",
-            why=why,
-            fix=f"set MASTER_ADDR to the name or address of the first node, or start with `{TORCHRUN}`",
         )
     return CommError(
         f"{who} did not find the other ranks at {address} within {timeout_s:g} s",
@@ -290,20 +301,20 @@ def _comm_error(runtime: Runtime, where: str, error: Exception) -> CommError:
     causes = [
         f"rank {rank} stopped first at {note[1:]}" for rank, note in sorted(notes.items()) if note[0] == "!"
     ]
-    first_line = str(error).splitlines()[0][:300]
-    if causes:
+    slow = f"if it was only slow, raise parallel.timeout_s (now {runtime.timeout_s:g})"
+    if not notes:
+        what = f"rank {runtime.rank} lost the job at {where}: the rendezvous store at {env.rendezvous_address()} is gone"
+        fix = "rank 0 or the launcher that hosts the store has most likely died: look at its log first"
+    elif causes:
         what = f"rank {runtime.rank} lost a peer at {where}: {causes[0]}"
         fix = "the log of that rank has the cause"
     elif silent:
         what = f"rank {runtime.rank} lost rank(s) {silent} at {where}: dead, stopped or hanging"
-        fix = (
-            f"look at the logs of rank(s) {silent}; if they were only slow, raise parallel.timeout_s "
-            f"(now {runtime.timeout_s:g})"
-        )
+        fix = f"look at the logs of rank(s) {silent}; {slow}"
     else:
         what = f"rank {runtime.rank} failed to communicate at {where}, though all ranks answer"
-        fix = f"check the network; if a rank was slow, raise parallel.timeout_s (now {runtime.timeout_s:g})"
-    return CommError(what, why=first_line, fix=fix)
+        fix = f"check the network between the nodes; {slow.replace('it', 'a rank')}"
+    return CommError(what, why=str(error).splitlines()[0][:300], fix=fix)
 
 
 def _note_key(rank: int) -> str:
@@ -317,7 +328,8 @@ def _leave_note(runtime: Runtime, note: str) -> None:
 
 
 def _notes(runtime: Runtime, where: str, grace_s: float) -> dict[int, str]:
-    """Reports of the ranks that still answer: ``!`` and an error, or where they lost contact."""
+    """Reports of the ranks that still answer: ``!`` and an error, or where they lost contact. Empty when the store
+    that holds them does not answer either."""
     notes: dict[int, str] = {}
     deadline = time.monotonic() + grace_s
     try:
@@ -329,9 +341,8 @@ def _notes(runtime: Runtime, where: str, grace_s: float) -> dict[int, str]:
                 if rank not in notes and store.check([_note_key(rank)]):
                     notes[rank] = store.get(_note_key(rank)).decode()
             time.sleep(0.02)
-    except RuntimeError as error:
-        print(f"[rank {runtime.rank}] the rendezvous store does not answer: {error}", file=sys.stderr)
-        notes.setdefault(runtime.rank, where)
+    except RuntimeError:
+        return {}
     return notes
 
 

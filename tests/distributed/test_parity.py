@@ -46,9 +46,7 @@ class Samples:
             valid.append(real)
             loss.append(real & (window[1:] % 7 != 0))
         token_BS = torch.stack(token)
-        context = TokenContext(
-            valid_BS=torch.stack(valid), sample_B=torch.tensor(numbers), token_BS=token_BS
-        )
+        context = TokenContext(valid_BS=torch.stack(valid), sample_B=torch.tensor(numbers), token_BS=token_BS)
         return Batch(
             token_BS=token_BS, target_BS=torch.stack(target), loss_BS=torch.stack(loss), context=context
         )
@@ -168,7 +166,9 @@ def test_layout_equals_one_process(
         error, name = worst_error("gradients", rank, reference)
         assert error <= limit, f"gradient of {name} is off by {error:.2e}"
         for step, (loss, wanted) in enumerate(zip(rank["losses"], reference["losses"], strict=True)):
-            assert abs(loss - wanted) <= wanted * (1e-12 if precision == "fp64" else 2e-6), f"loss of step {step}"
+            assert abs(loss - wanted) <= wanted * (1e-12 if precision == "fp64" else 2e-6), (
+                f"loss of step {step}"
+            )
         for got, wanted in zip(rank["counts"], reference["counts"], strict=True):
             assert all(torch.equal(got[key], wanted[key]) for key in wanted), "other assignments were kept"
         assert rank["norms"] == ranks[0]["norms"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
@@ -11,8 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epmoe.config import AUX_LOSSES, Config, GShardTop2Options, MoEConfig, SwitchOptions, choose_ep_size
-from epmoe.config_file import check_layout, dump_config, load_config
+from epmoe.config import (
+    AUX_LOSSES,
+    Config,
+    DataConfig,
+    GShardTop2Options,
+    MoEConfig,
+    SourceConfig,
+    SwitchOptions,
+    choose_ep_size,
+)
+from epmoe.config_file import check_layout, dump_config, load_config, override_config
 from epmoe.errors import ConfigError
 from epmoe.moe.build import ROUTERS, build_losses
 
@@ -25,6 +35,12 @@ def write(tmp_path: Path):
         return path
 
     return _write
+
+
+def processor_time() -> float:
+    """Of finished child processes; unlike the clock it does not depend on what else the machine does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def mistakes(path: Path, *overrides: str) -> str:
@@ -125,11 +141,11 @@ def test_aliases_share_a_value_but_cannot_explode(write):
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     for i in range(1, 12):
         bomb += f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 10) + "]\n"
-    started = time.perf_counter()
+    started = time.process_time()
     assert "more than 10000 values" in mistakes(write(bomb))
     assert "more than 10000 values" in mistakes(write("a: &a [*a]\n"))
     assert "nested deeper" in mistakes(write("a: " + "[" * 2000))
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_files_that_are_no_configuration(write, tmp_path: Path):
@@ -275,6 +291,16 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path: Path):
         assert load_config(path) == config
 
 
+def test_a_finished_configuration_takes_overrides_too():
+    config = Config(data=DataConfig(sources=(SourceConfig(name="a"), SourceConfig(name="b"))), moe=None)
+    assert override_config(config, []) == config
+    changed = override_config(config, ["data.sources.1.path=x", "seed=3"])
+    assert (changed.data.sources[1].path, changed.data.sources[0]) == ("x", config.data.sources[0])
+    assert changed.seed == 3
+    with pytest.raises(ConfigError, match=r"command line: data.sources.1.pth: unknown key"):
+        override_config(config, ["data.sources.1.pth=x"])
+
+
 @pytest.mark.parametrize(
     ("world", "experts", "expected"), [(1, 8, 1), (2, 8, 2), (6, 8, 2), (3, 8, 1), (16, 8, 8)]
 )
@@ -322,10 +348,10 @@ def test_a_mistake_is_reported_in_under_a_second_without_torch(write):
     path = write("moe: {topk: 1}\n")
     took = []
     for _ in range(2):  # the first run may compile bytecode
-        started = time.perf_counter()
+        before = processor_time()
         done = subprocess.run(
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
         )
-        took.append(time.perf_counter() - started)
+        took.append(processor_time() - before)
         assert done.returncode == 0, done.stderr
     assert min(took) < 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,7 @@ import numpy as np
 from epmoe.config import DataConfig, SourceConfig
 from epmoe.data.indexed import IndexedWriter, token_dtype
 
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "router",
-    "expert",
-    "token",
-    "slot",
-    "rank",
-    "loss",
-    "gate",
-    "é",
-    "漢",
-    "x=1",
-    "def",
-    "return\n",
-    "\n",
-]
+WORDS = ("the", "of", "router", "expert", "token", "slot", "rank", "loss", "é", "漢", "x=1", "return\n", "\n")
 
 
 def text(seed: int, words: int) -> str:
@@ -70,3 +54,19 @@ def write_pair(prefix: Path, documents: list[list[int]], vocab_size: int = 257) 
     writer.add(flat, np.array([len(document) for document in documents], np.int64))
     writer.finish()
     return prefix
+
+
+def hand_built(lengths: list[int], pointers: list[int], documents: list[int], code: int = 8) -> bytes:
+    """An index written number by number."""
+    return b"".join(
+        (
+            b"MMIDIDX\x00\x00",
+            struct.pack("<Q", 1),
+            struct.pack("<B", code),
+            struct.pack("<Q", len(lengths)),
+            struct.pack("<Q", len(documents)),
+            b"".join(struct.pack("<i", n) for n in lengths),
+            b"".join(struct.pack("<q", n) for n in pointers),
+            b"".join(struct.pack("<q", n) for n in documents),
+        )
+    )

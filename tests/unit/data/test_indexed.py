@@ -8,30 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epmoe.data.indexed import HEADER, IndexedWriter, bin_path, idx_path, open_indexed, pair_prefix
 from epmoe.errors import DataError
-from tests.unit.data.helpers import write_pair
+from tests.unit.data.helpers import hand_built, write_pair
 
 DOCUMENTS = [[5, 6, 7], [], [256], [1, 2]]
-
-
-def hand_built(lengths: list[int], pointers: list[int], documents: list[int], code: int = 8) -> bytes:
-    """An index written number by number."""
-    return b"".join(
-        (
-            b"MMIDIDX\x00\x00",
-            struct.pack("<Q", 1),
-            struct.pack("<B", code),
-            struct.pack("<Q", len(lengths)),
-            struct.pack("<Q", len(documents)),
-            b"".join(struct.pack("<i", n) for n in lengths),
-            b"".join(struct.pack("<q", n) for n in pointers),
-            b"".join(struct.pack("<q", n) for n in documents),
-        )
-    )
 
 
 def read_documents(prefix: Path) -> list[list[int]]:
@@ -57,6 +41,7 @@ def test_reads_every_integer_dtype_and_documents_of_several_sequences(
     assert read_documents(tmp_path / "p") == [[1, 2, 3], [], [4, 5, 6]]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 69999), max_size=5), max_size=8), st.sampled_from([60000, 70000]))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], vocab: int) -> None:
     documents = [[token % vocab for token in document] for document in documents]

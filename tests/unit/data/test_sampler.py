@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epmoe.data.sampler import epoch_keys, mixture, num_windows, permute, window_of
@@ -31,10 +32,8 @@ def test_neighbours_go_to_different_windows(size: int, seed: int, epoch: int, da
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
-    assert [window_of(n, windows=10, seed=7, source="stdlib") for n in range(20)] == GOLDEN
-
-
-GOLDEN: list[int] = []
+    order = [window_of(n, windows=10, seed=7, source="stdlib") for n in range(20)]
+    assert order == [0, 3, 5, 4, 2, 7, 9, 1, 8, 6, 1, 3, 8, 0, 4, 6, 7, 9, 2, 5]
 
 
 def test_no_window_is_lost_or_repeated_in_an_epoch() -> None:
@@ -67,7 +66,7 @@ def test_positions_move_without_pattern() -> None:
     order = [window_of(i, windows=windows, seed=0, source="s") for i in range(windows)]
     distance = sum(abs(window - i) for i, window in enumerate(order)) / windows
     assert abs(distance - windows / 3) < 30  # a random permutation: n/3, standard deviation about 7
-    follows = sum(b == a + 1 for a, b in zip(order, order[1:], strict=False))
+    follows = sum(b == a + 1 for a, b in pairwise(order))
     assert follows < 10  # expectation 1
 
 
@@ -97,6 +96,7 @@ def test_proportions(weights: list[float], counts: tuple[int, ...]) -> None:
     assert Counter(mixed.pattern) == dict(enumerate(counts))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.05, 20, allow_nan=False), min_size=1, max_size=6))
 def test_each_source_is_read_in_order_and_never_falls_behind(weights: list[float]) -> None:
     mixed = mixture(weights)

@@ -1,0 +1,360 @@
+"""Preparation: exact, parallel, cached, resumable after a kill, atomic, stoppable, and honest about bad input."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from epmoe.config import DataConfig
+from epmoe.data.corpora import is_validation, scan
+from epmoe.data.files import crc32_of
+from epmoe.data.foreign import facts_path
+from epmoe.data.indexed import bin_path, idx_path, open_indexed
+from epmoe.data.loader import TrainData
+from epmoe.data.prepare import prepare
+from epmoe.data.prepared import PreparedData, PreparedSplit, open_prepared, open_split, verify_split
+from epmoe.data.shards import encode_document
+from epmoe.data.tokenizer import ByteTokenizer, train_bpe
+from epmoe.errors import DataError, Preempted
+from tests.unit.data.helpers import config, text, write_folder, write_jsonl, write_pair
+
+
+def decoded(split: PreparedSplit, prepared: PreparedData) -> list[str]:
+    pair = open_split(split, prepared.tokenizer)
+    offsets = pair.document_offsets
+    texts = []
+    for i in range(pair.num_documents):
+        ids = pair.tokens[offsets[i] : offsets[i + 1]].tolist()
+        assert ids[-1] == prepared.tokenizer.eos_id
+        texts.append(prepared.tokenizer.decode(ids[:-1]))
+    return texts
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def several_shards(tmp_path: Path, **options: object) -> DataConfig:
+    """4 MiB of JSONL: four shards of a mebibyte."""
+    path = tmp_path / "big.jsonl"
+    if not path.exists():
+        line = json.dumps({"text": text(1, 8000)})
+        path.write_text("".join(f'{{"n": {i}, {line[1:]}\n' for i in range(4_300_000 // len(line))))
+    return config(tmp_path, path, **options)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_documents_come_back_exactly_and_only_training_text_trains(tmp_path: Path, tokenizer: str) -> None:
+    folder = write_folder(tmp_path / "texts", 80)
+    (folder / "part0" / "empty.txt").touch()
+    (folder / "part0" / "latin.txt").write_bytes(b"caf\xe9 " * 9)
+    cfg = config(tmp_path, folder, tokenizer=tokenizer, vocab_size=300)
+    prepared = prepare(cfg)
+    [source] = prepared.sources
+    assert source.val is not None
+    texts: dict[str, list[str]] = {"train": [], "val": []}
+    for piece in scan(cfg.sources[0]).pieces:
+        value = Path(piece.path).read_bytes().decode(errors="replace")
+        texts["val" if is_validation(piece.name.encode()) else "train"].append(value)
+    train = [value for value in texts["train"] if value]
+    assert decoded(source.train, prepared) == train
+    assert decoded(source.val, prepared) == texts["val"]
+    assert source.train.facts.utf8_bytes == sum(len(value.encode()) for value in train)
+    assert source.train.facts.documents == len(train)
+    assert (source.train.empty, source.train.replaced) == (1, 1)
+    if tokenizer == "bpe":
+        assert prepared.tokenizer.sha256 == train_bpe(texts["train"], 300).sha256
+        assert prepared.padded_vocab_size == 320
+
+
+def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path) -> None:
+    cfg = several_shards(tmp_path)
+    alone = prepare(cfg)
+    together = prepare(cfg.model_copy(update={"cache": str(tmp_path / "other"), "num_workers": 2}))
+    assert files_of(alone.folder) == files_of(together.folder)
+    assert alone.fingerprint == together.fingerprint
+    facts = alone.sources[0].train.facts
+    prefix = alone.sources[0].train.prefix
+    assert facts.bin_crc32 == crc32_of(bin_path(prefix))
+    assert facts.idx_crc32 == crc32_of(idx_path(prefix))
+
+
+def test_prepared_data_is_found_again(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "texts", 10)
+    cfg = config(tmp_path, folder)
+    first = prepare(cfg)
+    stamp = (first.folder / "prepared.json").stat().st_mtime_ns
+    again = prepare(cfg.model_copy(update={"seq_len": 32, "vocab_multiple": 8, "cross_document": False}))
+    assert again.folder == first.folder
+    assert (again.folder / "prepared.json").stat().st_mtime_ns == stamp
+    assert again.padded_vocab_size == 264
+    bpe = prepare(cfg.model_copy(update={"tokenizer": "bpe", "vocab_size": 280}))
+    (folder / "part0" / "000.txt").write_text("another text")
+    changed = prepare(cfg)
+    assert len({first.folder, bpe.folder, changed.folder}) == 3
+    assert len({first.fingerprint, bpe.fingerprint, changed.fingerprint}) == 3
+    assert not list(Path(cfg.cache).glob(".*.work"))
+
+
+def run_prepare(cfg: DataConfig, fault: str) -> subprocess.CompletedProcess[str]:
+    """Prepares in a process of its own, with a planned fault."""
+    code = (
+        "import sys; from epmoe.config import DataConfig; from epmoe.data.prepare import prepare;"
+        "prepare(DataConfig.model_validate_json(sys.argv[1]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, cfg.model_dump_json()],
+        env={**os.environ, "EPMOE_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("step", "workers", "finished"), [(2, 1, 2), (2, 2, 2), (5, 1, 4)])
+def test_killed_preparation_continues(tmp_path: Path, step: int, workers: int, finished: int) -> None:
+    cfg = several_shards(tmp_path, num_workers=workers)
+    killed = run_prepare(cfg, f"point=data.prepare,step={step},action=kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    cache = Path(cfg.cache)
+    assert not list(cache.glob("*/prepared.json"))
+    assert not [p for p in cache.iterdir() if not p.name.startswith(".")]
+    [work] = cache.glob(".*.work")
+    shards = {p: p.stat().st_mtime_ns for p in sorted((work / "shards").glob("*.npz"))}
+    # A worker may finish the shard it was at after its parent died; run() waited for its standard error to close.
+    assert finished <= len(shards) <= finished + workers - 1
+    remade: list[int] = []
+
+    def watch(phase: str, done: int, total: int) -> None:
+        if phase == "tokenising":
+            remade.append(done)
+            assert shards == {p: p.stat().st_mtime_ns for p in shards}
+
+    resumed = prepare(cfg, progress=watch)
+    assert len(remade) == 4 - len(shards)
+    clean = prepare(cfg.model_copy(update={"cache": str(tmp_path / "clean")}))
+    assert files_of(resumed.folder) == files_of(clean.folder)
+    assert not work.exists()
+
+
+def test_stop_flag_between_shards(tmp_path: Path) -> None:
+    cfg = several_shards(tmp_path)
+    done: list[int] = []
+
+    def report(phase: str, finished: int, total: int) -> None:
+        if phase == "tokenising":
+            done.append(finished)
+
+    with pytest.raises(Preempted, match="asked to stop") as caught:
+        prepare(cfg, progress=report, should_stop=lambda: len(done) == 2)
+    assert caught.value.exit_code == 75
+    assert len(list(Path(cfg.cache).glob(".*.work/shards/*.npz"))) == 2
+    prepare(cfg, progress=report)
+    assert len(done) == 4
+
+
+@pytest.mark.parametrize("calls", [1, 3, 6])
+def test_stop_flag_anywhere_leaves_nothing_half_done(tmp_path: Path, calls: int) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 5), tokenizer="bpe", vocab_size=270)
+    polls: Iterator[int] = iter(range(calls))
+    with pytest.raises(Preempted):
+        prepare(cfg, should_stop=lambda: next(polls, None) is None)
+    assert not list(Path(cfg.cache).glob("[!.]*"))
+    assert prepare(cfg).sources[0].train.facts.documents > 0
+
+
+def test_stop_flag_ends_the_workers(tmp_path: Path) -> None:
+    cfg = several_shards(tmp_path, num_workers=2)
+    done: list[int] = []
+    with pytest.raises(Preempted):
+        prepare(cfg, progress=lambda phase, n, _: done.append(n), should_stop=lambda: len(done) > 4)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_workers_ignore_sigterm_and_their_death_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = several_shards(tmp_path, num_workers=2)
+    monkeypatch.setenv("EPMOE_FAULT", "point=data.worker,step=1,action=kill")
+    with pytest.raises(
+        DataError, match=r"ended with exit code -9(.|\n)*big\.jsonl(.|\n)*run the command again"
+    ):
+        prepare(cfg)
+    monkeypatch.setenv("EPMOE_FAULT", "point=data.worker,action=term")
+    assert prepare(cfg).sources[0].train.facts.documents > 0
+
+
+def test_a_full_disk_is_an_error_the_next_run_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 5))
+    monkeypatch.setenv("EPMOE_FAULT", "point=data.prepare,action=enospc")
+    with pytest.raises(DataError, match=r"cannot be prepared in .*cache\n.*No space left"):
+        prepare(cfg)
+    monkeypatch.delenv("EPMOE_FAULT")
+    prepare(cfg)
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 5))
+    key = prepare(cfg).folder.name
+    polls: list[int] = []
+    with (Path(cfg.cache) / f".{key}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Preempted):
+            prepare(cfg, should_stop=lambda: polls.append(1) or len(polls) > 7)  # type: ignore[func-returns-value]
+    prepare(cfg)
+
+
+def test_malformed_line_found_by_a_worker(tmp_path: Path) -> None:
+    cfg = several_shards(tmp_path, num_workers=2)
+    path = Path(cfg.sources[0].path)
+    lines = path.read_text().splitlines()
+    lines[-2] = "{"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=rf"big\.jsonl:{len(lines) - 1}: not valid JSON"):
+        prepare(cfg)
+
+
+def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
+    cfg = several_shards(tmp_path)
+    with pytest.raises(Preempted):
+        prepare(cfg, should_stop=lambda: len(list(Path(cfg.cache).glob(".*.work/shards/*.npz"))) == 3)
+    shard = sorted(Path(cfg.cache).glob(".*.work/shards/*.npz"))[1]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"s0-00001\.npz is damaged(.|\n)*run the command again"):
+        prepare(cfg)
+    prepare(cfg)
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789")
+    cfg = config(tmp_path, tmp_path / "a.txt", seq_len=11)
+    with pytest.raises(
+        DataError, match=r"s0 has 11 training tokens in 1 documents \(10 bytes\), one window needs 12"
+    ):
+        prepare(cfg)
+    prepared = prepare(cfg.model_copy(update={"seq_len": 10}))
+    assert TrainData(prepared, cfg.model_copy(update={"seq_len": 10}), 0).num_windows == (1,)
+    (tmp_path / "b.txt").touch()
+    with pytest.raises(DataError, match=r"s0 has 0 training tokens in 0 documents \(0 bytes\)"):
+        prepare(config(tmp_path, tmp_path / "b.txt"))
+    write_jsonl(tmp_path / "c.jsonl", [])
+    with pytest.raises(DataError, match="s0 has 0 training tokens"):
+        prepare(config(tmp_path, tmp_path / "c.jsonl", tokenizer="bpe"))
+
+
+def test_a_prepared_pair_is_a_source_of_its_own(tmp_path: Path) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 60), tokenizer="bpe", vocab_size=280)
+    first = prepare(cfg)
+    [source] = first.sources
+    assert source.val is not None
+    indexed = config(
+        tmp_path, source.train.prefix, tokenizer="bpe", source={"val_path": str(source.val.prefix) + ".bin"}
+    )
+    second = prepare(indexed)
+    assert second.tokenizer.sha256 == first.tokenizer.sha256
+    assert second.fingerprint == first.fingerprint
+    other = train_bpe(["another text"], 270)
+    other.save(tmp_path / "other")
+    wrong = indexed.model_copy(update={"tokenizer": str(tmp_path / "other")})
+    with pytest.raises(
+        DataError, match=rf"made with tokenizer {first.tokenizer.sha256}.*\(bpe\) is {other.sha256}"
+    ):
+        prepare(wrong)
+
+
+def test_a_foreign_pair_needs_a_tokenizer_and_gets_its_facts(tmp_path: Path) -> None:
+    write_pair(tmp_path / "t", [[*b"one two"], [*b"three", 256], []])
+    write_pair(tmp_path / "v", [[*"é!".encode()], [*b"z", 256]])
+    cfg = config(tmp_path, tmp_path / "t", seq_len=4, source={"val_path": str(tmp_path / "v")})
+    with pytest.raises(DataError, match="their tokenizer is unknown"):
+        prepare(cfg.model_copy(update={"tokenizer": "bpe"}))
+    prepared = prepare(cfg)
+    train, val = prepared.sources[0].train.facts, prepared.sources[0].val
+    assert val is not None
+    assert (train.documents, train.tokens, train.missing_eos, train.stream_tokens) == (3, 13, 1, 14)
+    assert (train.utf8_bytes, val.facts.utf8_bytes) == (None, 4)
+    assert not facts_path(tmp_path / "t").exists()
+
+
+def test_damage_after_preparation(tmp_path: Path) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 10))
+    prepared = prepare(cfg)
+    split, tokenizer = prepared.sources[0].train, prepared.tokenizer
+    verify_split(split, tokenizer)
+    good = bin_path(split.prefix).read_bytes()
+    bin_path(split.prefix).write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    open_split(split, tokenizer)
+    with pytest.raises(DataError, match=r"s0\.train\.bin: crc32 is \d+, expected \d+"):
+        verify_split(split, tokenizer)
+    bin_path(split.prefix).write_bytes(good[:-2])
+    with pytest.raises(DataError, match=rf"has {len(good) - 2} bytes, expected {len(good)}"):
+        open_split(split, tokenizer)
+    write_pair(split.prefix, [[1, 2, 3]])
+    with pytest.raises(DataError, match=r"documents is 1, expected \d"):
+        open_split(split, tokenizer)
+    record = prepared.folder / "prepared.json"
+    record.write_text(record.read_text().replace('"documents"', '"papers"'))
+    with pytest.raises(DataError, match=r"prepared\.json is damaged(.|\n)*documents: Field required"):
+        open_prepared(prepared.folder, cfg)
+
+
+def test_tokenizer_beside_the_data_must_be_theirs(tmp_path: Path) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 10))
+    prepared = prepare(cfg)
+    other = train_bpe(["x y z"], 260)
+    with pytest.raises(DataError, match=f"made with tokenizer {ByteTokenizer().sha256}.*is {other.sha256}"):
+        open_split(prepared.sources[0].train, other)
+    other.save(prepared.folder / "tokenizer")
+    with pytest.raises(DataError, match=f"made with tokenizer {ByteTokenizer().sha256}.*is {other.sha256}"):
+        open_prepared(prepared.folder, cfg)
+
+
+def test_long_texts_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epmoe.data.shards.ENCODE_CHARS", 10)
+    value = "line one\nline two is long\n\nx" + "y" * 25
+    tokenizer = train_bpe([text(0, 100)], 300)
+    ids, marks = encode_document(tokenizer, value, None)
+    assert tokenizer.decode(ids.tolist()) == value
+    assert marks.tolist() == [1] * len(ids)
+    whole, marks = encode_document(ByteTokenizer(), value, ((9, 13), (30, 40)))
+    counted = "".join(chr(t) for t, m in zip(whole.tolist(), marks.tolist(), strict=True) if m)
+    assert counted == value[9:13] + value[30:40]
+
+
+def test_loss_ranges_of_bpe_tokens() -> None:
+    tokenizer = train_bpe(["def router(): return expert"] * 20, 300)
+    value = "def router(): return expert"
+    ids, offsets = tokenizer.encode_with_offsets(value)
+    for ranges in (((0, 3),), ((4, 6), (14, 20)), ((26, 27),), (), ((0, len(value)),)):
+        tokens, marks = encode_document(tokenizer, value, ranges)
+        expected = [any(a < end and start < b for start, end in ranges) for a, b in offsets]
+        expected.append(bool(ranges) and ranges[-1][1] == len(value))
+        assert tokens.tolist() == [*ids, tokenizer.eos_id]
+        assert marks.tolist() == expected
+        assert marks.dtype == np.uint8
+
+
+def test_masks_are_stored_beside_the_tokens(tmp_path: Path) -> None:
+    records = [{"text": "abcdef", "loss": [[2, 4]]}, {"text": "whole text"}]
+    path = write_jsonl(tmp_path / "x.jsonl", records)
+    cfg = config(tmp_path, path, seq_len=4, source={"loss_field": "loss", "val_path": str(path)})
+    split = prepare(cfg).sources[0].train
+    mask = open_indexed(split.prefix).mask
+    assert mask is not None
+    assert mask.tolist() == [0, 0, 1, 1, 0, 0, 0] + [1] * 11
+    assert (split.facts.utf8_bytes, split.facts.loss_utf8_bytes) == (16, 12)

@@ -1,0 +1,90 @@
+"""Yardsticks against a direct computation, and against each other."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from epmoe.data.corpora import read_piece, scan
+from epmoe.data.prepare import prepare
+from epmoe.data.yardsticks import yardsticks
+from epmoe.errors import DataError, Preempted
+from tests.unit.data.helpers import config, write_folder, write_jsonl, write_pair
+
+
+def xz(data: bytes) -> int:
+    return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_against_direct_computation(tmp_path: Path, tokenizer: str) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 60), tokenizer=tokenizer, vocab_size=300)
+    prepared = prepare(cfg)
+    corpus = scan(cfg.sources[0])
+    texts: dict[str, list[str]] = {"train": [], "val": []}
+    for piece in corpus.pieces:
+        for document in read_piece(corpus, piece):
+            texts[document.split].append(document.text)
+    train, val = ("".join(texts[split]).encode() for split in ("train", "val"))
+    ids = {
+        split: [i for t in texts[split] for i in [*prepared.tokenizer.encode(t), prepared.tokenizer.eos_id]]
+        for split in texts
+    }
+    counts, total = Counter(ids["train"]), len(ids["train"]) + prepared.tokenizer.size
+    bits = sum(-math.log2((counts[i] + 1) / total) for i in ids["val"][1:])
+
+    found = yardsticks(prepared, "s0")
+    assert found.unigram == pytest.approx(bits / len(val), rel=1e-12)
+    assert found.xz == 8 * xz(val) / len(val)
+    assert found.xz_after_train == 8 * (xz(train + val) - xz(train)) / len(val)
+    assert found.xz_after_train < found.xz
+
+
+def test_kept_beside_the_data_until_the_data_changes(tmp_path: Path) -> None:
+    prepared = prepare(config(tmp_path, write_folder(tmp_path / "texts", 60)))
+    first = yardsticks(prepared, "s0")
+    cache = prepared.folder / "s0.yardsticks.json"
+    kept = json.loads(cache.read_text())
+    cache.write_text(json.dumps(kept | {"unigram": 1.0}))
+    assert yardsticks(prepared, "s0").unigram == 1.0
+    for damage in (json.dumps(kept | {"fingerprint": "other"}), "{", json.dumps(kept | {"more": 1}), "[]"):
+        cache.write_text(damage)
+        assert yardsticks(prepared, "s0") == first
+
+
+def test_only_what_counts_in_the_loss_is_measured_by_the_unigram(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "x.jsonl", [{"text": "abcabc", "loss": [[3, 6]]}, {"text": "b", "loss": [[0, 1]]}]
+    )
+    cfg = config(tmp_path, path, seq_len=4, source={"loss_field": "loss", "val_path": str(path)})
+    # Counted: a b c EOS b EOS, six tokens among 257 + 6.
+    bits = sum(-math.log2(n / 263) for n in (2, 3, 2, 3, 3, 3))
+    assert yardsticks(prepare(cfg), "s0").unigram == pytest.approx(bits / 4)
+
+
+def test_text_that_cannot_be_rebuilt_is_not_compressed(tmp_path: Path) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 60), tokenizer="bpe", vocab_size=300)
+    source = prepare(cfg).tokenizer
+    # A tokenizer that folds case gives back another text than it was given.
+    folding = json.loads((prepare(cfg).folder / "tokenizer" / "tokenizer.json").read_text())
+    folding["normalizer"] = {"type": "Replace", "pattern": {"String": "router"}, "content": "r"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(folding))
+    found = yardsticks(prepare(cfg.model_copy(update={"tokenizer": str(tmp_path / "tokenizer.json")})), "s0")
+    assert source.size == 300
+    assert found.unigram > 0
+    assert (found.xz, found.xz_after_train) == (None, None)
+
+
+def test_without_validation_text_and_when_stopped(tmp_path: Path) -> None:
+    write_pair(tmp_path / "p", [[1] * 40])
+    with pytest.raises(DataError, match="has no validation text to measure"):
+        yardsticks(prepare(config(tmp_path, tmp_path / "p")), "s0")
+    prepared = prepare(config(tmp_path, write_folder(tmp_path / "texts", 60)))
+    with pytest.raises(Preempted):
+        yardsticks(prepared, "s0", should_stop=lambda: True)
+    assert not (prepared.folder / "s0.yardsticks.json").exists()
