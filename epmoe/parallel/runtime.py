@@ -1,4 +1,4 @@
-"""Process start-up, agreement between ranks, and errors that name the rank that is missing.
+"""Process start-up, agreement between ranks, and the guard around everything that communicates.
 
 Text travels between ranks as UTF-8 in tensors; torch's object collectives would unpickle what peers send.
 """
@@ -6,13 +6,10 @@ Text travels between ranks as UTF-8 in tensors; torch's object collectives would
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import hashlib
-import io
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from epmoe import env, errors
 from epmoe.errors import CommError, ConfigError, EpmoeError, Preempted
+from epmoe.parallel.failures import Responder, comm_error, is_comm_failure
 
 TORCHRUN = "torchrun --nproc-per-node RANKS -m epmoe train CONFIG.yaml"
 
@@ -43,6 +41,8 @@ class Runtime:
     world_group: dist.ProcessGroup
     owns_group: bool
     """False when the process group was there before ``start``; ``stop`` then leaves it."""
+    responder: Responder
+    """Answers when a peer that lost contact asks who is still there."""
 
 
 def start(device: str, timeout_s: float) -> Runtime:
@@ -65,20 +65,25 @@ def start(device: str, timeout_s: float) -> Runtime:
     adopted = dist.is_initialized()
     if not adopted:
         _join(place, timeout_s)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    responder = Responder(rank=rank, world_size=world_size, store=_get_default_store())
+    responder.start()
     return Runtime(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
+        rank=rank,
+        world_size=world_size,
         local_rank=env.local_rank(),
         device=place,
         backend=dist.get_backend_config(),
         timeout_s=timeout_s,
         world_group=_world(),
         owns_group=not adopted,
+        responder=responder,
     )
 
 
 def stop(runtime: Runtime) -> None:
     """Leaves the process group, if ``start`` made it."""
+    runtime.responder.stop()
     if runtime.owns_group and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -278,75 +283,7 @@ def watching(runtime: Runtime, *, step: int, phase: str) -> Iterator[None]:
         raise
     except Exception as error:
         where = f"step {step}, phase {phase}"
-        if not is_comm_failure(error):
-            _leave_note(runtime, f"{where}: {type(error).__name__}: {error}")
-            raise
-        _dump_stacks(f"[rank {runtime.rank}] a collective failed at {where}; stacks of this process:")
-        raise _comm_error(runtime, where, error) from error
-
-
-def is_comm_failure(error: BaseException) -> bool:
-    """Whether an exception comes from a collective. gloo raises plain RuntimeErrors that name its source files."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
-    )
-
-
-def _comm_error(runtime: Runtime, where: str, error: Exception) -> CommError:
-    # Ranks time out at slightly different moments: give the others that long to report.
-    grace_s = min(5.0, max(0.5, runtime.timeout_s / 100))
-    notes = _notes(runtime, where, grace_s)
-    silent = [rank for rank in range(runtime.world_size) if rank not in notes]
-    causes = [
-        f"rank {rank} stopped first at {note[1:]}" for rank, note in sorted(notes.items()) if note[0] == "!"
-    ]
-    slow = f"if it was only slow, raise parallel.timeout_s (now {runtime.timeout_s:g})"
-    if not notes:
-        what = f"rank {runtime.rank} lost the job at {where}: the rendezvous store at {env.rendezvous_address()} is gone"
-        fix = "rank 0 or the launcher that hosts the store has most likely died: look at its log first"
-    elif causes:
-        what = f"rank {runtime.rank} lost a peer at {where}: {causes[0]}"
-        fix = "the log of that rank has the cause"
-    elif silent:
-        what = f"rank {runtime.rank} lost rank(s) {silent} at {where}: dead, stopped or hanging"
-        fix = f"look at the logs of rank(s) {silent}; {slow}"
-    else:
-        what = f"rank {runtime.rank} failed to communicate at {where}, though all ranks answer"
-        fix = f"check the network between the nodes; {slow.replace('it', 'a rank')}"
-    return CommError(what, why=str(error).splitlines()[0][:300], fix=fix)
-
-
-def _note_key(rank: int) -> str:
-    return f"epmoe/failed/{env.attempt()}/{rank}"
-
-
-def _leave_note(runtime: Runtime, note: str) -> None:
-    """Tells the peers, through the rendezvous store, why this rank is about to stop."""
-    with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that hosts it
-        _get_default_store().set(_note_key(runtime.rank), f"!{note}"[:1000])
-
-
-def _notes(runtime: Runtime, where: str, grace_s: float) -> dict[int, str]:
-    """Reports of the ranks that still answer: ``!`` and an error, or where they lost contact. Empty when the store
-    that holds them does not answer either."""
-    notes: dict[int, str] = {}
-    deadline = time.monotonic() + grace_s
-    try:
-        store = _get_default_store()
-        store.set_timeout(timedelta(seconds=grace_s))
-        store.set(_note_key(runtime.rank), where)
-        while time.monotonic() < deadline and len(notes) < runtime.world_size:
-            for rank in range(runtime.world_size):
-                if rank not in notes and store.check([_note_key(rank)]):
-                    notes[rank] = store.get(_note_key(rank)).decode()
-            time.sleep(0.02)
-    except RuntimeError:
-        return {}
-    return notes
-
-
-def _dump_stacks(title: str) -> None:
-    print(title, file=sys.stderr, flush=True)
-    with contextlib.suppress(io.UnsupportedOperation, AttributeError, ValueError):  # no real stderr
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if is_comm_failure(error):
+            raise comm_error(runtime.responder, where, error, runtime.timeout_s) from error
+        runtime.responder.leave_note(f"{where}: {type(error).__name__}: {error}")
+        raise

@@ -171,7 +171,7 @@ def _collect(
     waiting: dict[Connection, int] = {receiver: rank for rank, receiver in enumerate(receivers)}
     deadline = started + timeout
     while waiting and (left := deadline - time.monotonic()) > 0:
-        for ready in wait(list(waiting), timeout=left):
+        for ready in wait(list(waiting), timeout=min(left, 0.1)):
             rank = waiting.pop(ready)  # type: ignore[arg-type]
             ended[rank] = time.monotonic() - started
             try:
@@ -181,6 +181,8 @@ def _collect(
                 failed = True  # it died without a word
             if failed:
                 deadline = min(deadline, time.monotonic() + grace)
+        if answers and all(_is_stopped(processes[rank]) for rank in waiting.values()):
+            break
     outcomes = []
     for rank, process in enumerate(processes):
         if rank in ended:
@@ -194,3 +196,11 @@ def _collect(
             Outcome(rank=rank, result=result, error=error, exit_code=process.exitcode, ended_after_s=after)
         )
     return outcomes
+
+
+def _is_stopped(process: ForkProcess) -> bool:
+    """Whether a rank was sent SIGSTOP; it would keep the others waiting for ever."""
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False

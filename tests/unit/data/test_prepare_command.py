@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from epmoe.cli.prepare import prepare
+from epmoe.data.corpora import is_validation
 from epmoe.data.indexed import bin_path
 from epmoe.data.progress import console_progress, plain_progress
 from epmoe.errors import DataError
@@ -27,12 +28,15 @@ def test_prints_statistics_and_checks_what_is_there(
 ) -> None:
     folder = write_folder(tmp_path / "texts", 60)
     (folder / "latin.txt").write_bytes(b"caf\xe9")
+    num_val = sum(
+        is_validation(name.relative_to(folder).as_posix().encode()) for name in folder.rglob("*.txt")
+    )
     command(tmp_path)
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[1] == "tokenizer byte: 257 entries, 320 with padding"
-    assert lines[3].split()[:3] == ["notes", "train", "59"]
-    assert lines[4].split()[:3] == ["notes", "val", "2"]
+    assert lines[3].split()[:3] == ["notes", "train", str(61 - num_val)]
+    assert lines[4].split()[:3] == ["notes", "val", str(num_val)]
     assert lines[5].startswith("1 documents had bytes that are not UTF-8")
     assert "prepare: tokenising" in err
     command(tmp_path)

@@ -1,0 +1,172 @@
+"""Who is missing when a collective fails.
+
+A rank that loses contact cannot tell a dead peer from one that is itself waiting for the dead one. So every rank has a
+small thread that answers a roll call through the rendezvous store, also while the rank waits in a collective: a
+killed or stopped process does not answer, one that is busy elsewhere says where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from epmoe import env
+from epmoe.errors import CommError
+
+MAX_NOTE = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollCall:
+    """What became known about the ranks after a failure."""
+
+    answers: dict[int, str]
+    """Where each rank that answered is. Empty when the store does not answer either."""
+    causes: dict[int, str]
+    """The exception that ended each rank that did not answer, as far as it left a note."""
+    world_size: int
+
+    @property
+    def silent(self) -> list[int]:
+        """Ranks that neither answered nor said why."""
+        return [r for r in range(self.world_size) if r not in self.answers and r not in self.causes]
+
+    @property
+    def elsewhere(self) -> list[int]:
+        """Ranks that answered, but are not in a collective."""
+        return [rank for rank, answer in sorted(self.answers.items()) if not answer.startswith(WAITING)]
+
+
+WAITING = "waiting in a collective"
+
+
+@dataclass(slots=True, kw_only=True)
+class Responder:
+    """Answers the roll call for one rank, from a thread.
+
+    Args:
+        store: The rendezvous store all ranks share.
+    """
+
+    rank: int
+    world_size: int
+    store: dist.Store
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts listening; without peers there is nothing to listen for."""
+        if self.world_size > 1:
+            self._thread = threading.Thread(target=self._listen, name="epmoe roll call", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stops listening; call it before the process group is destroyed."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)
+
+    def _listen(self) -> None:
+        interval_s = max(0.1, self.world_size / 500)  # a few thousand small requests per second at most
+        with contextlib.suppress(RuntimeError):  # the store is gone: nobody can ask any more
+            while not self._stopped.wait(interval_s):
+                if self.store.check([_key("call")]):
+                    self.store.set(_key(f"answer/{self.rank}"), _position())
+                    return
+
+    def leave_note(self, note: str) -> None:
+        """Tells the peers, who will only see a closed connection, why this rank is about to stop."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(_key(f"cause/{self.rank}"), note[:MAX_NOTE])
+
+    def call(self, where: str, grace_s: float) -> RollCall:
+        """Asks all ranks where they are and waits up to ``grace_s`` for the answers."""
+        answers: dict[int, str] = {}
+        causes: dict[int, str] = {}
+        ranks = range(self.world_size)
+        deadline = time.monotonic() + grace_s
+        try:
+            self.store.set_timeout(timedelta(seconds=grace_s))
+            self.store.set(_key(f"answer/{self.rank}"), f"{WAITING} at {where}")
+            self.store.set(_key("call"), "")
+            while time.monotonic() < deadline and len(answers) + len(causes) < self.world_size:
+                time.sleep(0.02)
+                answers |= self._read("answer", [r for r in ranks if r not in answers])
+                causes = self._read("cause", [r for r in ranks if r not in answers])
+        except RuntimeError:
+            return RollCall(answers={}, causes={}, world_size=self.world_size)
+        return RollCall(answers=answers, causes=causes, world_size=self.world_size)
+
+    def _read(self, kind: str, ranks: list[int]) -> dict[int, str]:
+        keys = {rank: _key(f"{kind}/{rank}") for rank in ranks}
+        return {r: self.store.get(key).decode() for r, key in keys.items() if self.store.check([key])}
+
+
+def _key(name: str) -> str:
+    return f"epmoe/roll/{env.attempt()}/{name}"
+
+
+def _position() -> str:
+    """Where the main thread is, innermost frame of ours first."""
+    threads = {ident: traceback.extract_stack(frame) for ident, frame in sys._current_frames().items()}
+    threads.pop(threading.get_ident(), None)
+    # On a GPU, backward runs in threads of its own.
+    if any("torch/distributed" in frame.filename for stack in threads.values() for frame in stack):
+        return WAITING
+    ident = threading.main_thread().ident
+    stack = threads.get(ident, []) if ident is not None else []
+    if not stack:
+        return "somewhere unknown"
+    return f"in {stack[-1].name} ({stack[-1].filename}:{stack[-1].lineno})"
+
+
+def is_comm_failure(error: BaseException) -> bool:
+    """Whether an exception comes from a collective. gloo raises plain RuntimeErrors that name its source files."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
+    )
+
+
+def comm_error(responder: Responder, where: str, error: Exception, timeout_s: float) -> CommError:
+    """A failed collective as an error that names the missing ranks. The stacks of this process go to stderr."""
+    rank = responder.rank
+    _dump_stacks(f"[rank {rank}] a collective failed at {where}; stacks of this process:")
+    # Long enough for every responder to look twice; ranks that time out do so at slightly different moments.
+    roll = responder.call(where, min(5.0, max(0.7, timeout_s / 100, responder.world_size / 200)))
+    slow = f"if it was only slow, raise parallel.timeout_s (now {timeout_s:g})"
+    if not roll.answers:
+        what = (
+            f"rank {rank} lost the job at {where}: the rendezvous store at {env.rendezvous_address()} is gone"
+        )
+        fix = "rank 0, or the launcher that hosts the store, has most likely died: look at its log first"
+    elif roll.causes:
+        first, cause = min(roll.causes.items())
+        what = f"rank {rank} lost rank {first} at {where}, which stopped at {cause}"
+        fix = f"the log of rank {first} has the whole traceback"
+    elif roll.silent:
+        what = f"rank {rank} lost rank(s) {roll.silent} at {where}: dead or stopped"
+        fix = f"look at the logs of rank(s) {roll.silent}, and for the kernel's out-of-memory killer"
+    elif roll.elsewhere:
+        others = "; ".join(f"rank {r} is {roll.answers[r]}" for r in roll.elsewhere[:4])
+        what = f"rank {rank} waited in vain for rank(s) {roll.elsewhere} at {where}"
+        fix = f"{others}; {slow}"
+    else:
+        what = f"rank {rank} failed to communicate at {where}, though all ranks answer"
+        fix = f"check the network between the nodes; {slow}"
+    return CommError(what, why=str(error).splitlines()[0][:300], fix=fix)
+
+
+def _dump_stacks(title: str) -> None:
+    print(title, file=sys.stderr, flush=True)
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError, ValueError):  # no real stderr
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
