@@ -6,6 +6,8 @@
                        /result/       becomes <cache>/<key>
     <cache>/.<key>.lock               held by the process that prepares; the others wait and find the result
 
+Fault point ``data.prepare``: step n = after the n-th finished shard, number of shards + 1 = before the last rename.
+
 The key is a fingerprint of the text and of every option that changes tokens, so a changed corpus or tokenizer is
 prepared anew, while ``seq_len``, weights and the like use what is there. Killed at any point, the next run continues
 from the finished shards.

@@ -137,10 +137,10 @@ def open_prepared(folder: Path, cfg: DataConfig) -> PreparedData:
     sources = []
     for source in record.sources:
         train = _split(folder, source.train)
-        check_length(source.name, train.facts, cfg.seq_len)
-        # One token alone has nothing to be predicted from.
-        has_val = source.val is not None and source.val.facts.stream_tokens >= 2
-        val = _split(folder, source.val) if source.val is not None and has_val else None
+        check_enough(source.name, train.facts, cfg.seq_len)
+        # Without a byte that counts there is no bits per byte, and nothing to measure.
+        measurable = source.val is not None and source.val.facts.loss_utf8_bytes
+        val = _split(folder, source.val) if source.val is not None and measurable else None
         sources.append(PreparedSource(name=source.name, train=train, val=val))
     names = [source.name for source in sources]
     if names != [source.name for source in cfg.sources]:
@@ -176,13 +176,18 @@ def check_tokenizer(path: Path, sha256: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def check_length(name: str, facts: Facts, seq_len: int) -> None:
-    """DataError with the numbers when a training source does not fill one window."""
+def check_enough(name: str, facts: Facts, seq_len: int) -> None:
+    """DataError with the numbers when a training source does not fill one window, or nothing of it counts."""
     if facts.stream_tokens < seq_len + 1:
         raise DataError(
             f"source {name} has {facts.stream_tokens} training tokens in {facts.documents} documents "
             f"({facts.utf8_bytes or 0} bytes), one window needs {seq_len + 1}",
             fix="use more text or a smaller data.seq_len",
+        )
+    if facts.loss_utf8_bytes == 0:
+        raise DataError(
+            f"source {name} has {facts.utf8_bytes} bytes of training text, and 0 of them count in the loss",
+            fix="correct data.sources[].loss_field, or the ranges in the file",
         )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from epmoe import env
 from epmoe.errors import CommError
@@ -59,9 +60,13 @@ class Responder:
 
     rank: int
     world_size: int
-    store: dist.Store
+    store: Store
     _stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+    _roll: RollCall = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._roll = RollCall(answers={}, causes={}, world_size=self.world_size)
 
     def start(self) -> None:
         """Starts listening; without peers there is nothing to listen for."""
@@ -81,6 +86,8 @@ class Responder:
             while not self._stopped.wait(interval_s):
                 if self.store.check([_key("call")]):
                     self.store.set(_key(f"answer/{self.rank}"), _position())
+                    # The store may go down with the rank that called: keep what the others say.
+                    self._collect(time.monotonic() + 5.0)
                     return
 
     def leave_note(self, note: str) -> None:
@@ -90,21 +97,24 @@ class Responder:
 
     def call(self, where: str, grace_s: float) -> RollCall:
         """Asks all ranks where they are and waits up to ``grace_s`` for the answers."""
-        answers: dict[int, str] = {}
-        causes: dict[int, str] = {}
-        ranks = range(self.world_size)
-        deadline = time.monotonic() + grace_s
-        try:
+        with contextlib.suppress(RuntimeError):  # then what this rank's own thread has heard must do
             self.store.set_timeout(timedelta(seconds=grace_s))
             self.store.set(_key(f"answer/{self.rank}"), f"{WAITING} at {where}")
             self.store.set(_key("call"), "")
-            while time.monotonic() < deadline and len(answers) + len(causes) < self.world_size:
-                time.sleep(0.02)
-                answers |= self._read("answer", [r for r in ranks if r not in answers])
-                causes = self._read("cause", [r for r in ranks if r not in answers])
-        except RuntimeError:
-            return RollCall(answers={}, causes={}, world_size=self.world_size)
-        return RollCall(answers=answers, causes=causes, world_size=self.world_size)
+            self._collect(time.monotonic() + grace_s)
+            time.sleep(0.1)  # the store may live in this process: let the others read before it ends
+        return self._roll
+
+    def _collect(self, deadline: float) -> None:
+        answers: dict[int, str] = {}
+        missing = list(range(self.world_size))
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.02)
+            answers |= self._read("answer", missing)
+            missing = [rank for rank in range(self.world_size) if rank not in answers]
+            causes = self._read("cause", missing)
+            self._roll = RollCall(answers=dict(answers), causes=causes, world_size=self.world_size)
+            missing = [rank for rank in missing if rank not in causes]
 
     def _read(self, kind: str, ranks: list[int]) -> dict[int, str]:
         keys = {rank: _key(f"{kind}/{rank}") for rank in ranks}
@@ -119,11 +129,13 @@ def _position() -> str:
     """Where the main thread is, innermost frame of ours first."""
     threads = {ident: traceback.extract_stack(frame) for ident, frame in sys._current_frames().items()}
     threads.pop(threading.get_ident(), None)
-    # On a GPU, backward runs in threads of its own.
-    if any("torch/distributed" in frame.filename for stack in threads.values() for frame in stack):
+    files = {
+        frame.filename for stack in threads.values() for frame in stack
+    }  # on a GPU, backward has its own threads
+    if __file__ in files or any("torch/distributed" in file for file in files):
         return WAITING
     ident = threading.main_thread().ident
-    stack = threads.get(ident, []) if ident is not None else []
+    stack = threads.get(ident) if ident is not None else None
     if not stack:
         return "somewhere unknown"
     return f"in {stack[-1].name} ({stack[-1].filename}:{stack[-1].lineno})"
@@ -141,8 +153,8 @@ def comm_error(responder: Responder, where: str, error: Exception, timeout_s: fl
     """A failed collective as an error that names the missing ranks. The stacks of this process go to stderr."""
     rank = responder.rank
     _dump_stacks(f"[rank {rank}] a collective failed at {where}; stacks of this process:")
-    # Long enough for every responder to look twice; ranks that time out do so at slightly different moments.
-    roll = responder.call(where, min(5.0, max(0.7, timeout_s / 100, responder.world_size / 200)))
+    # Long enough for every responder to look several times; ranks that time out do so at slightly different moments.
+    roll = responder.call(where, min(5.0, max(0.5, timeout_s / 100, responder.world_size / 200)))
     slow = f"if it was only slow, raise parallel.timeout_s (now {timeout_s:g})"
     if not roll.answers:
         what = (

@@ -24,6 +24,12 @@ from epmoe.errors import CommError, ConfigError, EpmoeError, Preempted
 from epmoe.parallel.failures import Responder, comm_error, is_comm_failure
 
 TORCHRUN = "torchrun --nproc-per-node RANKS -m epmoe train CONFIG.yaml"
+PATIENCE_S = 5.0
+"""How long a rank that is asked to stop waits for rank 0 to leave what it is busy with."""
+
+
+class Agreed(Exception):
+    """Base of what all ranks raise at the same point because they agreed on it: nobody will be missed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,28 +249,54 @@ def require_equal(name: str, text: str) -> None:
 
 
 @contextlib.contextmanager
-def rank_zero_first(runtime: Runtime, what: str, should_stop: Callable[[], bool]) -> Iterator[None]:
+def rank_zero_first(
+    runtime: Runtime, what: str, should_stop: Callable[[], bool]
+) -> Iterator[Callable[[], bool]]:
     """Rank 0 runs the block; the others enter it when rank 0 has left it. Waiting has no time-out.
+
+    Yields:
+        The stop flag for the block: on rank 0 it also goes up when a rank that waits is asked to stop.
 
     Raises:
         CommError: On the other ranks, when rank 0 failed.
-        Preempted: On a rank that is asked to stop while it waits.
+        Preempted: On the other ranks, when rank 0 was asked to stop, or does not answer their own wish to.
     """
     store, key = _get_default_store(), f"epmoe/first/{env.attempt()}/{what}"
-    while runtime.rank > 0 and not store.check([key]):
-        if should_stop():
-            raise Preempted(f"rank {runtime.rank} was asked to stop while rank 0 was busy: {what}")
-        time.sleep(0.1)
-    if runtime.rank > 0 and store.get(key) != b"done":
-        raise CommError(f"rank 0 failed: {what}", fix="the log of rank 0 has the cause")
-    try:
-        yield
-    except BaseException:
-        if runtime.rank == 0:
-            store.set(key, "failed")
-        raise
     if runtime.rank == 0:
+        try:
+            yield _or_asked(store, f"{key}/stop", should_stop)
+        except BaseException as error:
+            store.set(key, "stopped" if isinstance(error, Preempted) else "failed")
+            raise
         store.set(key, "done")
+        return
+    asked_at: float | None = None
+    while not store.check([key]):
+        if should_stop():
+            asked_at = asked_at or time.monotonic()
+            store.set(f"{key}/stop", "")
+            if time.monotonic() > asked_at + PATIENCE_S:
+                raise Preempted(f"rank {runtime.rank} was asked to stop; rank 0 is busy or dead: {what}")
+        time.sleep(0.1)
+    outcome = store.get(key)
+    if outcome == b"stopped":
+        raise Preempted(f"rank 0 was asked to stop: {what}")
+    if outcome == b"failed":
+        raise CommError(f"rank 0 failed: {what}", fix="the log of rank 0 has the cause")
+    yield should_stop
+
+
+def _or_asked(store: dist.Store, key: str, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+    """The flag, or the key in the store; the store is looked at five times a second at most."""
+    asked, looked_at = False, 0.0
+
+    def flag() -> bool:
+        nonlocal asked, looked_at
+        if not asked and time.monotonic() > looked_at + 0.2:
+            asked, looked_at = store.check([key]), time.monotonic()
+        return asked or should_stop()
+
+    return flag
 
 
 # ------------------------------------------------------------------------------------------- failures
@@ -272,14 +304,15 @@ def rank_zero_first(runtime: Runtime, what: str, should_stop: Callable[[], bool]
 def watching(runtime: Runtime, *, step: int, phase: str) -> Iterator[None]:
     """Turns a failed collective inside the block into a CommError that names the missing ranks.
 
-    Any other exception passes through, after a note for the peers, who will only see a closed connection.
+    Any other exception passes through, after a note for the peers, who will only see a closed connection; what the
+    ranks agreed on needs none.
 
     Raises:
         CommError: A collective failed or timed out. The stacks of this process are on stderr by then.
     """
     try:
         yield
-    except CommError:
+    except (CommError, Agreed):
         raise
     except Exception as error:
         where = f"step {step}, phase {phase}"

@@ -16,7 +16,7 @@ from epmoe.models.decoder import Decoder
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.norm import clip_coefficient, global_norm, scale
-from epmoe.parallel.runtime import Runtime
+from epmoe.parallel.runtime import Agreed, Runtime
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
 from epmoe.train.optimizer import Optimizer, learning_rate
 from epmoe.train.signals import StopFlag
@@ -52,11 +52,11 @@ class StepResult:
     lr: float
 
 
-class StopRequested(Exception):
+class StopRequested(Agreed):
     """Some rank was asked to stop; raised on all ranks at the same step."""
 
 
-class TimeUp(Exception):
+class TimeUp(Agreed):
     """``train.max_minutes`` are over; raised on all ranks at the same step."""
 
 

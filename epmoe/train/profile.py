@@ -24,6 +24,13 @@ class StepProfiler:
         self._first, self._last = (0, 0) if steps is None else _parse(steps)
         self._profile: profile | None = None
 
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Writes a trace that the end of training cut short."""
+        self._write()
+
     def before_step(self, step: int) -> None:
         """Starts the trace before its first step."""
         if step == self._first:
@@ -35,7 +42,11 @@ class StepProfiler:
 
     def after_step(self, step: int) -> None:
         """Writes the trace after its last step."""
-        if self._profile is not None and step == self._last:
+        if step == self._last:
+            self._write()
+
+    def _write(self) -> None:
+        if self._profile is not None:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self._path))
             self._profile = None

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from epmoe.config import Config
+from epmoe.data.loader import TrainData
+from epmoe.data.prepared import PreparedData
 from epmoe.errors import CheckpointError
+from epmoe.observe.display import say
+from epmoe.train.checkpoint import (
+    FOLDER,
+    find_resumable,
+    load_checkpoint,
+    load_weights,
+    open_checkpoint,
+    remove_unfinished,
+)
+from epmoe.train.loop import Progress, Trainer
 from epmoe.train.manifest import TrainingRecord
+from epmoe.train.run_folder import RunFolder
 
-SHAPES = ("model.", "moe.num_experts", "moe.every", "moe.first_dense", "moe.d_ff", "moe.activation")
+SHAPES = (
+    "model.",
+    "moe.num_experts",
+    "moe.every",
+    "moe.first_dense",
+    "moe.d_ff",
+    "moe.activation",
+    "moe.shared_experts",
+)
 """Settings that decide which tensors there are; dropout and initialisation under ``model.`` are harmless."""
 HARMLESS = ("model.dropout", "model.init", "model.norm_eps", "model.rope_theta")
 
@@ -59,3 +82,59 @@ def check_resumable(
             fix="undo the change, or set checkpoint.allow_data_change=true to go on with other samples",
         )
     return changes
+
+
+def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: PreparedData) -> float:
+    """Loads the newest good checkpoint, or the weights ``init_from`` names -> training seconds so far. A collective.
+
+    Raises:
+        CheckpointError: The checkpoint does not go with the configuration, or none of several is usable.
+    """
+    config, checkpoints = trainer.config, folder.path / FOLDER
+    if folder.is_writer:
+        remove_unfinished(checkpoints)
+    found = find_resumable(checkpoints)
+    if found.checkpoint is None:
+        if found.rejected:
+            raise CheckpointError(
+                f"none of the {len(found.rejected)} checkpoint(s) in {checkpoints} is usable",
+                why="; ".join(found.rejected),
+                fix=f"bring one of them back, or delete {checkpoints} to begin anew",
+            )
+        _start_from(config, trainer, prepared)
+        return 0.0
+    changes = check_resumable(
+        found.checkpoint.manifest.record,
+        config,
+        data_fingerprint=data.fingerprint,
+        tokenizer_hash=prepared.tokenizer.sha256,
+    )
+    record = load_checkpoint(
+        found.checkpoint, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh
+    )
+    counters = dict(record.trainer)
+    seconds = float(counters.pop("seconds"))
+    trainer.progress = Progress(step=record.step, samples=record.samples, tokens=record.tokens, **counters)
+    if folder.is_writer:
+        for reason in found.rejected:
+            print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr)
+        say(f"resuming from {found.checkpoint.path} (step {record.step})")
+        for line in changes:
+            say(f"  changed since: {line}")
+    return seconds
+
+
+def _start_from(config: Config, trainer: Trainer, prepared: PreparedData) -> None:
+    """Loads the weights ``init_from`` names, if it names any."""
+    if config.train.init_from is None:
+        return
+    start = open_checkpoint(Path(config.train.init_from))
+    theirs, ours = start.manifest.record.tokenizer_hash, prepared.tokenizer.sha256
+    if theirs != ours:
+        raise CheckpointError(
+            f"train.init_from={config.train.init_from} was trained with tokenizer {theirs[:12]}, "
+            f"the data is prepared with {ours[:12]}",
+            why="the rows of its embedding would stand for other tokens",
+            fix="data.tokenizer=RUN/tokenizer/tokenizer.json, with RUN the run it comes from",
+        )
+    load_weights(start, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
@@ -17,27 +17,19 @@ from epmoe.data.prepare import prepare
 from epmoe.data.prepared import PreparedData
 from epmoe.data.progress import console_progress
 from epmoe.errors import EpmoeError, MemoryExhausted, Preempted
-from epmoe.observe.display import make_display
+from epmoe.observe.display import make_display, say
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
 from epmoe.parallel.runtime import Runtime
-from epmoe.train.checkpoint import (
-    FOLDER,
-    find_resumable,
-    load_checkpoint,
-    load_weights,
-    open_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
+from epmoe.train.checkpoint import FOLDER, save_checkpoint
 from epmoe.train.evaluate import Evaluation, evaluate
 from epmoe.train.finish import finish
 from epmoe.train.loop import Progress, StopRequested, TimeUp, Trainer
 from epmoe.train.manifest import TrainingRecord
 from epmoe.train.profile import StepProfiler
 from epmoe.train.recording import Recorder
-from epmoe.train.resume import check_resumable
+from epmoe.train.resume import resume
 from epmoe.train.run_folder import (
     RunFolder,
     begin_attempt,
@@ -56,6 +48,7 @@ RESOLVED = "config.yaml"
 """The resolved configuration, in the run folder."""
 
 
+@record  # torchrun ends its output with the traceback of the rank that failed first
 def train(config: Config, argv: Sequence[str]) -> None:
     """Trains, resumes or reports that nothing is left to do. Every rank of the job calls it.
 
@@ -69,9 +62,10 @@ def train(config: Config, argv: Sequence[str]) -> None:
     with stop_on_signals() as stop:
         place = runtime.start(config.train.device, config.parallel.timeout_s)
         try:
-            runtime.require_equal("configuration", config.model_dump_json())
-            check_layout(config, place.world_size)
-            folder = open_run_folder(Path(config.out))
+            with runtime.watching(place, step=0, phase="start-up"):
+                runtime.require_equal("configuration", config.model_dump_json())
+                check_layout(config, place.world_size)
+                folder = open_run_folder(Path(config.out))
             try:
                 _train_in(folder, config, place, stop, argv)
             finally:
@@ -81,18 +75,19 @@ def train(config: Config, argv: Sequence[str]) -> None:
 
 
 def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag, argv: Sequence[str]) -> None:
-    if _finished_at(folder.path) >= config.train.steps:
+    # Rank 0's answer counts: another rank may look later, or at another disk.
+    done = int(runtime.gather_text(str(_finished_at(folder.path)))[0])
+    if done >= config.train.steps:
         if folder.is_writer:
-            print(f"{folder.path} is finished: {config.train.steps} steps are done. Nothing to do.")
-            print("To train on, raise train.steps; for a new run, choose another out=.")
+            say(f"{folder.path} is finished: {done} steps are done. Nothing to do.")
+            say("To train on, raise train.steps; for a new run, choose another out=.")
         return
-    describe_run(folder, config.model_dump(mode="json"), argv)
-    if folder.is_writer:
-        (folder.path / RESOLVED).write_text(dump_config(config), encoding="utf-8")
     write_status(folder, "running")
     try:
-        run = Run(folder, config, place, stop)
-        begin_attempt(folder, run.progress.step, config.model_dump(mode="json"))
+        with runtime.watching(place, step=0, phase="start-up"):
+            run = Run(folder, config, place, stop)
+            run.describe(argv)
+            begin_attempt(folder, run.progress.step, config.model_dump(mode="json"))
         evaluations = run.loop()
         with runtime.watching(place, step=run.progress.step, phase="final report"):
             finish(
@@ -153,14 +148,21 @@ class Run:
         model = build_model(config, vocab_size, device=place.device, mesh=mesh)
         self.trainer = Trainer(config, place, mesh, model=model, data=data, stop=stop)
         self.validation = validation_sets(self.prepared, config.data)
-        seconds = _resume(folder, self.trainer, data, self.prepared)
+        seconds = resume(folder, self.trainer, data, self.prepared)
         self.saved_at = self.progress.step
         """Step of the newest checkpoint."""
-        if folder.is_writer:
-            self.prepared.tokenizer.save(folder.path / TOKENIZER)
-            _announce(config, self.trainer)
         self.recorder = Recorder(config, vocab_size, place.device, place.world_size, seconds)
-        self.trackers = self._open_trackers()
+        self.trackers = Trackers([])
+
+    def describe(self, argv: Sequence[str]) -> None:
+        """Writes down what is run. Not before it is known that the checkpoint allows it: a refused configuration
+        must not replace the description of the run in the folder."""
+        describe_run(self.folder, self.config.model_dump(mode="json"), argv)
+        if self.folder.is_writer:
+            path = self.folder.path
+            (path / RESOLVED).write_text(dump_config(self.config), encoding="utf-8")
+            self.prepared.tokenizer.save(path / TOKENIZER)
+            say(_layout(self.config, self.trainer))
 
     @property
     def progress(self) -> Progress:
@@ -173,14 +175,15 @@ class Run:
         Raises:
             Preempted: After a signal; the checkpoint is written.
         """
+        self.trackers = self._open_trackers()
         try:
             self._steps()
-            self._save()
+            self._save()  # before an evaluation that may take long
             evaluations = self._evaluate(None)
             self._log(evaluations)
         except StopRequested:
-            self._save()
             self._log([])
+            self._save()
             raise Preempted(
                 f"stopped after step {self.progress.step} ({self.stop.reason or 'another rank was asked to'}); "
                 "a checkpoint is written",
@@ -192,24 +195,35 @@ class Run:
 
     def _steps(self) -> None:
         train, total = self.config.train, self.config.train.steps
-        profiler = StepProfiler(self.config.profile.steps, self.folder.path, self.place.rank)
         deadline = time.monotonic() + 60 * (train.max_minutes or float("inf"))
         self.recorder.clock.lap()
-        while self.progress.step < total:
-            number = self.progress.step + 1
-            profiler.before_step(number)
-            try:
-                with runtime.watching(self.place, step=number, phase="training"):
-                    self.recorder.add(self.trainer.step(out_of_time=time.monotonic() > deadline))
-            except TimeUp:
-                return
-            profiler.after_step(number)
-            if _due(self.config.checkpoint.every, number):
-                self._save()
-            if number < total and _due(train.eval_every, number):
-                self._log(self._evaluate(train.eval_samples))
-            elif number < total and _due(train.log_every, number):
-                self._log([])
+        with StepProfiler(self.config.profile.steps, self.folder.path, self.place.rank) as profiler:
+            while self.progress.step < total:
+                number = self.progress.step + 1
+                profiler.before_step(number)
+                try:
+                    with runtime.watching(self.place, step=number, phase="training"):
+                        result = self.trainer.step(out_of_time=time.monotonic() > deadline)
+                except TimeUp:
+                    return
+                profiler.after_step(number)
+                self.recorder.add(result)
+                if number < total:
+                    self._between_steps(number)
+
+    def _between_steps(self, step: int) -> None:
+        """Evaluation, record and checkpoint, if they are due.
+
+        A checkpoint comes last and never without a record: a run that resumes from it finds every earlier step in the
+        metrics, and its own records cover the same steps as those of a run that was never interrupted.
+        """
+        train, save = self.config.train, _due(self.config.checkpoint.every, step)
+        if _due(train.eval_every, step):
+            self._log(self._evaluate(train.eval_samples))
+        elif save or _due(train.log_every, step):
+            self._log([])
+        if save:
+            self._save()
 
     def _save(self) -> None:
         if self.saved_at == self.progress.step:
@@ -282,52 +296,33 @@ def _due(every: int, step: int) -> bool:
 
 
 def _prepare(config: Config, place: Runtime, stop: StopFlag) -> PreparedData:
-    """Rank 0 prepares with a progress display; the others find the result, or make it on a disk of their own."""
-    with runtime.rank_zero_first(place, "prepare data", stop):
-        if place.rank > 0:
-            return prepare(config.data, should_stop=stop)
-        with console_progress() as progress:
-            return prepare(config.data, progress=progress, should_stop=stop)
+    """Rank 0 prepares with a progress display; the others find the result, or make it on a disk of their own.
+
+    Raises:
+        EpmoeError: On all ranks, if any of them failed or was asked to stop.
+    """
+    prepared, error = None, None
+    try:
+        with runtime.rank_zero_first(place, "prepare data", stop) as should_stop:
+            if place.rank > 0:
+                prepared = prepare(config.data, should_stop=should_stop)
+            else:
+                with console_progress() as progress:
+                    prepared = prepare(config.data, progress=progress, should_stop=should_stop)
+    except EpmoeError as caught:
+        error = caught
+    runtime.raise_together(error)
+    if prepared is None:
+        raise AssertionError("no data and no error")
+    return prepared
 
 
-def _resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: PreparedData) -> float:
-    """Loads the newest good checkpoint, or the weights ``init_from`` names -> training seconds so far."""
-    config, checkpoints = trainer.config, folder.path / FOLDER
-    if folder.is_writer:
-        remove_unfinished(checkpoints)
-    found = find_resumable(checkpoints)
-    for reason in found.rejected if folder.is_writer else ():
-        print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr)
-    if found.checkpoint is None:
-        if config.train.init_from is not None:
-            start = open_checkpoint(Path(config.train.init_from))
-            load_weights(start, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh)
-        return 0.0
-    changes = check_resumable(
-        found.checkpoint.manifest.record,
-        config,
-        data_fingerprint=data.fingerprint,
-        tokenizer_hash=prepared.tokenizer.sha256,
-    )
-    record = load_checkpoint(
-        found.checkpoint, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh
-    )
-    counters = dict(record.trainer)
-    seconds = float(counters.pop("seconds"))
-    trainer.progress = Progress(step=record.step, samples=record.samples, tokens=record.tokens, **counters)
-    if folder.is_writer:
-        print(f"resuming from {found.checkpoint.path} (step {record.step})")
-        for line in changes:
-            print(f"  changed since: {line}")
-    return seconds
-
-
-def _announce(config: Config, trainer: Trainer) -> None:
+def _layout(config: Config, trainer: Trainer) -> str:
+    """Ranks, experts and sizes in one line."""
     mesh, model = trainer.mesh, trainer.model
     local = sum(parameter.numel() for parameter in model.parameters())
-    print(
+    return (
         f"{mesh.world_size} rank(s) on {trainer.runtime.device.type}, ep_size {mesh.ep_size} "
         f"({mesh.edp_size} holding each expert), {local:,} parameters per rank, {config.train.precision}, "
-        f"{torch.get_num_threads()} thread(s) per rank",
-        flush=True,
+        f"{torch.get_num_threads()} thread(s) per rank"
     )

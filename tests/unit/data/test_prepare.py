@@ -78,6 +78,21 @@ def test_documents_come_back_exactly_and_only_training_text_trains(tmp_path: Pat
         assert prepared.padded_vocab_size == 320
 
 
+def test_validation_documents_of_a_jsonl_do_not_train_the_tokenizer(tmp_path: Path) -> None:
+    texts = [text(i, 40) + f" only{i}here" * 5 for i in range(60)]
+    train = [value for value in texts if not is_validation(value.encode())]
+    assert 0 < len(train) < 60
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": value} for value in texts])
+    prepared = prepare(config(tmp_path, path, tokenizer="bpe", vocab_size=350))
+    assert prepared.tokenizer.sha256 == train_bpe(train, 350).sha256 != train_bpe(texts, 350).sha256
+
+
+def test_preparation_does_not_import_torch() -> None:
+    code = "import sys, epmoe.cli.prepare, epmoe.data.workers, epmoe.data.yardsticks; sys.exit('torch' in sys.modules)"
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | path, check=False).returncode == 0
+
+
 def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path) -> None:
     cfg = several_shards(tmp_path)
     alone = prepare(cfg)
@@ -255,6 +270,15 @@ def test_too_little_text(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "c.jsonl", [])
     with pytest.raises(DataError, match="s0 has 0 training tokens"):
         prepare(config(tmp_path, tmp_path / "c.jsonl", tokenizer="bpe"))
+
+
+def test_ranges_that_leave_nothing_to_learn(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "0123456789", "loss": []}] * 3)
+    with pytest.raises(DataError, match="s0 has 30 bytes of training text, and 0 of them count"):
+        prepare(config(tmp_path, path, seq_len=4, source={"loss_field": "loss"}))
+    some = write_jsonl(tmp_path / "y.jsonl", [{"text": "0123456789", "loss": [[0, 2]]}])
+    cfg = config(tmp_path, some, seq_len=4, source={"loss_field": "loss", "val_path": str(path)})
+    assert prepare(cfg).sources[0].val is None
 
 
 def test_a_prepared_pair_is_a_source_of_its_own(tmp_path: Path) -> None:

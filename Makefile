@@ -1,0 +1,43 @@
+# make train | test | check | bench
+#
+# Without PYTHON these work in .venv, which is made when there is none and brought up to date when
+# pyproject.toml, setup.py or constraints.txt change. With PYTHON=python3 (or any other interpreter)
+# that one is used as it is and nothing is installed: for machines with their own torch, or no network.
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := .venv/bin/python
+READY := .venv/.installed
+endif
+
+RANKS ?= 2
+ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help train test check bench
+
+help:
+	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
+	@echo "make test    all tests; PYTEST_ARGS='-k router' selects"
+	@echo "make check   ruff, mypy, import contracts"
+	@echo "make bench   every script in benchmarks/"
+	@echo "PYTHON=...   use this interpreter as it is and install nothing"
+
+train: $(READY)
+	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m epmoe train configs/quickstart.yaml $(ARGS)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+bench: $(READY)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=. $(PYTHON) "$$script"; done
+
+.venv/.installed: pyproject.toml setup.py constraints.txt
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
