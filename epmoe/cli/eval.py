@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from epmoe.config import Config
-from epmoe.config_file import load_config
+from epmoe.config_file import override_config
 from epmoe.data.loader import validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.progress import console_progress
@@ -18,7 +18,6 @@ from epmoe.parallel import runtime
 from epmoe.train.evaluate import Evaluation
 from epmoe.train.evaluate import evaluate as evaluate_set
 from epmoe.train.load import load_trained
-from epmoe.train.run import RESOLVED
 
 
 def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
@@ -34,7 +33,7 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
         trained = load_trained(checkpoint, device=place.device)
         config = trained.config
         if overrides:
-            config = load_config(trained.checkpoint.path.parent.parent / RESOLVED, overrides)
+            config = override_config(config, overrides)
         with console_progress() as progress:
             prepared = prepare(config.data, progress=progress)
         if prepared.tokenizer.sha256 != trained.tokenizer.sha256:

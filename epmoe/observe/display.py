@@ -95,6 +95,14 @@ class _Console(Console):
         raise BrokenPipeError("the reader of the output is gone")
 
 
+def say(text: str) -> None:
+    """Prints and flushes a line or more. Nobody reading any more (``| head``) is no reason to stop training."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _silence(sys.stdout)
+
+
 def _silence(stream: object) -> None:
     """Points the stream's descriptor at /dev/null, so that not even the flush at exit can fail."""
     try:

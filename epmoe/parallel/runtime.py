@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from epmoe import env, errors
 from epmoe.errors import CommError, ConfigError, EpmoeError, Preempted
@@ -286,7 +286,7 @@ def rank_zero_first(
     yield should_stop
 
 
-def _or_asked(store: dist.Store, key: str, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+def _or_asked(store: Store, key: str, should_stop: Callable[[], bool]) -> Callable[[], bool]:
     """The flag, or the key in the store; the store is looked at five times a second at most."""
     asked, looked_at = False, 0.0
 

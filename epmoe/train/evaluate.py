@@ -12,7 +12,7 @@ from epmoe import env
 from epmoe.data.loader import ValidationData
 from epmoe.models.decoder import Decoder
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
-from epmoe.train.step import autocast, on_device, report_sums, token_loss
+from epmoe.train.step import autocast, report_sums, token_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def evaluate(
         poll()
         first = start + rank * batch_size
         chosen = [windows[i] if i < len(windows) else None for i in range(first, first + batch_size)]
-        batch = on_device(data.batch(chosen), device)
+        batch = data.batch(chosen).to(device)
         with autocast(precision, device.type):
             logits_BSV, reports = model(batch.token_BS, batch.context)
         add_sums(totals, {"loss": token_loss(logits_BSV, batch), "tokens": batch.loss_BS.sum()})

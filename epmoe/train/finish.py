@@ -18,6 +18,7 @@ from epmoe.data.yardsticks import Yardsticks, yardsticks
 from epmoe.errors import Preempted
 from epmoe.models.decoder import Decoder
 from epmoe.observe.chart import write_chart
+from epmoe.observe.display import say
 from epmoe.observe.health import RouterHistory
 from epmoe.parallel.runtime import Runtime
 from epmoe.train.evaluate import Evaluation
@@ -48,22 +49,27 @@ def finish(
     for evaluation in evaluations:
         try:
             sticks = yardsticks(prepared, evaluation.name, should_stop=should_stop)
-        except Preempted as error:
-            raise Preempted(error.what, fix="run the same command to go on") from None
-        print("\n".join(_verdict(evaluation, sticks)))
+        except Preempted:
+            raise Preempted(
+                "stopped during the final report; training is done and its checkpoint is written",
+                fix="run the same command to get the report",
+            ) from None
+        say("\n".join(_verdict(evaluation, sticks)))
         results.append(
             {**asdict(evaluation), "perplexity": evaluation.perplexity, "yardsticks": asdict(sticks)}
         )
+    if not evaluations:
+        say("no validation loss: no source has validation text (data.sources[].val_path names some)")
     history = RouterHistory.from_jsonl(folder / "metrics.jsonl")
     health = history.summary()
     if health:
-        print("router health over the last 20% of the steps:")
+        say("router health over the last 20% of the steps:")
         for layer in health:
-            print(f"  {'!' if layer.flagged else ' '} {layer.sentence()}")
+            say(f"  {'!' if layer.flagged else ' '} {layer.sentence()}")
     write_chart(history, folder / CHART, title=str(folder))
-    print(f"chart of loss and expert load: {folder / CHART}")
+    say(f"chart of loss and expert load: {folder / CHART}")
     if text:
-        print(f"a sample, prompt {config.train.sample.prompt!r}:\n{text}")
+        say(f"a sample, prompt {config.train.sample.prompt!r}:\n{text}")
     summary = {
         "validation": results,
         "router_health": [

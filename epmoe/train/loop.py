@@ -20,7 +20,7 @@ from epmoe.parallel.runtime import Agreed, Runtime
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
 from epmoe.train.optimizer import Optimizer, learning_rate
 from epmoe.train.signals import StopFlag
-from epmoe.train.step import micro_step, on_device
+from epmoe.train.step import micro_step
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class Trainer:
         for batch in batches:
             sums = micro_step(
                 self.model,
-                on_device(batch, self.runtime.device),
+                batch.to(self.runtime.device),
                 num_tokens=max(num_tokens, 1),
                 coefficients=self.config.moe.losses if self.config.moe else {},
                 precision=self.config.train.precision,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import record as report_to_torchrun
 
 from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
@@ -48,7 +48,7 @@ RESOLVED = "config.yaml"
 """The resolved configuration, in the run folder."""
 
 
-@record  # torchrun ends its output with the traceback of the rank that failed first
+@report_to_torchrun  # its output then ends with the traceback of the rank that failed first
 def train(config: Config, argv: Sequence[str]) -> None:
     """Trains, resumes or reports that nothing is left to do. Every rank of the job calls it.
 
@@ -75,8 +75,9 @@ def train(config: Config, argv: Sequence[str]) -> None:
 
 
 def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag, argv: Sequence[str]) -> None:
-    # Rank 0's answer counts: another rank may look later, or at another disk.
-    done = int(runtime.gather_text(str(_finished_at(folder.path)))[0])
+    with runtime.watching(place, step=0, phase="start-up"):
+        # Rank 0's answer counts: another rank may look later, or at another disk.
+        done = int(runtime.gather_text(str(_finished_at(folder.path)))[0])
     if done >= config.train.steps:
         if folder.is_writer:
             say(f"{folder.path} is finished: {done} steps are done. Nothing to do.")

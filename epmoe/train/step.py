@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from epmoe.data.loader import Batch
@@ -23,12 +22,6 @@ def autocast(precision: str, device_type: str) -> AbstractContextManager[object]
     if precision == "bf16_autocast":
         return torch.autocast(device_type, torch.bfloat16)
     return nullcontext()
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on this rank's device."""
-    moved: Batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
-    return moved
 
 
 def token_loss(logits_BSV: Tensor, batch: Batch) -> Tensor:

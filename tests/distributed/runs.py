@@ -169,7 +169,9 @@ def different(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list
     return [
         key
         for key in sorted(first.keys() | second.keys())
-        if key not in first or key not in second or first[key].numpy().tobytes() != second[key].numpy().tobytes()
+        if key not in first
+        or key not in second
+        or first[key].numpy().tobytes() != second[key].numpy().tobytes()
     ]
 
 

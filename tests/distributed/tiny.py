@@ -74,23 +74,25 @@ def tiny_model(mesh: ExpertMesh, *, listed: bool = False) -> Tiny:
 
 
 def trained(model: nn.Module, mesh: ExpertMesh, steps: int) -> Optimizer:
-    """AdamW after some steps with gradients that every layout agrees on."""
-    gradients = Gradients(model.named_parameters(), mesh)
-    optimizer = Optimizer(OptimizerConfig(), model, gradients)
-    for step in range(steps):
-        for name, view in gradients.views.items():
-            view.copy_(_global_rows(f"grad {step} {name}", name, model, view))
-        optimizer.step(0.01)
+    """AdamW as if after some steps: weights and moments that depend on ``steps`` and their name alone. (Real steps
+    would not do: torch's fused AdamW rounds by where an element lies in its tensor, hence by layout.)"""
+    optimizer = Optimizer(OptimizerConfig(), model, Gradients(model.named_parameters(), mesh))
+    for name, tensor in {**optimizer.weights(), **optimizer.state()}.items() if steps else ():
+        if name.endswith(".step"):
+            tensor.fill_(steps)
+        elif tensor.is_floating_point():
+            tensor.detach().copy_(_own_rows(f"{steps} {name}", name, model, tensor))
+    optimizer.publish()
     return optimizer
 
 
-def _global_rows(key: str, name: str, model: nn.Module, view: Tensor) -> Tensor:
-    """Rows of a draw for the whole tensor that belong to this rank's experts."""
+def _own_rows(key: str, name: str, model: nn.Module, tensor: Tensor) -> Tensor:
+    """The rows of a whole tensor's draw that belong to this rank's experts."""
     if not name.startswith("experts."):
-        return draw(key, *view.shape)
+        return draw(key, *tensor.shape)
     owner = model.get_submodule("experts")
-    whole = draw(key, NUM_EXPERTS, *view.shape[1:])
-    return whole[owner.first_expert : owner.first_expert + view.shape[0]]
+    whole = draw(key, NUM_EXPERTS, *tensor.shape[1:])
+    return whole[owner.first_expert : owner.first_expert + tensor.shape[0]]
 
 
 def record(step: int) -> TrainingRecord:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from epmoe.config import ModelConfig, MoEConfig, TopKOptions
+from epmoe.config_file import load_config
 from epmoe.models import presets
 from epmoe.models.decoder import Decoder
 from epmoe.models.sizes import count_parameters, flops_per_token
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 Preset = Callable[[], tuple[ModelConfig, MoEConfig | None]]
 PRESETS: list[Preset] = [
     presets.quickstart,
@@ -90,7 +93,7 @@ def test_presets_keep_their_promises() -> None:
     sparse, dense = presets.quickstart(), presets.quickstart_dense()
     ratio = flops_per_token(*sparse, 4096, 256) / flops_per_token(*dense, 4096, 256)
     assert 1 <= ratio < 1.01
-    assert 5e6 < count_parameters(*sparse, 4096).total < 1e7
+    assert 2e6 < count_parameters(*sparse, 4096).total < 1e7
     assert count_parameters(*presets.gshard_125m(), 1).active >= 100e6
     big, moe = presets.gshard_8x()
     assert moe is not None
@@ -102,3 +105,11 @@ def test_presets_keep_their_promises() -> None:
 def test_sizes_need_no_torch() -> None:
     code = "import sys, epmoe.models.presets, epmoe.models.sizes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("quickstart", presets.quickstart), ("1node-8gpu", presets.gshard_8x)]
+)
+def test_configuration_files_are_the_presets_they_name(name: str, preset: Preset) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert (config.model, config.moe) == preset()
