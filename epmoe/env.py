@@ -79,7 +79,7 @@ def recorded() -> dict[str, str]:
 def redact(text: str) -> str:
     """Hides user and password of URLs, and the value of ``...token=`` and the like."""
     text = re.sub(r"(\w+://)[^/@\s]+@", r"\1<redacted>@", text)
-    return re.sub(r"(?i)(\w*(?:key|token|secret|passw\w*)=)[^\s&]+", r"\1<redacted>", text)
+    return re.sub(r"(?i)(\b(?:\w*_)?(?:api)?(?:key|token|secret|passw\w*)=)[^\s&]+", r"\1<redacted>", text)
 
 
 def rendezvous_address() -> str:

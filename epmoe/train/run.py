@@ -104,14 +104,13 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
         end_attempt(folder)
         write_status(folder, "stopped", exit_code=error.exit_code, message=error.what)
         raise
-    except torch.OutOfMemoryError as error:
-        translated = _out_of_memory(config, error)
-        write_status(folder, "failed", exit_code=translated.exit_code, message=translated.what)
-        raise translated from error
     except BaseException as error:
-        code = error.exit_code if isinstance(error, EpmoeError) else 1
-        write_status(folder, "failed", exit_code=code, message=f"{type(error).__name__}: {error}")
-        raise
+        failure = _out_of_memory(config, error) if _is_out_of_memory(error) else error
+        code = failure.exit_code if isinstance(failure, EpmoeError) else 1
+        write_status(folder, "failed", exit_code=code, message=f"{type(failure).__name__}: {failure}")
+        if failure is error:
+            raise
+        raise failure from error
     end_attempt(folder)
     write_status(folder, "done", exit_code=0, step=run.progress.step)
 
@@ -125,7 +124,14 @@ def _finished_at(folder: Path) -> int:
         return 0
 
 
-def _out_of_memory(config: Config, error: Exception) -> MemoryExhausted:
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception of its own; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _out_of_memory(config: Config, error: BaseException) -> MemoryExhausted:
     train = config.train
     return MemoryExhausted(
         f"out of memory with micro batches of {train.micro_batch_size or 'all'} x {config.data.seq_len} tokens",

@@ -23,7 +23,7 @@ from epmoe.config_file import override_config
 from epmoe.errors import EpmoeError
 from epmoe.train.manifest import read_manifest, step_folder
 from epmoe.train.run import train
-from tests.distributed.harness import Outcome, rank_outcomes
+from tests.distributed.harness import Outcome, rank_outcomes, run_ranks
 
 STEPS = 20
 Fault = str | None
@@ -96,25 +96,29 @@ def attempts(rank: int, plan: Sequence[tuple[Config, Fault]]) -> list[End]:
     return [attempt(rank, config, fault) for config, fault in plan]
 
 
-def launched_attempt(rank: int, config: Config, fault: Fault, port: int, world_size: int) -> End:
-    """An attempt that makes its own process group, with the configuration's time-out, as under a launcher."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(number) for name, number in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return attempt(rank, config, fault)
-
-
 def run(base: Path, config: Config, fault: Fault = None, *, world_size: int = 2) -> list[Outcome]:
     """One attempt on fresh ranks -> how each ended; ``result`` is an ``End`` unless the rank died."""
     return rank_outcomes(world_size, attempt, base, config, fault)
 
 
-def launch(
-    base: Path, config: Config, fault: Fault = None, *, world_size: int = 2, grace: float = 3.0
-) -> list[Outcome]:
-    """``run`` with a process group that the run makes itself."""
+def ends(base: Path, config: Config, fault: Fault = None, *, world_size: int = 2) -> list[End]:
+    """``run`` where no rank may die."""
+    found: list[End] = run_ranks(world_size, attempt, base, config, fault)
+    return found
+
+
+def launched(rank: int, config: Config, fault: str, port: int, world_size: int) -> None:
+    """An attempt that makes its own process group, with the configuration's time-out, as under a launcher."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(number) for name, number in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", EPMOE_FAULT=fault)
+    train(config, ["epmoe", "train"])
+
+
+def launch(base: Path, config: Config, fault: str, *, world_size: int = 2) -> list[Outcome]:
+    """``run`` with a process group that the run makes itself; ``error`` is the traceback of a rank that raised."""
     args = (config, fault, free_port(), world_size)
-    return rank_outcomes(world_size, launched_attempt, base, *args, join_group=False, grace=grace)
+    return rank_outcomes(world_size, launched, base, *args, join_group=False, grace=0.5)
 
 
 def free_port() -> int:
@@ -126,9 +130,7 @@ def free_port() -> int:
 
 def finish(base: Path, config: Config, *, world_size: int = 2) -> Path:
     """Trains to the end -> the run's folder."""
-    for outcome in run(base, config, world_size=world_size):
-        assert outcome.error is None, outcome.error
-        assert outcome.result == End(0), outcome
+    assert ends(base, config, world_size=world_size) == [End(0)] * world_size
     return Path(config.out)
 
 
@@ -176,7 +178,8 @@ def different(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list
 
 
 def assert_same_run(folder: Path, reference: Path, step: int = STEPS) -> None:
-    """The same weights, moments and metrics, bit for bit."""
+    """The same weights, moments and metrics, bit for bit, and every step in the metrics once."""
     assert different(tensors(folder, step), tensors(reference, step)) == []
-    assert history(folder) == history(reference)
     assert [line["step"] for line in history(folder)] == list(range(1, step + 1))
+    assert history(folder) == history(reference)
+    assert status(folder) == {"state": "done", "exit_code": 0, "step": step, "message": ""}

@@ -18,8 +18,10 @@ from epmoe.config import (
     DataConfig,
     GShardTop2Options,
     MoEConfig,
+    ParallelConfig,
     SourceConfig,
     SwitchOptions,
+    TrainConfig,
     choose_ep_size,
 )
 from epmoe.config_file import check_layout, dump_config, load_config, override_config
@@ -320,6 +322,13 @@ def test_layouts_that_do_not_divide_list_the_ones_that_do():
     assert "micro_batch_size: 5 does not divide the 6 sequences of each of 4 ranks" in message
     assert "valid values: 1, 2, 3, 6" in message
     assert "ep_size=3 must divide the world size 4 and num_experts=8; valid values: 1, 2, 4" in message
+    with pytest.raises(ConfigError, match="4 does not divide the 2 sequences of each of 8 ranks"):
+        check_layout(Config(train=TrainConfig(micro_batch_size=4)), 8)
+    six_experts = Config(moe=MoEConfig(num_experts=6), parallel=ParallelConfig(ep_size=4))
+    with pytest.raises(
+        ConfigError, match=r"must divide the world size 4 and num_experts=6; valid values: 1, 2\n"
+    ):
+        check_layout(six_experts, 4)
     with pytest.raises(ConfigError, match="16 sequences do not divide over 3 ranks") as caught:
         check_layout(Config(), 3)
     assert "15, 18" in str(caught.value)

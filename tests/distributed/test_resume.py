@@ -1,0 +1,347 @@
+"""Going on: a run that was interrupted, however often and however rudely, ends as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from epmoe.config import Config
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import (
+    STEPS,
+    End,
+    assert_same_run,
+    attempt,
+    attempts,
+    checkpoints,
+    different,
+    ends,
+    finish,
+    history,
+    make_config,
+    run,
+    status,
+    tensors,
+)
+
+
+# ------------------------------------------------------------------------------------------- bit for bit
+def test_the_same_seed_is_the_same_run(base: Path, reference: Path) -> None:
+    again = finish(base, make_config(base, "again"))
+    assert_same_run(again, reference)
+    other = finish(base, make_config(base, "other-seed", "seed=6", "train.steps=2"))
+    assert history(other)[0]["loss"] != history(reference)[0]["loss"]
+
+
+def test_three_kills_in_a_row(base: Path, reference: Path) -> None:
+    config = make_config(base, "kills")
+    folder = Path(config.out)
+    for victim, step, saved in ((1, 7, [5]), (0, 12, [5, 10]), (1, 18, [10, 15])):
+        outcomes = run(base, config, f"point=train.after_backward,rank={victim},step={step},action=kill")
+        assert outcomes[victim].exit_code == -9
+        assert outcomes[1 - victim].result.code == 7
+        assert checkpoints(folder) == saved
+    finish(base, config)
+    assert_same_run(folder, reference)
+
+
+def test_three_requests_to_stop_in_a_row(base: Path, reference: Path) -> None:
+    config = make_config(base, "stops", "checkpoint.every=0")
+    folder = Path(config.out)
+    for step in (6, 11, 16):
+        both = ends(base, config, f"point=train.step_start,rank=1,step={step},action=term")
+        assert [end.code for end in both] == [75, 75]
+        assert both[0].message.startswith(f"stopped after step {step - 1} (another rank was asked to)")
+        assert both[1].message.startswith(f"stopped after step {step - 1} (SIGTERM)")
+        assert checkpoints(folder)[-1] == step - 1
+        assert status(folder)["state"] == "stopped"
+    finish(base, config)
+    assert_same_run(folder, reference)
+
+
+VARIANTS = {
+    "bf16_autocast": ["train.precision=bf16_autocast"],
+    "bf16_params": ["train.precision=bf16_params"],
+    "fp64": ["train.precision=fp64"],
+    "sgd": ["optimizer.name=sgd", "optimizer.lr=0.1", "optimizer.schedule=wsd"],
+    "accumulation": ["train.micro_batch_size=1"],
+    "dense": ["moe=null"],
+    "ep1": ["parallel.ep_size=1", "moe.router=switch", "moe.top_k=1", "moe.shared_experts=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def variants(base: Path) -> dict[str, tuple[Path, Path]]:
+    """Every variant, undisturbed and stopped half-way; all on the same two ranks."""
+    plan: list[tuple[Config, str | None]] = []
+    folders = {}
+    for name, overrides in VARIANTS.items():
+        short = [*overrides, "train.steps=6", "checkpoint.every=0", "train.sample.tokens=0"]
+        whole, broken = (make_config(base, f"{name}-{kind}", *short) for kind in ("whole", "broken"))
+        plan += [(whole, None), (broken, "point=train.step_start,rank=0,step=4,action=term"), (broken, None)]
+        folders[name] = (Path(whole.out), Path(broken.out))
+    for found in run_ranks(2, attempts, base, plan):
+        assert [end.code for end in found] == [0, 75, 0] * len(VARIANTS)
+    return folders
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_resumes_bit_for_bit(name: str, variants: dict[str, tuple[Path, Path]]) -> None:
+    whole, broken = variants[name]
+    assert checkpoints(whole) == [6]
+    assert checkpoints(broken) == [3, 6]
+    assert_same_run(broken, whole, step=6)
+    losses = [line["loss"] for line in history(whole)]
+    assert losses[-1] < losses[0] - 0.1, "it did not learn"
+
+
+def test_variants_are_what_their_names_say(variants: dict[str, tuple[Path, Path]]) -> None:
+    stored = {name: tensors(whole, 6) for name, (whole, _) in variants.items()}
+    weight = "shard_00000.safetensors:model.embed.weight"
+    assert stored["fp64"][weight].dtype == torch.float64
+    assert stored["bf16_params"][weight].dtype == torch.float32  # the master
+    assert stored["bf16_autocast"][weight].dtype == torch.float32
+    assert not any(":optim." in key for key in stored["sgd"])
+    assert not any("experts" in key for key in stored["dense"])
+    assert history(variants["dense"][0])[0]["layers"] == {}
+    first = [history(variants[name][0])[0]["loss"] for name in ("fp64", "bf16_autocast", "bf16_params")]
+    assert len(set(first)) == 3
+
+
+def test_accumulation_is_the_same_training(variants: dict[str, tuple[Path, Path]], reference: Path) -> None:
+    accumulated = [line["loss"] for line in history(variants["accumulation"][0])[:4]]
+    # The schedules differ only after the warm-up, because the runs have other lengths.
+    assert accumulated == pytest.approx([line["loss"] for line in history(reference)[:4]], rel=1e-5)
+
+
+def test_on_another_number_of_ranks_it_goes_on_too(base: Path, reference: Path) -> None:
+    config = make_config(base, "fewer-ranks")
+    ends(base, config, "point=train.step_start,step=11,action=term")
+    finish(base, config, world_size=1)
+    losses, wanted = ([line["loss"] for line in history(folder)] for folder in (Path(config.out), reference))
+    assert losses[:10] == wanted[:10]
+    assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- metrics
+def test_records_after_a_crash_cover_the_same_steps(base: Path) -> None:
+    often = ["train.steps=10", "train.log_every=4", "checkpoint.every=5", "train.sample.tokens=0"]
+    whole, broken = (make_config(base, f"records-{kind}", *often) for kind in ("whole", "broken"))
+    finish(base, whole)
+    run(base, broken, "point=train.after_backward,rank=1,step=7,action=kill")
+    finish(base, broken)
+    assert [line["step"] for line in history(Path(broken.out))] == [4, 5, 8, 10]
+    assert history(Path(broken.out)) == history(Path(whole.out))
+
+
+@pytest.mark.parametrize("point", ["ckpt.stage", "ckpt.after_rename"])
+def test_no_record_is_lost_to_a_crash_around_a_checkpoint(point: str, base: Path, reference: Path) -> None:
+    config = make_config(base, f"crash-{point}")
+    run(base, config, f"point={point},rank=0,step=10,action=kill")
+    finish(base, config)
+    assert_same_run(Path(config.out), reference)
+
+
+# ------------------------------------------------------------------------------------------- damaged checkpoints
+def copy_of(reference: Path, name: str, steps: list[int]) -> Config:
+    """A run that is not finished, with these checkpoints of the reference in it."""
+    folder = reference.parent / name
+    (folder / "ckpt").mkdir(parents=True)
+    for step in steps:
+        shutil.copytree(reference / "ckpt" / f"step_{step:09d}", folder / "ckpt" / f"step_{step:09d}")
+    shutil.copy(reference / "metrics.jsonl", folder)
+    return make_config(reference.parent, name)
+
+
+def damage(config: Config, step: int) -> None:
+    """Flips one bit of a checkpoint."""
+    path = Path(config.out) / "ckpt" / f"step_{step:09d}" / "shard_00001.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-100] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    base: Path, reference: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = copy_of(reference, "damaged", [15, 20])
+    damage(config, 20)
+    finish(base, config)
+    printed = capfd.readouterr()
+    assert "warning: passed over a checkpoint" in printed.err
+    assert "shard_00001.safetensors has CRC-32" in printed.err
+    assert "(step 15)" in printed.out
+    assert_same_run(Path(config.out), reference)
+    assert checkpoints(Path(config.out)) == [15, 20]
+
+
+def test_a_run_does_not_begin_anew_over_damaged_checkpoints(base: Path, reference: Path) -> None:
+    config = copy_of(reference, "all-damaged", [15, 20])
+    damage(config, 15)
+    damage(config, 20)
+    before = (Path(config.out) / "metrics.jsonl").read_bytes()
+    for end in ends(base, config):
+        assert end.code == 4
+        assert "none of the 2 checkpoint(s)" in end.message
+        assert "step_000000015 is damaged" in end.message
+    assert status(Path(config.out))["exit_code"] == 4
+    assert (Path(config.out) / "metrics.jsonl").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------- changed configurations
+@pytest.fixture(scope="module")
+def changed(base: Path, reference: Path) -> dict[str, tuple[list[End], str]]:
+    """What both ranks said to each change, one after the other, and the status afterwards."""
+    plans = {
+        "d_model": ["model.d_model=32"],
+        "experts": ["moe.num_experts=8", "moe.shared_experts=1"],
+        "seed": ["seed=9"],
+        "seq_len": ["data.seq_len=24"],
+        "optimizer": ["optimizer.name=sgd"],
+        "allowed": ["seed=9", "checkpoint.allow_data_change=true", "train.steps=22"],
+    }
+    copy_of(reference, "changed", [20])
+    configs = [make_config(base, "changed", *overrides) for overrides in plans.values()]
+    ranks = run_ranks(2, _statuses, base, configs)
+    return {name: ([rank[i][0] for rank in ranks], ranks[0][i][1]) for i, name in enumerate(plans)}
+
+
+def _statuses(rank: int, configs: list[Config]) -> list[tuple[End, str]]:
+    found = []
+    for config in configs:
+        end = attempt(rank, config)
+        described = Path(config.out) / "config.yaml"
+        found.append((end, described.read_text() if described.exists() else ""))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("d_model", ["of another architecture", "model.d_model: 16 -> 32"]),
+        ("experts", ["of another architecture", "moe.num_experts: 4 -> 8", "moe.shared_experts: 0 -> 1"]),
+        ("seed", ["the samples changed since step 20", "seed: 5 -> 9", "checkpoint.allow_data_change=true"]),
+        ("seq_len", ["the samples changed since step 20", "data.seq_len: 16 -> 24"]),
+        ("optimizer", ["optim.embed.weight.exp_avg is in the checkpoint only"]),
+    ],
+)
+def test_changes_that_would_break_the_run_are_refused(
+    change: str, says: list[str], changed: dict[str, tuple[list[End], str]]
+) -> None:
+    both, described = changed[change]
+    for end in both:
+        assert end.code == 4
+        for words in says:
+            assert words in end.message
+    assert described == "", "a refused configuration was written down as that of the run"
+
+
+def test_a_change_of_the_data_can_be_allowed(
+    changed: dict[str, tuple[list[End], str]], base: Path, reference: Path
+) -> None:
+    both, described = changed["allowed"]
+    assert both == [End(0), End(0)]
+    assert "seed: 9" in described
+    lines = history(base / "changed")
+    assert lines[:20] == history(reference)
+    assert lines[21]["samples"] == 22 * 4  # the count of samples goes on, their order is another
+
+
+def test_a_new_learning_rate_is_used_and_said(
+    base: Path, reference: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy_of(reference, "new-rate", [15])
+    finish(base, make_config(base, "new-rate", "optimizer.lr=0.001", "optimizer.schedule=constant"))
+    printed = capfd.readouterr().out
+    assert "changed since: optimizer.lr: 0.005 -> 0.001" in printed
+    assert "changed since: optimizer.schedule: cosine -> constant" in printed
+    assert [line["lr"] for line in history(base / "new-rate")[15:]] == [0.001] * 5
+
+
+# ------------------------------------------------------------------------------------------- other beginnings and ends
+def test_a_finished_run_says_so(base: Path, reference: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def facts() -> dict[str, Any]:
+        return {str(p): p.stat().st_mtime_ns for p in reference.rglob("*") if p.is_file()}
+
+    before = facts()
+    finish(base, make_config(base, "reference"))
+    assert "is finished: 20 steps are done. Nothing to do." in capfd.readouterr().out
+    assert facts() == before
+
+
+def test_a_finished_run_trains_on_when_it_gets_more_steps(base: Path, reference: Path) -> None:
+    config = make_config(base, "longer", "train.steps=4")
+    folder = finish(base, config)
+    finish(base, make_config(base, "longer", "train.steps=6"))
+    assert [line["step"] for line in history(folder)] == [1, 2, 3, 4, 5, 6]
+    assert status(folder)["step"] == 6
+
+
+def test_init_from_takes_the_weights_and_nothing_else(base: Path, reference: Path) -> None:
+    # A learning rate that changes no float32 weight: what is stored after the first step is what was loaded.
+    overrides = [f"train.init_from={reference}", "optimizer.lr=1.0e-30", "train.steps=1", "optimizer.warmup_steps=0"]
+    folder = finish(base, make_config(base, "from-weights", *overrides))
+    old, new = tensors(reference), tensors(folder, 1)
+    weights = [key for key in old if ":model." in key]
+    assert different({k: old[k] for k in weights}, {k: new[k] for k in weights}) == []
+    steps = [float(tensor) for key, tensor in new.items() if key.endswith(".step")]
+    assert set(steps) == {1.0}
+    assert all(key not in different(old, new) or ":optim." in key for key in old)
+    [line] = history(folder)
+    assert (line["step"], line["samples"]) == (1, 4)
+    assert line["loss"] < history(reference)[0]["loss"] - 0.5  # the same samples, a trained model
+
+
+def test_init_from_refuses_another_tokenizer(base: Path, reference: Path) -> None:
+    overrides = [f"train.init_from={reference}", "data.tokenizer=bpe", "data.vocab_size=300"]
+    for end in ends(base, make_config(base, "other-tokenizer", *overrides)):
+        assert end.code == 4
+        assert "was trained with tokenizer" in end.message
+
+
+class _Clock:
+    """``time`` for one rank: the limit passes when it has been read a few times."""
+
+    def __init__(self, reads: int) -> None:
+        self.reads, self.left = reads, reads
+
+    def monotonic(self) -> float:
+        self.left -= 1
+        return 0.0 if self.left > 0 else 1e9
+
+
+def _train_for_minutes(rank: int, config: Config) -> End:
+    import epmoe.train.run
+
+    epmoe.train.run.time = _Clock(5 if rank == 1 else 10**6)  # type: ignore[attr-defined]
+    return attempt(rank, config)
+
+
+def test_max_minutes_ends_the_run_on_all_ranks_with_everything_in_place(base: Path) -> None:
+    config = make_config(base, "minutes", "train.max_minutes=1.0")
+    assert run_ranks(2, _train_for_minutes, base, config) == [End(0), End(0)]
+    folder = Path(config.out)
+    assert status(folder) == {"state": "done", "exit_code": 0, "step": 3, "message": ""}
+    assert checkpoints(folder) == [3]
+    assert history(folder)[-1]["val"].keys() == {"words"}
+    assert json.loads((folder / "summary.json").read_text())["validation"][0]["num_tokens"] > 800
+    assert history(folder)[-1]["lr"] == pytest.approx(5e-3 * 3 / 4)  # the schedule still counts all steps
+    finish(base, config.model_copy(update={"train": config.train.model_copy(update={"max_minutes": None})}))
+    assert status(folder)["step"] == STEPS
+
+
+@pytest.mark.parametrize(("steps", "last"), [("2-3", "undisturbed"), ("2-9", "cut short")])
+def test_profile_steps_writes_a_trace_per_rank(steps: str, last: str, base: Path) -> None:
+    overrides = [f"profile.steps={steps}", "train.steps=4", "train.sample.tokens=0"]
+    folder = finish(base, make_config(base, f"profiled-{steps}", *overrides))
+    for rank in range(2):
+        events = json.loads((folder / f"trace_rank{rank}.json").read_text())["traceEvents"]
+        assert any("all_to_all" in event.get("name", "") for event in events)
+
+

@@ -1,0 +1,388 @@
+"""A checkpoint on disk against everything that can happen to files: bits, truncation, other models, planted code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from epmoe.errors import CheckpointError
+from epmoe.parallel.mesh import build_mesh
+from epmoe.parallel.runtime import start
+from epmoe.train.checkpoint import (
+    Checkpoint,
+    find_resumable,
+    load_weights,
+    open_checkpoint,
+    prune,
+    remove_unfinished,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from epmoe.train.entries import MAX_LISTED, differences
+from epmoe.train.manifest import MANIFEST, TensorRecord, candidates, read_manifest
+from epmoe.train.shards import incomplete_tensors, read_pieces
+from tests.distributed.harness import run_ranks
+from tests.distributed.tiny import Tiny, draw, record, tiny_model, trained
+
+
+def _write(rank: int, folder: Path) -> None:
+    mesh = build_mesh(start("cpu", 20), 2)
+    for step in (1, 2):
+        model = tiny_model(mesh)
+        optimizer = trained(model, mesh, step)
+        save_checkpoint(folder, model=model, optimizer=optimizer, mesh=mesh, record=record(step), keep=3)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with steps 1 and 2, saved by two ranks that shared the experts."""
+    run = tmp_path_factory.mktemp("run")
+    run_ranks(2, _write, run, run / "ckpt")
+    return run
+
+
+@pytest.fixture
+def run(written: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def _newest(run: Path) -> Path:
+    return run / "ckpt" / "step_000000002"
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the manifest as somebody who knows how its checksum is made."""
+    value = json.loads((folder / MANIFEST).read_bytes())
+    del value["crc32"]
+    change(value)
+    rest = json.dumps(value, indent=1).removeprefix("{\n").encode()
+    (folder / MANIFEST).write_bytes(f'{{"crc32": "{zlib.crc32(rest):08x}",\n'.encode() + rest)
+
+
+# ------------------------------------------------------------------------------------------- damage
+def _flip_a_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) * 2 // 3] ^= 16
+    path.write_bytes(raw)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "one bit flipped": _flip_a_bit,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "empty": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_is_found_and_the_older_checkpoint_used(
+    damage: str, written: Path, tmp_path: Path
+) -> None:
+    names = [path.name for path in _newest(written).iterdir()]
+    assert len(names) == 3
+    for name in names:
+        run = Path(shutil.copytree(written, tmp_path / name))
+        DAMAGES[damage](_newest(run) / name)
+        found = find_resumable(run / "ckpt")
+        assert found.checkpoint is not None
+        assert found.checkpoint.manifest.record.step == 1
+        assert len(found.rejected) == 1
+        assert name in found.rejected[0]
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+            verify_checkpoint(_newest(run))
+        assert caught.value.exit_code == 4
+
+
+def test_every_single_bit_of_a_manifest_and_of_a_shards_header_counts(run: Path) -> None:
+    for path in (_newest(run) / MANIFEST, _newest(run) / "shard_00000.safetensors"):
+        raw = bytearray(path.read_bytes())
+        for position in range(0, min(len(raw), 1500), 7):
+            raw[position] ^= 1 << position % 8
+            path.write_bytes(raw)
+            with pytest.raises(CheckpointError):
+                verify_checkpoint(_newest(run))
+            raw[position] ^= 1 << position % 8
+        path.write_bytes(raw)
+    verify_checkpoint(_newest(run))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(format=99), "format 99; this epmoe reads format 1"),
+        (lambda m: m.pop("format"), "has format None"),
+        (lambda m: m["record"].update(step="two"), "record.step"),
+        (lambda m: m.update(extra=1), "extra"),
+        (lambda m: m["files"].update({"../outside.safetensors": {"size": 0, "crc32": 0}}), "names the file"),
+        (lambda m: m["files"].update({"/etc/passwd": {"size": 0, "crc32": 0}}), "names the file"),
+        (
+            lambda m: m["files"].pop("shard_00001.safetensors"),
+            "shard_00001.safetensors is not in manifest.json",
+        ),
+    ],
+    ids=["newer", "no format", "wrong type", "unknown key", "parent folder", "absolute", "unlisted shard"],
+)
+def test_a_manifest_that_cannot_be_trusted_is_refused(change: Any, says: str, run: Path) -> None:
+    _rewrite(_newest(run), change)
+    with pytest.raises(CheckpointError, match=says):
+        verify_checkpoint(_newest(run))
+    assert "\n" not in find_resumable(run / "ckpt").rejected[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "[" * 100_000, "\xff"])
+def test_a_manifest_that_is_not_an_object_is_refused(text: str, run: Path) -> None:
+    (_newest(run) / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError):
+        read_manifest(_newest(run))
+
+
+def test_latest_json_is_for_people_only(run: Path) -> None:
+    (run / "ckpt" / "latest.json").write_text('{"step": 7, "folder": "../../step_000000007"}')
+    assert open_checkpoint(run).path == _newest(run)
+
+
+# ------------------------------------------------------------------------------------------- finding
+def test_a_checkpoint_is_named_by_its_folder_its_run_or_the_folder_of_checkpoints(run: Path) -> None:
+    older = run / "ckpt" / "step_000000001"
+    assert open_checkpoint(older).path == older
+    assert open_checkpoint(run).path == open_checkpoint(run / "ckpt").path == _newest(run)
+
+
+def test_a_path_without_a_checkpoint_says_what_was_looked_for(run: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path, run / ".." / "x"):
+        with pytest.raises(CheckpointError, match="no usable checkpoint"):
+            open_checkpoint(path)
+    for step in (1, 2):
+        (run / "ckpt" / f"step_{step:09d}" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"step_000000002 has no manifest.json.*step_000000001 has no"):
+        open_checkpoint(run)
+
+
+def test_links_and_other_names_are_not_candidates(run: Path, tmp_path: Path) -> None:
+    outside = Path(shutil.copytree(_newest(run), tmp_path / "outside"))
+    (run / "ckpt" / "step_000000009").symlink_to(outside)
+    (run / "ckpt" / "step_000000008").write_text("a file")
+    for name in ("step_9", "step_0000000100", ".tmp-step_000000010-ab", "step_00000001x"):
+        (run / "ckpt" / name).mkdir()
+    assert [path.name for path in candidates(run / "ckpt")] == ["step_000000002", "step_000000001"]
+
+
+def test_order_is_by_step_not_by_clock(run: Path) -> None:
+    os.utime(_newest(run), (1, 1))
+    assert open_checkpoint(run).path == _newest(run)
+
+
+# ------------------------------------------------------------------------------------------- retention
+def _more(run: Path, *steps: int) -> Path:
+    for step in steps:
+        shutil.copytree(_newest(run), run / "ckpt" / f"step_{step:09d}")
+    return run / "ckpt"
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in candidates(folder)]
+
+
+def test_the_newest_are_kept(run: Path) -> None:
+    folder = _more(run, 3, 4)
+    prune(folder, 3)
+    assert _steps(folder) == [4, 3, 2]
+    prune(folder, 1)
+    assert _steps(folder) == [4]
+
+
+def test_damaged_checkpoints_do_not_push_out_good_ones(run: Path) -> None:
+    folder = _more(run, 3, 4)
+    for step in (3, 4):
+        (folder / f"step_{step:09d}" / "shard_00000.safetensors").write_bytes(b"")
+    prune(folder, 1)
+    assert _steps(folder) == [4, 3, 2]  # what is newer than the newest good one is left for people to look at
+    for path in candidates(folder):
+        (path / MANIFEST).unlink()
+    prune(folder, 1)
+    assert _steps(folder) == [4, 3, 2]
+
+
+def test_what_interrupted_saves_left_is_removed_without_following_links(run: Path, tmp_path: Path) -> None:
+    folder, outside = run / "ckpt", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("data")
+    (folder / ".tmp-step_000000003-0a").mkdir()
+    (folder / ".tmp-step_000000003-0a" / "shard_00000.safetensors").write_bytes(b"half")
+    (folder / ".tmp-step_000000003-link").symlink_to(outside)
+    (folder / ".latest.json.123").write_text("{")
+    removed = remove_unfinished(folder)
+    assert removed == [".latest.json.123", ".tmp-step_000000003-0a", ".tmp-step_000000003-link"]
+    assert (outside / "precious").exists()
+    assert _steps(folder) == [2, 1]
+    assert remove_unfinished(run / "no such folder") == []
+
+
+# ------------------------------------------------------------------------------------------- weights alone
+def test_one_process_without_a_group_reads_the_weights_of_any_layout(written: Path) -> None:
+    model = Tiny(0, 4).double()
+    read = load_weights(open_checkpoint(written), model=model)
+    assert read == record(2)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor.detach(), draw(f"2 {name}", *tensor.shape).double())
+    assert model.steps_seen.tolist() == [3, 1]
+    assert model.head.weight is model.embed.weight
+
+
+def _renamed() -> Tiny:
+    model = Tiny(0, 4)
+    model.norms = model.norm
+    del model.norm
+    return model
+
+
+def _half() -> Tiny:
+    model = Tiny(0, 2)
+    model.experts.num_experts = 2
+    return model
+
+
+def _other_dtype() -> Tiny:
+    model = Tiny(0, 4)
+    model.register_buffer("steps_seen", torch.zeros(2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: Tiny(0, 4, width=5),
+            ["model.embed.weight is [7, 3] in the checkpoint, [7, 5] in the model"],
+        ),
+        (
+            _renamed,
+            [
+                "model.norms is not in the checkpoint (nearest: model.norm)",
+                "model.norm is in the checkpoint only",
+            ],
+        ),
+        (_other_dtype, ["model.steps_seen is I64 in the checkpoint, F32 in the model"]),
+        (
+            _half,
+            ["model.experts.w_in is [4, 3, 5] in the checkpoint, [2, 3, 5] in the model"],
+        ),
+    ],
+    ids=["shape", "renamed", "dtype", "only some experts"],
+)
+def test_another_architecture_is_refused_before_anything_is_read(
+    make: Callable[[], Tiny], says: list[str], written: Path
+) -> None:
+    model = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(open_checkpoint(written), model=model)
+    for words in says:
+        assert words in str(caught.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_differences_are_listed_with_the_nearest_name_up_to_a_limit() -> None:
+    one = TensorRecord(dtype="F32", shape=(2,))
+    stored = {f"model.layer{i}.weight": one for i in range(15)}
+    wanted = {f"model.layer{i}.wight": one for i in range(15)}
+    lines = differences(stored, wanted, same_dtype=True)
+    assert len(lines) == 30
+    assert lines[0] == "model.layer0.wight is not in the checkpoint (nearest: model.layer0.weight)"
+    assert sum("nearest" in line for line in lines) == MAX_LISTED
+    half = {"model.w": TensorRecord(dtype="BF16", shape=(2,))}
+    assert differences({"model.w": one}, half, same_dtype=False) == []
+    assert differences({"model.w": one}, half, same_dtype=True) == [
+        "model.w is F32 in the checkpoint, BF16 in the model"
+    ]
+
+
+# ------------------------------------------------------------------------------------------- no code in checkpoints
+class Canary:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_planted_pickles_are_not_executed(run: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    payload = pickle.dumps(Canary(canary))
+    for folder in (_newest(run), run / "ckpt"):
+        for name in (".metadata", "model.pt", "optim.bin", "__0_0.distcp", "rng_state.pth"):
+            (folder / name).write_bytes(payload)
+        np.save(folder / "array.npy", np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    load_weights(open_checkpoint(run), model=Tiny(0, 4))
+    (_newest(run) / "shard_00000.safetensors").write_bytes(payload)
+    with pytest.raises(CheckpointError, match=r"shard_00000\.safetensors has"):
+        load_weights(open_checkpoint(_newest(run)), model=Tiny(0, 4))
+    (_newest(run) / MANIFEST).write_bytes(payload)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(_newest(run))
+    assert not canary.exists()
+    pickle.loads(payload)  # noqa: S301 - the payload does work
+    assert canary.exists()
+
+
+def test_a_checkpoint_is_nothing_but_json_and_tensors(written: Path) -> None:
+    manifest = read_manifest(_newest(written))
+    keys = set()
+    for path in _newest(written).iterdir():
+        raw = path.read_bytes()
+        if path.name == MANIFEST:
+            json.loads(raw)
+            continue
+        (length,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        del header["__metadata__"]
+        ends = [0, *sorted(entry["data_offsets"][1] for entry in header.values())]
+        starts = sorted(entry["data_offsets"][0] for entry in header.values())
+        assert starts == ends[:-1]  # no bytes between the tensors
+        assert len(raw) == 8 + length + ends[-1]  # nor behind them
+        with safe_open(path, framework="pt") as file:  # and others can read it
+            keys |= set(file.keys())
+    assert keys == set(manifest.tensors)
+    assert {"model.experts.w_in", "optim.experts.w_in.exp_avg_sq", "optim.embed.weight.step"} <= keys
+
+
+def test_incomplete_shards_are_told_apart(written: Path) -> None:
+    folder = _newest(written)
+    manifest = read_manifest(folder)
+    names = sorted(manifest.files)
+    assert incomplete_tensors(folder, names, manifest.tensors) == []
+    missing = next(key for key in read_pieces(folder / names[0]) if "experts" not in key)
+    one = incomplete_tensors(folder, names[1:], manifest.tensors)
+    assert any(line.startswith(f"{missing}: written by no rank") for line in one)
+    assert any(line.startswith("model.experts.w_in: rows 0 to 1 are written not at all") for line in one)
+    other = incomplete_tensors(folder, names[:1], manifest.tensors)
+    assert any(line.startswith("model.experts.w_in: rows 2 to 3 are missing") for line in other)
+    twice = incomplete_tensors(folder, [*names, names[0]], manifest.tensors)
+    assert any(line.startswith("model.experts.w_in: rows 0 to 1 are written twice") for line in twice)
+    fewer = {key: value for key, value in manifest.tensors.items() if key != "model.norm"}
+    assert any("model.norm is in" in line for line in incomplete_tensors(folder, names, fewer))
+
+
+def test_a_verified_checkpoint_says_what_it_is(written: Path) -> None:
+    checkpoint = open_checkpoint(written)
+    assert isinstance(checkpoint, Checkpoint)
+    assert (checkpoint.manifest.world_size, checkpoint.manifest.ep_size) == (2, 2)
+    assert checkpoint.manifest.record == record(2)
+    assert checkpoint.manifest.versions["torch"] == torch.__version__
+    assert checkpoint.manifest.tensors["model.experts.w_in"] == TensorRecord(dtype="F32", shape=(4, 3, 5))
