@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from epmoe.observe.record import StepRecord, record_from_json, record_to_json
+from epmoe.observe.record import StepRecord, read_records, record_from_json, record_to_json
 
 
 class Tracker(Protocol):
     """Somewhere a record can go."""
 
     def log(self, record: StepRecord) -> None:
-        """Takes one record; steps come in ascending order."""
+        """Takes one record; steps ascend, and the last step may come again with its validation."""
         ...
 
     def close(self) -> None:
@@ -36,10 +36,17 @@ class JsonlTracker:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_later_lines(path, start_step)
+        self._path = path
+        self._last_step = max((record.step for record in read_records(path)), default=0)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, record: StepRecord) -> None:
-        """Writes one line."""
+        """Writes one line; a second record of the last step (with its validation) replaces the first."""
+        if record.step == self._last_step:
+            self._file.close()
+            _drop_later_lines(self._path, record.step - 1)
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._last_step = record.step
         self._file.write(record_to_json(record) + "\n")
 
     def close(self) -> None:
@@ -74,11 +81,15 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._last_step = start_step
 
     def log(self, record: StepRecord) -> None:
-        """Writes every number of the record under ``train/``, ``speed/``, ``val/`` and ``layer_N/``."""
+        """Writes every number of the record under ``train/``, ``speed/``, ``val/`` and ``layer_N/``; of a second
+        record of the same step only the validation, which is what is new in it."""
         for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record.step)
+            if record.step > self._last_step or name.startswith("val/"):
+                self._writer.add_scalar(name, value, record.step)
+        self._last_step = record.step
 
     def close(self) -> None:
         """Writes what is left."""

@@ -21,7 +21,7 @@ def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
         for chunk in tensor.detach().reshape(-1).split(CHUNK.get(device.type, 2**20)):
-            wide = chunk
+            wide = chunk.double()
             total += torch.dot(wide, wide)
     return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -36,6 +37,8 @@ class Recorder:
         self.seconds = seconds
         """Training time so far, over all restarts; evaluation and checkpoints are not in it."""
         self.clock = Clock()
+        self.latest: StepRecord | None = None
+        """The last record, or the one a resumed run finds of the step it resumes from."""
         self._clear()
 
     def _clear(self) -> None:
@@ -59,13 +62,18 @@ class Recorder:
         self._last = result
 
     def record(self, progress: Progress, val: Mapping[str, float]) -> StepRecord | None:
-        """The record of the steps since the last one, None if there were none.
+        """The record of the steps since the last one; with no step, but a validation, the last one with that.
 
-        Loss and loads are means and sums over all of them; learning rate, norm and clip are the last step's.
+        Loss and loads are means and sums over all steps; learning rate, norm and clip are the last step's.
+
+        Returns:
+            None if there is nothing new.
         """
         result = self._last
         if result is None:
-            return None
+            if self.latest is None or self.latest.step != progress.step or not val:
+                return None
+            return replace(self.latest, val=dict(val))
         spent = self.clock.lap()
         self.seconds += spent
         tokens = max(self._num_tokens, 1)
@@ -73,7 +81,7 @@ class Recorder:
         flops = per_second * self.flops_per_token
         peak = peak_flops(self.device)
         aux = {name[4:]: float(v) / tokens for name, v in self._sums.items() if name.startswith("aux.")}
-        record = StepRecord(
+        self.latest = StepRecord(
             step=progress.step,
             tokens=progress.tokens,
             samples=progress.samples,
@@ -92,7 +100,7 @@ class Recorder:
             val=dict(val),
         )
         self._clear()
-        return record
+        return self.latest
 
 
 def layer_health(sums: Sums, index: int) -> LayerHealth:

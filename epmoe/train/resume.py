@@ -31,6 +31,7 @@ SHAPES = (
     "moe.d_ff",
     "moe.activation",
     "moe.shared_experts",
+    "optimizer.name",
 )
 """Settings that decide which tensors there are; dropout and initialisation under ``model.`` are harmless."""
 HARMLESS = ("model.dropout", "model.init", "model.norm_eps", "model.rope_theta")
@@ -63,7 +64,7 @@ def check_resumable(
     shapes = [line for line in changes if line.startswith(SHAPES) and not line.startswith(HARMLESS)]
     if shapes:
         raise CheckpointError(
-            f"the checkpoint of step {record.step} in {config.out} is of another architecture",
+            f"the checkpoint of step {record.step} in {config.out} is of another model or optimizer",
             why="; ".join(shapes[:10]),
             fix="undo these changes, or choose another out= for a new run",
         )

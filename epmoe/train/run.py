@@ -18,6 +18,7 @@ from epmoe.data.prepared import PreparedData
 from epmoe.data.progress import console_progress
 from epmoe.errors import EpmoeError, MemoryExhausted, Preempted
 from epmoe.observe.display import make_display, say
+from epmoe.observe.record import read_records
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
@@ -185,6 +186,7 @@ class Run:
         self.trackers = self._open_trackers()
         try:
             self._steps()
+            self._log([])
             self._save()  # before an evaluation that may take long
             evaluations = self._evaluate(None)
             self._log(evaluations)
@@ -284,6 +286,9 @@ class Run:
         if not self.folder.is_writer:
             return Trackers([])
         path, step = self.folder.path, self.progress.step
+        for record in read_records(path / METRICS):
+            if record.step == step:
+                self.recorder.latest = record
         return Trackers(
             [
                 lambda: JsonlTracker(path / METRICS, step),

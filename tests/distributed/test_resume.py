@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -148,6 +147,17 @@ def test_no_record_is_lost_to_a_crash_around_a_checkpoint(point: str, base: Path
     assert_same_run(Path(config.out), reference)
 
 
+@pytest.mark.parametrize("action", ["term", "kill"])
+def test_an_interrupted_final_evaluation_is_made_up_for(action: str, base: Path, reference: Path) -> None:
+    config = make_config(base, f"final-{action}")
+    outcomes = run(base, config, f"point=train.eval,rank=1,action={action}")
+    assert outcomes[0].result.code == (75 if action == "term" else 7)
+    assert checkpoints(Path(config.out)) == [15, 20]
+    assert history(Path(config.out))[-1]["val"] == {}
+    finish(base, config)
+    assert_same_run(Path(config.out), reference)
+
+
 # ------------------------------------------------------------------------------------------- damaged checkpoints
 def copy_of(reference: Path, name: str, steps: list[int]) -> Config:
     """A run that is not finished, with these checkpoints of the reference in it."""
@@ -224,11 +234,14 @@ def _statuses(rank: int, configs: list[Config]) -> list[tuple[End, str]]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("d_model", ["of another architecture", "model.d_model: 16 -> 32"]),
-        ("experts", ["of another architecture", "moe.num_experts: 4 -> 8", "moe.shared_experts: 0 -> 1"]),
+        ("d_model", ["of another model or optimizer", "model.d_model: 16 -> 32"]),
+        (
+            "experts",
+            ["of another model or optimizer", "moe.num_experts: 4 -> 8", "moe.shared_experts: 0 -> 1"],
+        ),
         ("seed", ["the samples changed since step 20", "seed: 5 -> 9", "checkpoint.allow_data_change=true"]),
         ("seq_len", ["the samples changed since step 20", "data.seq_len: 16 -> 24"]),
-        ("optimizer", ["optim.embed.weight.exp_avg is in the checkpoint only"]),
+        ("optimizer", ["of another model or optimizer", "optimizer.name: adamw -> sgd"]),
     ],
 )
 def test_changes_that_would_break_the_run_are_refused(
@@ -285,7 +298,12 @@ def test_a_finished_run_trains_on_when_it_gets_more_steps(base: Path, reference:
 
 def test_init_from_takes_the_weights_and_nothing_else(base: Path, reference: Path) -> None:
     # A learning rate that changes no float32 weight: what is stored after the first step is what was loaded.
-    overrides = [f"train.init_from={reference}", "optimizer.lr=1.0e-30", "train.steps=1", "optimizer.warmup_steps=0"]
+    overrides = [
+        f"train.init_from={reference}",
+        "optimizer.lr=1.0e-30",
+        "train.steps=1",
+        "optimizer.warmup_steps=0",
+    ]
     folder = finish(base, make_config(base, "from-weights", *overrides))
     old, new = tensors(reference), tensors(folder, 1)
     weights = [key for key in old if ":model." in key]
@@ -343,5 +361,3 @@ def test_profile_steps_writes_a_trace_per_rank(steps: str, last: str, base: Path
     for rank in range(2):
         events = json.loads((folder / f"trace_rank{rank}.json").read_text())["traceEvents"]
         assert any("all_to_all" in event.get("name", "") for event in events)
-
-
