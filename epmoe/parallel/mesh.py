@@ -18,10 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from epmoe.config import choose_ep_size
 from epmoe.parallel.runtime import Runtime
-
-__all__ = ["ExpertMesh", "build_mesh", "choose_ep_size", "is_expert", "split_expert_id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,10 +115,12 @@ def launched(rank: int, config: Config, fault: str, port: int, world_size: int) 
     train(config, ["epmoe", "train"])
 
 
-def launch(base: Path, config: Config, fault: str, *, world_size: int = 2) -> list[Outcome]:
+def launch(
+    base: Path, config: Config, fault: str, *, world_size: int = 2, grace: float = 3.0
+) -> list[Outcome]:
     """``run`` with a process group that the run makes itself; ``error`` is the traceback of a rank that raised."""
     args = (config, fault, free_port(), world_size)
-    return rank_outcomes(world_size, launched, base, *args, join_group=False, grace=0.5)
+    return rank_outcomes(world_size, launched, base, *args, join_group=False, grace=grace)
 
 
 def free_port() -> int:

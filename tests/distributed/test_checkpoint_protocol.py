@@ -254,10 +254,15 @@ def _damaged_on_another_rank(rank: int, folder: Path) -> list[Any]:
     dist.barrier()
     found = find_resumable(folder)
     assert found.checkpoint is not None
+    _save(folder, model, trained(model, mesh, 1), mesh, 2)  # the run gets to the same step again
+    again = find_resumable(folder)
+    assert again.checkpoint is not None
+    assert again.checkpoint.path.name == "step_000000002"
+    assert not list(folder.glob(f"{UNFINISHED}*"))
     return [found.checkpoint.path.name, found.rejected]
 
 
-def test_all_ranks_reject_a_checkpoint_that_one_of_them_finds_damaged(tmp_path: Path) -> None:
+def test_all_ranks_reject_a_checkpoint_that_one_of_them_finds_damaged_and_replace_it(tmp_path: Path) -> None:
     for name, rejected in run_ranks(2, _damaged_on_another_rank, tmp_path, tmp_path / "ckpt"):
         assert name == "step_000000001"
         assert len(rejected) == 1
