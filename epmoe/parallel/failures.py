@@ -108,8 +108,7 @@ class Responder:
     def _collect(self, deadline: float) -> None:
         answers: dict[int, str] = {}
         missing = list(range(self.world_size))
-        while missing and time.monotonic() < deadline:
-            time.sleep(0.02)
+        while missing and time.monotonic() < deadline and not self._stopped.wait(0.02):
             answers |= self._read("answer", missing)
             missing = [rank for rank in range(self.world_size) if rank not in answers]
             causes = self._read("cause", missing)
