@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import io
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -174,10 +174,13 @@ def comm_error(responder: Responder, where: str, error: Exception, timeout_s: fl
     else:
         what = f"rank {rank} failed to communicate at {where}, though all ranks answer"
         fix = f"check the network between the nodes; {slow}"
-    return CommError(what, why=str(error).splitlines()[0][:300], fix=fix)
+    return CommError(what, why=str(error).partition("\n")[0][:300], fix=fix)
 
 
 def _dump_stacks(title: str) -> None:
-    print(title, file=sys.stderr, flush=True)
-    with contextlib.suppress(io.UnsupportedOperation, AttributeError, ValueError):  # no real stderr
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    """Writes the stacks of all threads to stderr in one piece: several ranks that do so at once stay readable."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        stacks = file.read().decode(errors="replace")
+    print(f"{title}\n{stacks}", file=sys.stderr, flush=True)

@@ -163,7 +163,7 @@ def _rendezvous_error(error: Exception, timeout_s: float) -> CommError:
     """Says which of the usual start-up problems it is."""
     address = env.rendezvous_address()
     port = address.rpartition(":")[2]
-    why = str(error).splitlines()[0]
+    why = str(error).partition("\n")[0]
     who = f"rank {env.rank()} of {env.world_size()}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return CommError(

@@ -136,7 +136,7 @@ def _out_of_memory(config: Config, error: BaseException) -> MemoryExhausted:
     train = config.train
     return MemoryExhausted(
         f"out of memory with micro batches of {train.micro_batch_size or 'all'} x {config.data.seq_len} tokens",
-        why=str(error).splitlines()[0],
+        why=str(error).partition("\n")[0],
         fix="lower train.micro_batch_size (gradients accumulate, results stay the same), moe.capacity_factor, or "
         "data.seq_len; train.precision=bf16_autocast halves activations",
     )

@@ -34,6 +34,8 @@ from tests.distributed.runs import (
 def test_the_same_seed_is_the_same_run(base: Path, reference: Path) -> None:
     again = finish(base, make_config(base, "again"))
     assert_same_run(again, reference)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (again, reference)]
+    assert summaries[0] == summaries[1]  # the sample of text among them
     other = finish(base, make_config(base, "other-seed", "seed=6", "train.steps=2"))
     assert history(other)[0]["loss"] != history(reference)[0]["loss"]
 

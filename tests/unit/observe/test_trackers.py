@@ -66,6 +66,22 @@ def test_tensorboard_shows_every_number_once(tmp_path: Path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 10.0), (20, 20.0), (30, 30.0)]
 
 
+def test_the_last_step_may_come_again_with_its_validation(tmp_path: Path):
+    for start in (0, 20):
+        jsonl, board = JsonlTracker(tmp_path / "metrics.jsonl", start), TensorBoardTracker(tmp_path, start)
+        for tracker in (jsonl, board):
+            for step in range(start + 10, 21, 10):
+                tracker.log(record(step))
+            if start == 20:  # a resumed run with nothing left but the evaluation
+                tracker.log(record(20, val={"stdlib": 3.0}))
+            tracker.close()
+    assert list(read_records(tmp_path / "metrics.jsonl")) == [record(10), record(20, val={"stdlib": 3.0})]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [10, 20]
+    assert [(event.step, event.value) for event in events.Scalars("val/stdlib")] == [(20, 3.0)]
+
+
 def test_names_of_numbers():
     names = scalars(record(1, val={"a": 2.5}, mfu=0.5, layers={3: health(2, 0)}))
     assert (names["val/a"], names["speed/mfu"], names["layer_3/dead_experts"], names["aux/balance"]) == (

@@ -1,0 +1,191 @@
+"""The commands that do something, from their arguments to what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import epmoe.cli
+from epmoe.config_file import dump_config, load_config
+from tests.distributed.harness import rank_outcomes
+from tests.distributed.runs import finish, make_config
+
+PROMPT = "abc é "
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has run."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _commands(rank: int, lines: dict[str, tuple[list[str], str]]) -> dict[str, Done]:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    found = {}
+    for name, (arguments, typed) in lines.items():
+        sys.stdin = io.StringIO(typed)
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
+            code: object = 0
+            try:
+                epmoe.cli.main(arguments)
+            except SystemExit as end:
+                code = end.code or 0
+        found[name] = Done(int(code), out.getvalue(), err.getvalue())  # type: ignore[call-overload]
+    return found
+
+
+def run_commands(base: Path, lines: dict[str, tuple[list[str], str]]) -> dict[str, Done]:
+    """Each command with what is typed into it, all in one forked process."""
+    [outcome] = rank_outcomes(1, _commands, base, lines, join_group=False)
+    assert outcome.error is None, outcome.error
+    found: dict[str, Done] = outcome.result
+    return found
+
+
+@pytest.fixture(scope="module")
+def precise(base: Path) -> Path:
+    """A float64 run of two ranks, its validation with the training's capacity."""
+    overrides = ["train.precision=fp64", "train.steps=3", "train.sample.tokens=0", "train.micro_batch_size=1"]
+    return finish(base, make_config(base, "precise", *overrides))
+
+
+@pytest.fixture(scope="module")
+def done(base: Path, reference: Path, precise: Path) -> dict[str, Done]:
+    file = base / "prompt.txt"
+    file.write_text(PROMPT, encoding="utf-8")
+    again = ["generate", str(reference), "--max-tokens", "4", "--prompt", "def "]
+    likeliest = ["generate", str(reference), "--max-tokens", "6", "--temperature", "0"]
+    config = base / "prepare.yaml"
+    config.write_text(dump_config(make_config(base, "never")))
+    lines = {
+        "eval": ["eval", str(reference)],
+        "eval json": ["eval", str(reference), "--json"],
+        "eval precise": ["eval", str(precise), "--json"],
+        "eval newest": ["eval", str(reference / "ckpt" / "step_000000020"), "--json"],
+        "eval older": ["eval", str(reference / "ckpt" / "step_000000015"), "--json"],
+        "eval other text": ["eval", str(reference), f"data.sources.0.val_path={base}/train", "--json"],
+        "eval other tokenizer": ["eval", str(reference), "data.tokenizer=bpe", "data.vocab_size=300"],
+        "eval nothing": ["eval", str(base / "val")],
+        "sample": [*again, "--seed", "5"],
+        "seed 1": [*again, "--seed", "1", "--temperature", "2"],
+        "seed 1 again": [*again, "--seed", "1", "--temperature", "2"],
+        "seed 2": [*again, "--seed", "2", "--temperature", "2"],
+        "prompt": [*likeliest, "--prompt", PROMPT],
+        "prompt file": [*likeliest, "--prompt-file", str(file)],
+        "prompt stdin": [*likeliest, "--prompt-file", "-"],
+        "prompt of the run": likeliest,
+        "prompt empty": [*likeliest, "--prompt", ""],
+        "prompt missing": [*likeliest, "--prompt-file", str(base / "none.txt")],
+        "prepare": ["prepare", str(config)],
+        "dry run": ["train", str(config), "moe.top_k=2", "--dry-run"],
+        "too many": ["train", str(config), "moe.router=topk", "moe.top_k=5"],
+    }
+    return run_commands(base, {name: (line, PROMPT) for name, line in lines.items()})
+
+
+# ------------------------------------------------------------------------------------------- eval
+@pytest.mark.parametrize(("name", "tolerance"), [("eval json", 1e-5), ("eval precise", 1e-9)])
+def test_eval_finds_the_figure_the_run_ended_with(
+    name: str, tolerance: float, done: dict[str, Done], reference: Path, precise: Path
+) -> None:
+    folder = reference if name == "eval json" else precise
+    [wanted] = json.loads((folder / "summary.json").read_text())["validation"]
+    modes = json.loads(done[name].out)
+    assert list(modes) == ["dropless", "capacity factor 1.0"]
+    [dropless], [capacity] = modes.values()
+    assert dropless["loss"] == pytest.approx(wanted["loss"], rel=tolerance)
+    assert dropless["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=tolerance)
+    assert dropless["num_tokens"] == wanted["num_tokens"]
+    assert (dropless["drop_rate"], wanted["drop_rate"]) == (0.0, 0.0)
+    assert capacity["drop_rate"] > 0.05
+    assert capacity["loss"] != dropless["loss"]
+
+
+def test_eval_takes_a_run_or_one_of_its_checkpoints(done: dict[str, Done]) -> None:
+    assert done["eval newest"].out == done["eval json"].out
+    older, newest = (json.loads(done[f"eval {which}"].out)["dropless"][0] for which in ("older", "newest"))
+    assert older["loss"] > newest["loss"]
+
+
+def test_eval_prints_a_line_per_source_and_mode(done: dict[str, Done], reference: Path) -> None:
+    path, dropless, capacity = done["eval"].out.splitlines()
+    [figures] = json.loads(done["eval json"].out)["dropless"]
+    assert path == str(reference / "ckpt" / "step_000000020")
+    assert dropless.startswith(
+        f"  words, dropless: {figures['bits_per_byte']:.4f} bits per byte, perplexity "
+    )
+    assert dropless.endswith("900 tokens, drop rate 0.00%")
+    assert capacity.startswith("  words, capacity factor 1.0: ")
+
+
+def test_eval_takes_other_text_but_no_other_tokenizer(done: dict[str, Done]) -> None:
+    [figures] = json.loads(done["eval other text"].out)["dropless"]
+    assert figures["num_tokens"] == 12_000
+    assert done["eval other tokenizer"].code == 4
+    assert "the model was trained with" in done["eval other tokenizer"].err
+    assert done["eval nothing"].code == 4
+    assert "holds no usable checkpoint" in done["eval nothing"].err
+
+
+# ------------------------------------------------------------------------------------------- generate
+def test_generate_repeats_the_sample_of_the_run(done: dict[str, Done], reference: Path) -> None:
+    sample = json.loads((reference / "summary.json").read_text())["sample"]
+    assert done["sample"].out == sample + "\n"
+
+
+def test_the_seed_decides(done: dict[str, Done]) -> None:
+    assert done["seed 1"] == done["seed 1 again"]
+    assert done["seed 1"].out != done["seed 2"].out
+    assert done["seed 1"].out.startswith("def ")
+
+
+def test_the_prompt_may_come_from_anywhere(done: dict[str, Done]) -> None:
+    assert done["prompt"].out.startswith(PROMPT)
+    assert len(done["prompt"].out) > len(PROMPT) + 1
+    assert done["prompt"] == done["prompt file"] == done["prompt stdin"]
+    assert done["prompt of the run"].out.startswith("def ")
+    assert done["prompt empty"].code == 0
+    assert done["prompt missing"].code == 2
+    assert "cannot read the prompt" in done["prompt missing"].err
+
+
+# ------------------------------------------------------------------------------------------- prepare and train
+def test_prepare_counts_the_text(done: dict[str, Done]) -> None:
+    rows = [line.split() for line in done["prepare"].out.splitlines()]
+    # Tokens are bytes here, and one end-of-text.
+    assert ["words", "train", "1", "12,001", "12,000", "1.00", "0", "0"] in rows
+    assert ["words", "val", "1", "901", "900", "1.00", "0", "0"] in rows
+
+
+def test_a_dry_run_shows_the_whole_configuration_and_makes_nothing(
+    done: dict[str, Done], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = done["dry run"].out
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_config(tmp_path / "shown.yaml") == make_config(base, "never")
+    facts = dict(line[2:].split(": ", 1) for line in shown.splitlines() if line.startswith("# "))
+    # embedding 320x16; per layer attention 4x16x16, norms 2x16; dense FFN 3x16x24; 4 experts of it and a router 4x16
+    total = 320 * 16 + 2 * (4 * 16 * 16 + 2 * 16) + 16 + 5 * (3 * 16 * 24) + 4 * 16
+    assert facts["parameters"].startswith(f"{total:,} in all, {total - 2 * 3 * 16 * 24:,} active per token")
+    assert facts["ranks"].startswith("1, ep_size 1")
+    assert facts["tokens"] == "64 per step, 1,280 in 20 steps"
+    assert not (base / "never").exists()
+
+
+def test_more_choices_than_experts_are_refused(done: dict[str, Done], base: Path) -> None:
+    assert done["too many"].code == 2
+    assert "top_k=5 is larger than num_experts=4" in done["too many"].err
+    assert not (base / "never").exists()

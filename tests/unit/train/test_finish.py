@@ -1,0 +1,88 @@
+"""What is left and what is said when a run is over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from epmoe.config import Config
+from epmoe.data.yardsticks import Yardsticks
+from epmoe.errors import Preempted
+from epmoe.train.evaluate import Evaluation
+from epmoe.train.finish import _verdict
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import End, attempt, finish, make_config, status
+
+
+def test_the_results_of_a_run(reference: Path) -> None:
+    summary = json.loads((reference / "summary.json").read_text())
+    [result] = summary["validation"]
+    assert result["name"] == "words"
+    assert result["num_tokens"] == 900
+    assert result["drop_rate"] == 0.0
+    last = json.loads((reference / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["loss"] == last["val"]["words"]
+    assert 1 < result["bits_per_byte"] < 8
+    assert all(1 < result["yardsticks"][name] < 8 for name in ("unigram", "xz", "xz_after_train"))
+    [layer] = summary["router_health"]
+    assert layer["layer"] == 1
+    assert "busiest expert" in layer["sentence"]
+    assert summary["sample"].startswith("def ")
+    assert len(summary["sample"]) > 4
+    svg = (reference / "router.svg").read_text()
+    assert svg.startswith("<svg")
+    assert "validation words" in svg
+
+
+def test_the_verdict_says_better_or_worse_than_what() -> None:
+    result = Evaluation(name="words", loss=0.5, num_tokens=1000, bits_per_byte=2.0, drop_rate=0.25)
+    lines = _verdict(result, Yardsticks(unigram=4.0, xz=1.6, xz_after_train=None))
+    assert (
+        "0.5000 nats per token, perplexity 1.65, 2.0000 bits per byte (1,000 tokens, drop rate 25.0%)"
+        in lines[0]
+    )
+    assert [" ".join(line.split()) for line in lines[1:]] == [
+        "50.0% below 4.0000, the unigram model of the same tokens",
+        "25.0% above 1.6000, the xz -9e of the validation text",
+    ]
+
+
+def test_a_run_may_leave_the_sample_out(base: Path) -> None:
+    folder = finish(
+        base, make_config(base, "no-sample", "train.steps=1", "train.sample.tokens=0"), world_size=1
+    )
+    assert json.loads((folder / "summary.json").read_text())["sample"] == ""
+
+
+def _asked_to_stop_while_it_compresses(rank: int, config: Config) -> list[End]:
+    import epmoe.train.finish
+
+    original = epmoe.train.finish.yardsticks
+
+    def interrupted(*_: object, **__: object) -> Yardsticks:
+        raise Preempted("asked to stop")
+
+    epmoe.train.finish.yardsticks = interrupted
+    first = attempt(rank, config)
+    state = status(Path(config.out))["state"]
+    epmoe.train.finish.yardsticks = original
+    return [first, End(0, state), attempt(rank, config)]
+
+
+def test_a_signal_during_the_report_loses_only_the_report(base: Path) -> None:
+    config = make_config(base, "report", "train.steps=2", "train.sample.tokens=0")
+    [[first, state, second]] = run_ranks(1, _asked_to_stop_while_it_compresses, base, config)
+    assert first.code == 75
+    assert "stopped during the final report; training is done" in first.message
+    assert state.message == "stopped"
+    assert second == End(0)
+    assert (Path(config.out) / "summary.json").exists()
+
+
+def test_without_validation_text_it_says_so(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data.sources.0.val_path=null", "train.steps=1", "train.sample.tokens=0"]
+    folder = finish(base, make_config(base, "no-validation", *overrides), world_size=1)
+    assert "no source has validation text" in capfd.readouterr().out
+    assert json.loads((folder / "summary.json").read_text())["validation"] == []

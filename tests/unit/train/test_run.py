@@ -1,0 +1,84 @@
+"""A run in one process, and what it writes about itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from epmoe.config import Config
+from epmoe.config_file import load_config
+from epmoe.train.run import _finished_at, _is_out_of_memory, _out_of_memory
+from tests.distributed.harness import rank_outcomes
+from tests.distributed.runs import End, attempt, checkpoints, history, make_config, status
+
+
+def _alone(rank: int, config: Config) -> End:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return attempt(rank, config)
+
+
+def test_one_process_without_a_launcher(base: Path) -> None:
+    config = make_config(base, "alone", "train.steps=3", "checkpoint.every=1", "checkpoint.keep=2")
+    [outcome] = rank_outcomes(1, _alone, base, config, join_group=False)
+    assert outcome.result == End(0), outcome.error
+    folder = Path(config.out)
+    assert status(folder) == {"state": "done", "exit_code": 0, "step": 3, "message": ""}
+    assert checkpoints(folder) == [2, 3]
+    assert [line["step"] for line in history(folder)] == [1, 2, 3]
+    assert load_config(folder / "config.yaml") == config
+    description = json.loads((folder / "run.json").read_text())
+    assert description["config"] == config.model_dump(mode="json")
+    assert description["argv"] == ["epmoe", "train"]
+    assert description["world_size"] == 1
+    assert {"torch", "python", "epmoe"} <= description["versions"].keys()
+    left = {path.name for path in folder.iterdir()}
+    assert left == {
+        *("ckpt", "config.yaml", "metrics.jsonl", "router.svg", "run.json", "run_status.json"),
+        *("summary.json", "tensorboard", "tokenizer"),
+    }
+
+
+def test_more_ranks_and_the_log_interval_do_not_change_what_is_learned(base: Path, reference: Path) -> None:
+    config = make_config(base, "sparse-log", "train.log_every=3", "train.sample.tokens=0")
+    [outcome] = rank_outcomes(1, attempt, base, config, "point=train.step_start,step=8,action=term")
+    assert outcome.result.code == 75
+    lines, every = history(Path(config.out)), history(reference)
+    assert [line["step"] for line in lines] == [3, 5, 6, 7]  # 5: with the checkpoint
+    for line, members in zip(lines, (every[:3], every[3:5], every[5:6], every[6:7]), strict=True):
+        assert line["loss"] == pytest.approx(sum(m["loss"] for m in members) / len(members), rel=1e-5)
+        layer = line["layers"]["1"]
+        assert layer["demand_E"] == [
+            sum(n) for n in zip(*(m["layers"]["1"]["demand_E"] for m in members), strict=True)
+        ]
+        assert layer["valid_tokens"] == sum(m["layers"]["1"]["valid_tokens"] for m in members)
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ('{"state": "done", "step": 12}', 12),
+        ('{"state": "stopped", "step": 12}', 0),
+        ('{"state": "done", "step": null}', 0),
+        ('{"state": "done"', 0),
+        ("[]", 0),
+    ],
+)
+def test_when_a_run_counts_as_finished(text: str, step: int, tmp_path: Path) -> None:
+    assert _finished_at(tmp_path) == 0
+    (tmp_path / "run_status.json").write_text(text)
+    assert _finished_at(tmp_path) == step
+
+
+def test_out_of_memory_is_recognised_and_explained() -> None:
+    assert _is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert _is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not _is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    for message in ("CUDA out of memory. Tried to allocate\nmore", ""):
+        error = _out_of_memory(Config(), torch.OutOfMemoryError(message))
+        assert error.exit_code == 6
+        assert "256 tokens" in error.what
