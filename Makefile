@@ -23,6 +23,7 @@ help:
 	@echo "PYTHON=...   use this interpreter as it is and install nothing"
 
 train: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(PYTHON) -c 'import os; print(max(1, os.cpu_count() // $(RANKS)))')} \
 	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m epmoe train configs/quickstart.yaml $(ARGS)
 
 test: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -315,6 +316,10 @@ class CheckpointConfig(Section):
     """Resume although data, seed or sequence length, and so the samples, are not those of the checkpoint."""
 
 
+BPE_ENTRIES_BELOW = 257
+"""Entries of a byte-level BPE that has learnt nothing: the bytes and end-of-text."""
+
+
 class ProfileConfig(Section):
     """torch.profiler traces."""
 
@@ -337,6 +342,13 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """``10-13`` -> (10, 13); None when it is not a range of steps, which count from 1."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    return (first, last) if 1 <= first <= last else None
 
 
 def choose_ep_size(ep_size: int | Literal["auto"], world_size: int, num_experts: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from epmoe.config import Config, choose_ep_size
+from epmoe.config import BPE_ENTRIES_BELOW, Config, choose_ep_size, profiled_steps
 from epmoe.errors import ConfigError
 from epmoe.yaml12 import Document, KeyPath, Problem, dotted, dump_yaml
 
@@ -89,13 +89,12 @@ def check_layout(config: Config, world_size: int) -> None:
 
 
 def _expert_layout(config: Config, world_size: int) -> list[Problem]:
-    if config.moe is None:
-        return []
+    num_experts = config.moe.num_experts if config.moe is not None else 1
     try:
-        ep_size = choose_ep_size(config.parallel.ep_size, world_size, config.moe.num_experts)
+        ep_size = choose_ep_size(config.parallel.ep_size, world_size, num_experts)
     except ValueError as error:
         return [Problem(place=None, key="parallel.ep_size", what=str(error), hint="or use 'auto'")]
-    if config.moe.dispatcher == "local" and ep_size > 1:
+    if config.moe is not None and config.moe.dispatcher == "local" and ep_size > 1:
         what = f"'local' needs all experts on every rank, but ep_size is {ep_size}"
         return [
             Problem(place=None, key="moe.dispatcher", what=what, hint="use 'auto', or parallel.ep_size=1")
@@ -112,10 +111,12 @@ def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
             what = f"no layer is an MoE layer: every={moe.every}, first_dense={moe.first_dense}, "
             what += f"model.num_layers={model.num_layers}"
             yield ("moe", "every"), what, "for a dense model write moe: null"
-    if config.profile.steps is not None:
-        match = re.fullmatch(r"(\d+)-(\d+)", config.profile.steps)
-        if match is None or int(match[1]) > int(match[2]):
-            yield ("profile", "steps"), f"{config.profile.steps!r} is not a range", "write first-last: 10-13"
+    if config.data.tokenizer == "bpe" and config.data.vocab_size < BPE_ENTRIES_BELOW:
+        what = f"a byte-level BPE has {BPE_ENTRIES_BELOW} entries before it learns anything"
+        yield ("data", "vocab_size"), what, f"{BPE_ENTRIES_BELOW} or more, or data.tokenizer: byte"
+    if config.profile.steps is not None and profiled_steps(config.profile.steps) is None:
+        what = f"{config.profile.steps!r} is not a range of steps, which count from 1"
+        yield ("profile", "steps"), what, "write first-last: 10-13"
 
 
 def _as_error(problems: Sequence[Problem]) -> ConfigError:

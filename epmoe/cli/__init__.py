@@ -110,6 +110,7 @@ def _prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 def _eval(checkpoint: CheckpointArgument, overrides: Overrides = None, json: AsJson = False) -> None:
     """Loss and perplexity of a checkpoint on the validation text."""
+    _require_one_process("eval")
     from epmoe.cli.eval import evaluate
 
     evaluate(checkpoint, overrides or [], json)
@@ -132,6 +133,7 @@ def _generate(
     """Continue a prompt with a trained model."""
     if prompt is not None and prompt_file is not None:
         raise ConfigError("--prompt and --prompt-file are both given", fix="give one of them")
+    _require_one_process("generate")
     from epmoe.cli.generate import generate
 
     generate(
@@ -144,6 +146,15 @@ def _generate(
         top_p=top_p,
         seed=seed,
     )
+
+
+def _require_one_process(command: str) -> None:
+    if env.world_size() > 1:
+        raise ConfigError(
+            f"epmoe {command} runs in one process, but a launcher started {env.world_size()}",
+            why="each of them would load the whole model and do all of the work",
+            fix=f"run `epmoe {command} ...` without torchrun",
+        )
 
 
 def _doctor(

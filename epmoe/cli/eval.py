@@ -8,16 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from epmoe.config import Config
-from epmoe.config_file import override_config
 from epmoe.data.loader import validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.progress import console_progress
-from epmoe.errors import CheckpointError
+from epmoe.errors import CheckpointError, ConfigError, DataError
 from epmoe.models.decoder import Decoder
 from epmoe.parallel import runtime
 from epmoe.train.evaluate import Evaluation
 from epmoe.train.evaluate import evaluate as evaluate_set
 from epmoe.train.load import load_trained
+
+OVERRIDABLE = ("train.precision", "train.micro_batch_size", "moe.capacity_factor")
+"""Keys that may differ from the run's, besides those of the data; the others describe training or the weights."""
 
 
 def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
@@ -25,15 +27,19 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
 
     Args:
         checkpoint: Run folder or checkpoint.
-        overrides: ``section.key=value`` on top of the run's configuration, for example other data.
+        overrides: ``section.key=value`` on top of the run's configuration: ``data.*`` or one of ``OVERRIDABLE``.
         json: Print one JSON object.
+
+    Raises:
+        ConfigError: An override that evaluation does not depend on.
+        CheckpointError: The checkpoint cannot be used, or the data has another tokenizer.
+        DataError: The data cannot be used, or has no validation text.
     """
+    _check_overrides(overrides)
     place = runtime.start("auto", 60.0)
     try:
-        trained = load_trained(checkpoint, device=place.device)
+        trained = load_trained(checkpoint, device=place.device, overrides=overrides)
         config = trained.config
-        if overrides:
-            config = override_config(config, overrides)
         with console_progress() as progress:
             prepared = prepare(config.data, progress=progress)
         if prepared.tokenizer.sha256 != trained.tokenizer.sha256:
@@ -41,6 +47,14 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
                 f"the data is prepared with tokenizer {prepared.tokenizer.sha256[:12]}, the model was trained with "
                 f"{trained.tokenizer.sha256[:12]}",
                 fix="data.tokenizer=RUN/tokenizer/tokenizer.json uses the run's own",
+            )
+        validation = validation_sets(prepared, config.data)
+        if not validation:
+            names = ", ".join(source.name for source in prepared.sources)
+            raise DataError(
+                "there is nothing to evaluate on",
+                why=f"no source has validation text: {names}",
+                fix="data.sources.0.val_path=PATH names some",
             )
         results = {
             mode: [
@@ -53,13 +67,24 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
                     precision=config.train.precision,
                     device=place.device,
                 )
-                for data in validation_sets(prepared, config.data)
+                for data in validation
             ]
             for mode in _modes(trained.model, config)
         }
     finally:
         runtime.stop(place)
     print(_as_json(results) if json else _as_text(str(trained.checkpoint.path), results))
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    refused = [key for key in keys if key not in OVERRIDABLE and not key.startswith("data.")]
+    if refused:
+        raise ConfigError(
+            f"epmoe eval cannot change {', '.join(refused)}",
+            why="the model is the one that was trained",
+            fix=f"what can be changed: data.*, {', '.join(OVERRIDABLE)}",
+        )
 
 
 def _modes(model: Decoder, config: Config) -> Iterator[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from epmoe.config import Config, choose_ep_size
+from epmoe.config import Config, DataConfig, choose_ep_size
 from epmoe.config_file import dump_config
+from epmoe.data.prepare import given_tokenizer
+from epmoe.data.tokenizer import padded_vocab_size
+from epmoe.errors import DataError
 from epmoe.models.sizes import count_parameters, flops_per_token
 
 PARAMETER_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 2, "fp64": 8}
@@ -12,13 +15,9 @@ STATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 4, "fp64": 8}
 
 
 def explain(config: Config, world_size: int) -> str:
-    """The resolved configuration as YAML, then sizes as comment lines.
-
-    The vocabulary is the configured one rounded up; a tokenizer file may turn out larger or smaller.
-    """
-    multiple = config.data.vocab_multiple
-    entries = 257 if config.data.tokenizer == "byte" else config.data.vocab_size
-    vocab_size = -(-entries // multiple) * multiple
+    """The resolved configuration as YAML, then sizes as comment lines."""
+    entries, remark = _entries(config.data)
+    vocab_size = padded_vocab_size(entries, config.data.vocab_multiple)
     moe, train = config.moe, config.train
     counts = count_parameters(config.model, moe, vocab_size)
     ep_size = choose_ep_size(config.parallel.ep_size, world_size, moe.num_experts if moe else 1)
@@ -32,7 +31,7 @@ def explain(config: Config, world_size: int) -> str:
     flops = flops_per_token(config.model, moe, vocab_size, config.data.seq_len)
     facts = {
         "ranks": f"{world_size}, ep_size {ep_size}, every expert on {world_size // ep_size} rank(s)",
-        "vocabulary": f"{vocab_size:,} (padded)",
+        "vocabulary": f"{vocab_size:,}, which is {entries:,} entries and padding{remark}",
         "parameters": f"{counts.total:,} in all, {counts.active:,} active per token, {local:,} per rank",
         "tokens": f"{tokens:,} per step, {tokens * train.steps:,} in {train.steps:,} steps",
         "arithmetic": f"{flops / 1e6:.1f} MFLOP per token, {flops * tokens * train.steps / 1e12:.1f} TFLOP in all",
@@ -40,3 +39,14 @@ def explain(config: Config, world_size: int) -> str:
         "checkpoint": f"{checkpoint / 2**20:,.0f} MiB each, {config.checkpoint.keep} kept",
     }
     return dump_config(config) + "\n".join(f"# {name}: {text}" for name, text in facts.items())
+
+
+def _entries(data: DataConfig) -> tuple[int, str]:
+    """Entries of the tokenizer, and what is uncertain about them."""
+    try:
+        tokenizer = given_tokenizer(data)
+    except DataError as error:
+        return data.vocab_size, f" (data.vocab_size; the real number is not known: {error.what})"
+    if tokenizer is None:
+        return data.vocab_size, " (a very small text gives fewer)"
+    return tokenizer.size, ""

@@ -32,8 +32,9 @@ def generate(
     tokenizer = trained.tokenizer
     text = trained.config.train.sample.prompt if text is None else text
     ids = tokenizer.encode(text) or [tokenizer.eos_id]
-    shown = 0
     produced: list[int] = []
+    # Decoded together with the prompt: on its own, the first token of many tokenizers loses its leading space.
+    shown = len(tokenizer.decode(ids))
     sys.stdout.write(text)
     tokens = generate_tokens(
         trained.model,
@@ -48,13 +49,13 @@ def generate(
     )
     for token in tokens:
         produced.append(token)
-        whole = tokenizer.decode(produced)
+        whole = tokenizer.decode([*ids, *produced])
         # A character may need several tokens; until it is complete, decoding ends in a replacement character.
         if not whole.endswith("\ufffd"):
             sys.stdout.write(whole[shown:])
             sys.stdout.flush()
             shown = len(whole)
-    print(tokenizer.decode(produced)[shown:])
+    print(tokenizer.decode([*ids, *produced])[shown:])
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:

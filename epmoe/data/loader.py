@@ -11,8 +11,9 @@ filled up with end-of-text that is invalid and does not count.
 
 Documents meet in a window. With ``cross_document: true`` nothing marks that. With ``false``, ``segment_BS`` says
 which document each input belongs to, for attention that stays inside, and in training the first token of a document
-does not count: nothing before it belongs to it. Its end-of-text always counts. Validation counts every token in
-either case, because bits per byte are a price for the whole text.
+does not count: nothing before it belongs to it. Validation counts it in either case, because bits per byte are a
+price for the whole text. Where a document has loss ranges, only the tokens inside them count, and its end-of-text
+when the last range reaches it.
 """
 
 from __future__ import annotations

@@ -69,6 +69,12 @@ def start(device: str, timeout_s: float) -> Runtime:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // env.local_world_size()))
     adopted = dist.is_initialized()
+    if adopted and "gloo" not in dist.get_backend_config():
+        raise ConfigError(
+            f"the process group in place has the backends {dist.get_backend_config()}",
+            why="small agreements between ranks travel as CPU tensors",
+            fix='init_process_group("cpu:gloo,cuda:nccl")',
+        )
     if not adopted:
         _join(place, timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -252,13 +258,13 @@ def require_equal(name: str, text: str) -> None:
 def rank_zero_first(
     runtime: Runtime, what: str, should_stop: Callable[[], bool]
 ) -> Iterator[Callable[[], bool]]:
-    """Rank 0 runs the block; the others enter it when rank 0 has left it. Waiting has no time-out.
+    """Rank 0 runs the block; the others enter it when rank 0 has left it, however long that takes.
 
     Yields:
         The stop flag for the block: on rank 0 it also goes up when a rank that waits is asked to stop.
 
     Raises:
-        CommError: On the other ranks, when rank 0 failed.
+        CommError: On the other ranks, when rank 0 failed, or has not looked at its stop flag for the time-out.
         Preempted: On the other ranks, when rank 0 was asked to stop, or does not answer their own wish to.
     """
     store, key = _get_default_store(), f"epmoe/first/{env.attempt()}/{what}"
@@ -271,7 +277,16 @@ def rank_zero_first(
         store.set(key, "done")
         return
     asked_at: float | None = None
+    beat, beat_at = b"", time.monotonic()
     while not store.check([key]):
+        if store.check([f"{key}/beat"]) and (latest := store.get(f"{key}/beat")) != beat:
+            beat, beat_at = latest, time.monotonic()
+        if time.monotonic() > beat_at + runtime.timeout_s:
+            raise CommError(
+                f"rank 0 has shown no sign of life for {runtime.timeout_s:g} s: {what}",
+                why="it is dead, stopped or hanging",
+                fix="look at the log of rank 0; parallel.timeout_s is the limit",
+            )
         if should_stop():
             asked_at = asked_at or time.monotonic()
             store.set(f"{key}/stop", "")
@@ -287,13 +302,14 @@ def rank_zero_first(
 
 
 def _or_asked(store: Store, key: str, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-    """The flag, or the key in the store; the store is looked at five times a second at most."""
+    """The flag, or the key in the store; five times a second at most the store is looked at and told of us."""
     asked, looked_at = False, 0.0
 
     def flag() -> bool:
         nonlocal asked, looked_at
         if not asked and time.monotonic() > looked_at + 0.2:
             asked, looked_at = store.check([key]), time.monotonic()
+            store.set(f"{key.removesuffix('/stop')}/beat", str(looked_at))
         return asked or should_stop()
 
     return flag

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -191,9 +192,17 @@ def prune(folder: Path, keep: int) -> None:
         return
     for path in found[found.index(kept[0]) + 1 :]:
         if path not in kept:
-            shutil.rmtree(path)
+            _remove(path)
     for path in folder.glob(f"{UNFINISHED}*-replaced"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """An old checkpoint that cannot be deleted costs space; it is no reason to end a run."""
+    try:
         shutil.rmtree(path)
+    except OSError as error:
+        print(f"warning: {path} cannot be removed: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def remove_unfinished(folder: Path) -> list[str]:
@@ -250,9 +259,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: It is damaged, or there is none.
     """
-    if (path / MANIFEST).exists():
+    # Rank 0 looks, and all follow: another rank may see another disk.
+    inside = "" if (path / MANIFEST).exists() else FOLDER if (path / FOLDER).is_dir() else "."
+    inside = gather_text(inside)[0]
+    if not inside:
         return verify_checkpoint(path)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    folder = path / inside
     found = find_resumable(folder)
     if found.checkpoint is None:
         raise CheckpointError(

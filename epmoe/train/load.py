@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from epmoe.config import Config
+from epmoe.config_file import override_config
+from epmoe.data.prepared import TOKENIZER_FOLDER
 from epmoe.data.tokenizer import Tokenizer, load_tokenizer
 from epmoe.errors import CheckpointError
 from epmoe.models.decoder import Decoder
@@ -23,16 +26,19 @@ class Trained:
     model: Decoder
     tokenizer: Tokenizer
     config: Config
+    """With the overrides it was loaded with."""
     checkpoint: Checkpoint
 
 
-def load_trained(path: Path, *, device: torch.device) -> Trained:
+def load_trained(path: Path, *, device: torch.device, overrides: Sequence[str] = ()) -> Trained:
     """Loads a run's newest good checkpoint, or a named one, with all experts on one device.
 
     Args:
         path: Run folder, its ``ckpt`` folder, or one checkpoint.
+        overrides: ``section.key=value`` on top of the checkpoint's configuration, before the model is built.
 
     Raises:
+        ConfigError: An override is wrong.
         CheckpointError: There is none, it is damaged, its configuration is not understood, or the run's tokenizer
             is missing or another one.
     """
@@ -46,7 +52,10 @@ def load_trained(path: Path, *, device: torch.device) -> Trained:
             why=str(error.errors()[0]["msg"]),
             fix="use the version of epmoe that wrote it",
         ) from None
-    tokenizer_folder = checkpoint.path.parent.parent / "tokenizer"
+    if overrides:
+        config = override_config(config, overrides)
+    # Resolved: the name may be relative to the checkpoints' folder, and "step_..." alone has no parents.
+    tokenizer_folder = checkpoint.path.resolve().parent.parent / TOKENIZER_FOLDER
     if not tokenizer_folder.is_dir():
         raise CheckpointError(
             f"{tokenizer_folder} is missing",

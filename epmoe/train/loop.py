@@ -11,12 +11,12 @@ from torch import Tensor
 from epmoe import env
 from epmoe.config import Config
 from epmoe.data.loader import Batch, TrainData
-from epmoe.errors import NumericsError
+from epmoe.errors import DataError, NumericsError
 from epmoe.models.decoder import Decoder
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.norm import clip_coefficient, global_norm, scale
-from epmoe.parallel.runtime import Agreed, Runtime
+from epmoe.parallel.runtime import Agreed, Runtime, raise_together
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
 from epmoe.train.optimizer import Optimizer, learning_rate
 from epmoe.train.signals import StopFlag
@@ -50,6 +50,8 @@ class StepResult:
     clip: float
     """Factor the gradients were multiplied by."""
     lr: float
+    finite: bool
+    """False: the update was left out."""
 
 
 class StopRequested(Agreed):
@@ -95,14 +97,18 @@ class Trainer:
         """One optimizer step. A collective.
 
         Raises:
-            StopRequested, TimeUp: On all ranks, before anything of the step was done.
+            StopRequested, TimeUp, DataError: On all ranks, before anything of the step was done.
             NumericsError: On all ranks, when the policy for non-finite steps says so.
         """
         number = self.progress.step + 1
         if env.fault("train.step_start", step=number) == "oom":
             raise torch.OutOfMemoryError("injected: out of memory")
-        batches = [self._batch(micro) for micro in range(self.num_micro)]
-        num_tokens = self._agree(batches, out_of_time)
+        damaged: DataError | None = None
+        try:
+            batches = [self.data.batch(self.sample_numbers(micro)) for micro in range(self.num_micro)]
+        except DataError as error:
+            batches, damaged = [], error
+        num_tokens = self._agree(batches, damaged, out_of_time)
         self.model.train()
         self.gradients.zero()
         local: Sums = {}
@@ -129,15 +135,18 @@ class Trainer:
         )
         return list(range(start, start + self.micro_batch))
 
-    def _batch(self, micro: int) -> Batch:
-        return self.data.batch(self.sample_numbers(micro))
-
-    def _agree(self, batches: list[Batch], out_of_time: bool) -> int:
-        """Tokens of the step over all ranks; the same small all-reduce tells whether anybody wants to stop."""
-        tokens = torch.stack([batch.loss_BS.sum() for batch in batches]).sum()
-        wishes = {"stop": self.stop.requested, "time": out_of_time}
-        local = {"tokens": tokens, **{name: torch.tensor(wish) for name, wish in wishes.items()}}
-        agreed = all_reduce_sums(local, self.mesh.world_group)
+    def _agree(self, batches: list[Batch], damaged: DataError | None, out_of_time: bool) -> int:
+        """Tokens of the step over all ranks; the same small all-reduce tells whether anybody has to stop."""
+        local = {
+            "tokens": sum(int(batch.loss_BS.sum()) for batch in batches),
+            "damaged": damaged is not None,
+            "stop": self.stop.requested,
+            "time": out_of_time,
+        }
+        tensors = {name: torch.tensor(value) for name, value in local.items()}
+        agreed = all_reduce_sums(tensors, self.mesh.world_group)
+        if agreed["damaged"] > 0:
+            raise_together(damaged)
         if agreed["stop"] > 0:
             raise StopRequested
         if agreed["time"] > 0:
@@ -167,17 +176,19 @@ class Trainer:
         broken_tokens = sum(int(v) for name, v in sums.items() if name.endswith(".nonfinite_tokens"))
         # Loss, norm and counts are the same bits on every rank, so every rank takes the same decision.
         finite = math.isfinite(grad_norm) and math.isfinite(float(sums["loss"])) and broken_tokens == 0
-        if finite:
+        if not finite:
+            self._skip(float(sums["loss"]), grad_norm, broken_tokens)
+        elif num_tokens > 0:  # without a token in the loss, auxiliary losses alone would move the weights
             if clip != 1.0:
                 scale(self.gradients.flats, coefficient)
             self.optimizer.step(lr)
             progress.skipped_in_a_row = 0
-        else:
-            self._skip(float(sums["loss"]), grad_norm, broken_tokens)
         progress.step += 1
         progress.samples += self.config.train.global_batch_size
         progress.tokens += num_tokens
-        return StepResult(sums=sums, num_tokens=num_tokens, grad_norm=grad_norm, clip=clip, lr=lr)
+        return StepResult(
+            sums=sums, num_tokens=num_tokens, grad_norm=grad_norm, clip=clip, lr=lr, finite=finite
+        )
 
     def _skip(self, loss: float, grad_norm: float, broken_tokens: int) -> None:
         train, progress = self.config.train, self.progress

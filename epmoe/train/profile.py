@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from epmoe.errors import ConfigError
+from epmoe.config import profiled_steps
 
 
 class StepProfiler:
@@ -21,7 +21,7 @@ class StepProfiler:
 
     def __init__(self, steps: str | None, folder: Path, rank: int) -> None:
         self._path = folder / f"trace_rank{rank}.json"
-        self._first, self._last = (0, 0) if steps is None else _parse(steps)
+        self._first, self._last = (profiled_steps(steps) if steps else None) or (0, 0)
         self._profile: profile | None = None
 
     def __enter__(self) -> StepProfiler:
@@ -50,16 +50,3 @@ class StepProfiler:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self._path))
             self._profile = None
-
-
-def _parse(steps: str) -> tuple[int, int]:
-    first, _, last = steps.partition("-")
-    try:
-        bounds = int(first), int(last or first)
-    except ValueError:
-        bounds = 0, 0
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ConfigError(
-            f"profile.steps={steps} is not a range of steps", fix="for example profile.steps=10-13"
-        )
-    return bounds

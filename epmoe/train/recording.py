@@ -43,7 +43,7 @@ class Recorder:
 
     def _clear(self) -> None:
         self._sums: Sums = {}
-        self._num_tokens = 0
+        self._tokens_seen, self._tokens_counted = 0, 0
         self._last: StepResult | None = None
 
     @contextmanager
@@ -57,14 +57,16 @@ class Recorder:
 
     def add(self, result: StepResult) -> None:
         """Takes one step."""
-        add_sums(self._sums, result.sums)
-        self._num_tokens += result.num_tokens
+        self._tokens_seen += result.num_tokens
         self._last = result
+        if result.finite:  # one NaN would hide the other steps of the interval
+            add_sums(self._sums, result.sums)
+            self._tokens_counted += result.num_tokens
 
     def record(self, progress: Progress, val: Mapping[str, float]) -> StepRecord | None:
         """The record of the steps since the last one; with no step, but a validation, the last one with that.
 
-        Loss and loads are means and sums over all steps; learning rate, norm and clip are the last step's.
+        Loss and loads are means and sums over all finite steps; learning rate, norm and clip are the last step's.
 
         Returns:
             None if there is nothing new.
@@ -76,16 +78,16 @@ class Recorder:
             return replace(self.latest, val=dict(val))
         spent = self.clock.lap()
         self.seconds += spent
-        tokens = max(self._num_tokens, 1)
-        per_second = self._num_tokens / max(spent, 1e-9)
+        sums, tokens = self._sums or result.sums, max(self._tokens_counted, 1)
+        per_second = self._tokens_seen / max(spent, 1e-9)
         flops = per_second * self.flops_per_token
         peak = peak_flops(self.device)
-        aux = {name[4:]: float(v) / tokens for name, v in self._sums.items() if name.startswith("aux.")}
+        aux = {name[4:]: float(v) / tokens for name, v in sums.items() if name.startswith("aux.")}
         self.latest = StepRecord(
             step=progress.step,
             tokens=progress.tokens,
             samples=progress.samples,
-            loss=float(self._sums["loss"]) / tokens,
+            loss=float(sums["loss"]) / tokens,
             aux=aux,
             lr=result.lr,
             grad_norm=result.grad_norm,
@@ -96,7 +98,7 @@ class Recorder:
             memory_gib=memory_gib(self.device),
             seconds=self.seconds,
             skipped_steps=progress.skipped,
-            layers={layer: layer_health(self._sums, index) for index, layer in enumerate(self.layers)},
+            layers={layer: layer_health(sums, index) for index, layer in enumerate(self.layers)},
             val=dict(val),
         )
         self._clear()

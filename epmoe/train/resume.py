@@ -11,6 +11,7 @@ from epmoe.data.loader import TrainData
 from epmoe.data.prepared import PreparedData
 from epmoe.errors import CheckpointError
 from epmoe.observe.display import say
+from epmoe.parallel.runtime import on_rank_zero
 from epmoe.train.checkpoint import (
     FOLDER,
     find_resumable,
@@ -33,8 +34,8 @@ SHAPES = (
     "moe.shared_experts",
     "optimizer.name",
 )
-"""Settings that decide which tensors there are; dropout and initialisation under ``model.`` are harmless."""
-HARMLESS = ("model.dropout", "model.init", "model.norm_eps", "model.rope_theta")
+"""Settings that decide which tensors there are or what they mean, but for the harmless ones."""
+HARMLESS = ("model.dropout", "model.init")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -92,8 +93,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
         CheckpointError: The checkpoint does not go with the configuration, or none of several is usable.
     """
     config, checkpoints = trainer.config, folder.path / FOLDER
-    if folder.is_writer:
-        remove_unfinished(checkpoints)
+    on_rank_zero(lambda: remove_unfinished(checkpoints), CheckpointError)
     found = find_resumable(checkpoints)
     if found.checkpoint is None:
         if found.rejected:

@@ -16,7 +16,7 @@ from epmoe.data.loader import TrainData, validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import PreparedData
 from epmoe.data.progress import console_progress
-from epmoe.errors import EpmoeError, MemoryExhausted, Preempted
+from epmoe.errors import ConfigError, EpmoeError, MemoryExhausted, Preempted
 from epmoe.observe.display import make_display, say
 from epmoe.observe.record import read_records
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
@@ -30,8 +30,9 @@ from epmoe.train.loop import Progress, StopRequested, TimeUp, Trainer
 from epmoe.train.manifest import TrainingRecord
 from epmoe.train.profile import StepProfiler
 from epmoe.train.recording import Recorder
-from epmoe.train.resume import resume
+from epmoe.train.resume import changed_keys, resume
 from epmoe.train.run_folder import (
+    STATUS,
     RunFolder,
     begin_attempt,
     close_run_folder,
@@ -81,14 +82,13 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
         done = int(runtime.gather_text(str(_finished_at(folder.path)))[0])
     if done >= config.train.steps:
         if folder.is_writer:
-            say(f"{folder.path} is finished: {done} steps are done. Nothing to do.")
-            say("To train on, raise train.steps; for a new run, choose another out=.")
+            _say_finished(folder.path, config, done)
         return
     write_status(folder, "running")
     try:
         with runtime.watching(place, step=0, phase="start-up"):
             run = Run(folder, config, place, stop)
-            run.describe(argv)
+            runtime.on_rank_zero(lambda: run.describe(argv), ConfigError)
             begin_attempt(folder, run.progress.step, config.model_dump(mode="json"))
         evaluations = run.loop()
         with runtime.watching(place, step=run.progress.step, phase="final report"):
@@ -119,10 +119,21 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
 def _finished_at(folder: Path) -> int:
     """The step at which the run in a folder was done, 0 when it is not."""
     try:
-        status = json.loads((folder / "run_status.json").read_bytes())
+        status = json.loads((folder / STATUS).read_bytes())
         return int(status["step"]) if status["state"] == "done" else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def _say_finished(folder: Path, config: Config, done: int) -> None:
+    say(f"{folder} is finished: {done} steps are done. Nothing to do.")
+    try:
+        before = json.loads((folder / "run.json").read_bytes())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    for line in changed_keys(before, config) if isinstance(before, dict) else ():
+        say(f"  it was trained with another setting of {line}")
+    say("To train on, raise train.steps; for a new run, choose another out=.")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -149,6 +160,8 @@ class Run:
     def __init__(self, folder: RunFolder, config: Config, place: Runtime, stop: StopFlag) -> None:
         self.config, self.place, self.folder, self.stop = config, place, folder, stop
         self.prepared = _prepare(config, place, stop)
+        # The embedded corpus is each node's own Python: other versions hold other text.
+        runtime.require_equal("prepared data", self.prepared.fingerprint)
         data = TrainData(self.prepared, config.data, config.seed)
         num_experts = config.moe.num_experts if config.moe else 1
         mesh = build_mesh(place, choose_ep_size(config.parallel.ep_size, place.world_size, num_experts))
@@ -165,12 +178,15 @@ class Run:
     def describe(self, argv: Sequence[str]) -> None:
         """Writes down what is run. Not before it is known that the checkpoint allows it: a refused configuration
         must not replace the description of the run in the folder."""
+        path, train = self.folder.path, self.config.train
         describe_run(self.folder, self.config.model_dump(mode="json"), argv)
-        if self.folder.is_writer:
-            path = self.folder.path
-            (path / RESOLVED).write_text(dump_config(self.config), encoding="utf-8")
-            self.prepared.tokenizer.save(path / TOKENIZER)
-            say(_layout(self.config, self.trainer))
+        (path / RESOLVED).write_text(dump_config(self.config), encoding="utf-8")
+        self.prepared.tokenizer.save(path / TOKENIZER)
+        say(_layout(self.config, self.trainer))
+        if self.config.optimizer.warmup_steps >= train.steps:
+            say(
+                f"warning: {train.steps} steps end before the warm-up of {self.config.optimizer.warmup_steps} does"
+            )
 
     @property
     def progress(self) -> Progress:

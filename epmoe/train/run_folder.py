@@ -16,6 +16,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from epmoe.data.files import write_json
 from epmoe.errors import ConfigError, NoProgress
 from epmoe.parallel.runtime import gather_text, on_rank_zero
 
+STATUS = "run_status.json"
 MAX_ATTEMPTS = 3
 """Attempts from one step that may fail before the run is called stuck."""
 
@@ -53,6 +55,14 @@ def open_run_folder(path: Path) -> RunFolder:
     """
     run = RunFolder(path=path, is_writer=not dist.is_initialized() or dist.get_rank() == 0)
     on_rank_zero(lambda: _take(path), ConfigError)
+    owners = gather_text(_read(path / ".lock") or "nothing")
+    strangers = [rank for rank, owner in enumerate(owners) if owner != owners[0]]
+    if strangers:
+        raise ConfigError(
+            f"out={path} is not the same folder on every rank: rank(s) {strangers} do not see rank 0's lock",
+            why="all ranks write into one checkpoint",
+            fix="put out= on a disk that all nodes share",
+        )
     return run
 
 
@@ -179,10 +189,18 @@ def write_status(
         state: ``running`` | ``done`` | ``stopped`` (asked to) | ``failed``.
         exit_code: Of the process; None while it runs.
         step: Optimizer steps done.
+
+    A full disk is only warned about: it must not hide the error that is being recorded.
     """
-    if run.is_writer:
-        status = {"state": state, "exit_code": exit_code, "step": step, "message": env.redact(message)}
-        write_json(run.path / "run_status.json", status)
+    if not run.is_writer:
+        return
+    status = {"state": state, "exit_code": exit_code, "step": step, "message": env.redact(message)}
+    try:
+        write_json(run.path / STATUS, status)
+    except OSError as error:
+        print(
+            f"warning: {run.path / STATUS} cannot be written: {error.strerror}", file=sys.stderr, flush=True
+        )
 
 
 def software_versions() -> dict[str, str]:
