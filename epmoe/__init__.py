@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from epmoe.errors import EpmoeError
     from epmoe.models.decoder import Decoder
     from epmoe.moe.build import build_moe_layer
+    from epmoe.moe.experts import ModuleExperts
     from epmoe.moe.layer import MoELayer
+    from epmoe.parallel.parallelize import shard_experts
     from epmoe.types import RouterReport, Routing, TokenContext
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "ModelConfig",
+    "ModuleExperts",
     "OptimizerConfig",
     "ParallelConfig",
     "RouterReport",
@@ -47,6 +50,7 @@ __all__ = [
     "__version__",
     "build_moe_layer",
     "load_config",
+    "shard_experts",
 ]
 
 
@@ -56,11 +60,13 @@ def _home(name: str) -> str | None:
         "Decoder": "epmoe.models.decoder",
         "EpmoeError": "epmoe.errors",
         "MoELayer": "epmoe.moe.layer",
+        "ModuleExperts": "epmoe.moe.experts",
         "RouterReport": "epmoe.types",
         "Routing": "epmoe.types",
         "TokenContext": "epmoe.types",
         "build_moe_layer": "epmoe.moe.build",
         "load_config": "epmoe.config_file",
+        "shard_experts": "epmoe.parallel.parallelize",
     }
     if name in homes:
         return homes[name]

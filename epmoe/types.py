@@ -14,7 +14,6 @@ Letters (a tensor's suffix names its logical dimensions, in order):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -64,7 +63,7 @@ class RouterInputs:
     """What a router function decides from."""
 
     logits_TE: Tensor
-    """In the compute dtype (at least float32)."""
+    """In the compute dtype (at least float32); NaN for a token whose vector is not finite."""
     valid_T: Tensor
     """bool; False = padding."""
     training: bool = True
@@ -101,7 +100,7 @@ class Routing:
     valid_T: Tensor
     """bool: real tokens whose logits are usable."""
     nonfinite_tokens: Tensor
-    """int64 scalar: real tokens treated as padding because a logit is NaN or +inf."""
+    """int64 scalar: real tokens treated as padding because their vector is not finite or a logit is NaN or +inf."""
 
 
 @register_pytree
@@ -154,8 +153,3 @@ class RouterReport:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of routers, softmax, losses, weights and accumulation: at least float32, float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def tree_tensors(value: Any) -> list[Tensor]:
-    """Every tensor inside a value."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from epmoe import env
 
-Group = dist.ProcessGroup
+Group = dist.ProcessGroup | None
+"""The ranks that take part; None = all of the job, as in torch.distributed."""
 Splits = tuple[int, ...]
 
 

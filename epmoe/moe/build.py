@@ -1,12 +1,17 @@
-"""The one place where parts have names: add a line here to add a router, a loss or an activation."""
+"""The one place where parts have names: a line here adds a router, a loss or a dispatcher.
+
+The names a configuration may use are listed in ``epmoe.config``, which does not import torch.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from epmoe.comm.exchange import Group
 from epmoe.config import MoEConfig
+from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import LossFunction, MoELayer
 from epmoe.moe.losses import balance_loss, first_choice_counts, z_loss
@@ -21,34 +26,32 @@ ROUTERS: dict[str, RouteFunction] = {
 }
 
 
-def _balance(routing: Routing, plan: DispatchPlan, *, top_k: int, count: str) -> Tensor:
-    if count == "all":
-        return balance_loss(routing.probs_TE, plan.demand_GE, routing.valid_T, count_per_token=top_k)
-    first_GE = first_choice_counts(routing, *plan.demand_GE.shape)
-    return balance_loss(routing.probs_TE, first_GE, routing.valid_T, count_per_token=1)
-
-
-def _z(routing: Routing, plan: DispatchPlan) -> Tensor:
-    return z_loss(routing.logits_TE, routing.valid_T)
-
-
-def build_losses(moe: MoEConfig) -> dict[str, LossFunction]:
-    """The loss functions a configuration names.
-
-    Raises:
-        ValueError: An unknown loss; the message lists the known ones.
-    """
+def _balance(moe: MoEConfig) -> LossFunction:
     count = moe.balance_count
     if count == "auto":
         count = "all" if moe.router.name == "topk" else "top1"
-    known: dict[str, LossFunction] = {
-        "balance": partial(_balance, top_k=moe.top_k, count=count),
-        "z": _z,
-    }
-    unknown = sorted(set(moe.losses) - set(known))
-    if unknown:
-        raise ValueError(f"unknown losses {unknown}; there are {sorted(known)}")
-    return {name: known[name] for name in moe.losses}
+
+    def all_choices(routing: Routing, plan: DispatchPlan) -> Tensor:
+        return balance_loss(routing.probs_TE, plan.demand_GE, routing.valid_T, count_per_token=moe.top_k)
+
+    def first_choices(routing: Routing, plan: DispatchPlan) -> Tensor:
+        first_GE = first_choice_counts(routing, *plan.demand_GE.shape)
+        return balance_loss(routing.probs_TE, first_GE, routing.valid_T, count_per_token=1)
+
+    return all_choices if count == "all" else first_choices
+
+
+def _z(_: MoEConfig) -> LossFunction:
+    return lambda routing, plan: z_loss(routing.logits_TE, routing.valid_T)
+
+
+LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {"balance": _balance, "z": _z}
+
+DISPATCHERS: dict[str, Callable[[Group], Dispatcher]] = {
+    "local": lambda _group: LocalDispatcher(),
+    "all_to_all": AllToAllDispatcher,
+}
+"""Name -> dispatcher for the ranks of a group that share the experts."""
 
 
 def build_moe_layer(
@@ -60,7 +63,7 @@ def build_moe_layer(
     layer: int = 0,
     seed: int = 0,
 ) -> MoELayer:
-    """Builds a layer that holds all experts; ``epmoe.parallel.shard_experts`` spreads them over ranks.
+    """Builds a layer that holds all experts; ``epmoe.shard_experts`` spreads them over ranks.
 
     Args:
         moe: Router, capacity, losses.
@@ -71,13 +74,19 @@ def build_moe_layer(
         seed: Seed of the random draws.
 
     Raises:
-        ValueError: No hidden width, top_k larger than the number of experts, or an unknown loss.
+        ValueError: No hidden width, or ``experts`` of another number than ``moe.num_experts``.
     """
     if experts is None:
         hidden = moe.d_ff or d_ff
         if hidden is None:
             raise ValueError("the experts need a hidden width: set moe.d_ff or pass d_ff")
         experts = FFNExperts(moe.num_experts, d_model, hidden, moe.activation)
+    num_experts = getattr(experts, "num_experts", None)
+    if num_experts != moe.num_experts:
+        raise ValueError(
+            f"experts.num_experts={num_experts} must be moe.num_experts={moe.num_experts}, the number of experts "
+            f"over all ranks"
+        )
     router = Router(
         d_model,
         moe.num_experts,
@@ -87,4 +96,4 @@ def build_moe_layer(
         layer=layer,
         seed=seed,
     )
-    return MoELayer(router, experts, moe, build_losses(moe))
+    return MoELayer(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})

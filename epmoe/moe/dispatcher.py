@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from epmoe.comm.exchange import Group, exchange_counts, exchange_rows
-from epmoe.moe.plan import plan_exchange, plan_send
+from epmoe.moe.plan import plan_exchange, plan_local, plan_slots
 from epmoe.ops import combine, permute
 from epmoe.types import DispatchPlan, ExpertBatch, Routing
 
@@ -31,13 +31,14 @@ def _weighted_sum(rows_ND: Tensor, routing: Routing, plan: DispatchPlan) -> Tens
 
 
 class LocalDispatcher:
-    """All experts on this rank: rows are only reordered."""
+    """All experts on this rank: rows are only reordered. Dispatch copies one number to the host."""
 
     def dispatch(
         self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
     ) -> tuple[ExpertBatch, DispatchPlan]:
         """Rows in ascending expert order."""
-        plan = plan_send(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+        slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+        plan = plan_local(routing, slots)  # the one device-to-host copy
         rows_ND = permute(x_TD, plan.token_N)
         return ExpertBatch(rows_RD=rows_ND, tokens_per_expert_L=plan.tokens_per_expert_E), plan
 
@@ -49,7 +50,11 @@ class LocalDispatcher:
 class AllToAllDispatcher:
     """Experts spread over the ranks of a group in ascending order; exactly the kept rows travel (ragged).
 
-    Costs per layer: forward one exchange of counts (a host sync) and two of rows, backward two of rows.
+    Costs per layer: forward one exchange of counts, one device-to-host copy (how many rows go where) and two
+    exchanges of rows; backward two exchanges of rows. What the experts cost is theirs.
+
+    Args:
+        group: The ranks; None = all of the job.
     """
 
     def __init__(self, group: Group) -> None:
@@ -59,9 +64,9 @@ class AllToAllDispatcher:
         self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
     ) -> tuple[ExpertBatch, DispatchPlan]:
         """Rows to the ranks that hold their experts, there in ascending local expert order."""
-        plan = plan_send(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
-        counts_WL = exchange_counts(plan.tokens_per_expert_E, self.group)
-        plan = plan_exchange(plan, counts_WL)
+        slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+        counts_WL = exchange_counts(slots.tokens_per_expert_E, self.group)
+        plan = plan_exchange(routing, slots, counts_WL)  # the one device-to-host copy
         rows_ND = permute(x_TD, plan.token_N)
         rows_RD = exchange_rows(rows_ND, plan.send_splits, plan.recv_splits, self.group)
         assert plan.expert_order_R is not None

@@ -41,10 +41,14 @@ class MoELayer(nn.Module):
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
-            ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random is drawn.
+            ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
 
         Returns:
             y_BSD and the report with losses (differentiable sums) and metrics.
+
+        Raises:
+            ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
+                ``ctx.sample_B`` is missing.
         """
         num_sequences, seq_len = x_BSD.shape[:2]
         x_TD = x_BSD.flatten(0, 1)

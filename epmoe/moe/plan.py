@@ -9,6 +9,7 @@ Order of the rows on their way, for two ranks with two experts each (a: rank 0's
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
@@ -36,15 +37,26 @@ def expert_capacity(moe: MoEConfig, group_size: int, *, training: bool) -> int:
     return -(-slots // moe.capacity_multiple) * moe.capacity_multiple
 
 
-def plan_send(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:
-    """Slots for every assignment, and the kept ones in the order in which they are sent.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """Which assignments are kept, still without a shape that depends on how many: nothing here waits for a device."""
+
+    slot_A: Tensor
+    """int64 slot inside (group, expert), -1 = dropped or inactive."""
+    demand_GE: Tensor
+    """int64 active assignments before capacity."""
+    order_A: Tensor
+    """int64: all entries of the routing list, the kept ones first, ascending by expert, then by priority."""
+    tokens_per_expert_E: Tensor
+    """int64: kept assignments of each expert."""
+
+
+def plan_slots(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> Slots:
+    """Slots for every assignment, and the order in which the kept ones are sent.
 
     Args:
         group_size: Tokens per group; consecutive tokens form a group.
         capacity: Slots per expert and group, or ``DROPLESS``.
-
-    Returns:
-        The plan of a rank that holds all experts; ``plan_exchange`` completes it for several ranks.
     """
     num_tokens = routing.valid_T.shape[0]
     num_groups = num_tokens // group_size if group_size else 0
@@ -52,53 +64,64 @@ def plan_send(routing: Routing, *, num_experts: int, group_size: int, capacity: 
     slot_A, demand_GE = assign_slots(
         routing.expert_A, group_A, routing.active_A, num_groups, num_experts, capacity
     )
-    kept_A = slot_A >= 0
-    bin_A = torch.where(kept_A, routing.expert_A, num_experts)
+    bin_A = torch.where(slot_A >= 0, routing.expert_A, num_experts)
     tokens_per_expert_X = torch.zeros(num_experts + 1, dtype=torch.int64, device=bin_A.device)
     tokens_per_expert_X.scatter_add_(0, bin_A, torch.ones_like(bin_A))
-    num_kept = int(kept_A.sum())  # a host sync: the number of rows is a shape
-    assignment_N = bin_A.argsort(stable=True)[:num_kept]
-    return DispatchPlan(
+    return Slots(
         slot_A=slot_A,
         demand_GE=demand_GE,
-        assignment_N=assignment_N,
-        token_N=routing.token_A[assignment_N],
+        order_A=bin_A.argsort(stable=True),
         tokens_per_expert_E=tokens_per_expert_X[:num_experts],
-        send_splits=(num_kept,),
-        recv_splits=(num_kept,),
-        expert_order_R=None,
-        rank_order_R=None,
     )
 
 
-def plan_exchange(plan: DispatchPlan, counts_WL: Tensor) -> DispatchPlan:
-    """Completes a plan with what the other ranks send here.
+def plan_local(routing: Routing, slots: Slots) -> DispatchPlan:
+    """The plan of a rank that holds all experts."""
+    num_kept = int(slots.tokens_per_expert_E.sum())  # the one device-to-host copy: the number of rows is a shape
+    return _plan(routing, slots, (num_kept,), (num_kept,), None)
+
+
+def plan_exchange(routing: Routing, slots: Slots, counts_WL: Tensor) -> DispatchPlan:
+    """The plan of a rank that shares the experts with others.
 
     Args:
         counts_WL: Rows that each of the W ranks sends to each local expert.
     """
-    num_ranks, num_local = counts_WL.shape
-    sent_WL = plan.tokens_per_expert_E.view(num_ranks, num_local)
-    splits = torch.stack((sent_WL.sum(1), counts_WL.sum(1))).tolist()  # the exchange's host sync
-    expert_order_R = expert_major_order(counts_WL)
-    rank_order_R = torch.empty_like(expert_order_R)
-    rank_order_R[expert_order_R] = torch.arange(expert_order_R.numel(), device=expert_order_R.device)
+    sent_WL = slots.tokens_per_expert_E.view_as(counts_WL)
+    send_splits, recv_splits = torch.stack((sent_WL.sum(1), counts_WL.sum(1))).tolist()  # the one copy to the host
+    expert_order_R = expert_major_order(counts_WL, sum(recv_splits))
+    return _plan(routing, slots, tuple(send_splits), tuple(recv_splits), expert_order_R)
+
+
+def _plan(
+    routing: Routing,
+    slots: Slots,
+    send_splits: tuple[int, ...],
+    recv_splits: tuple[int, ...],
+    expert_order_R: Tensor | None,
+) -> DispatchPlan:
+    rank_order_R = None
+    if expert_order_R is not None:
+        rank_order_R = torch.empty_like(expert_order_R)
+        rank_order_R[expert_order_R] = torch.arange(expert_order_R.numel(), device=expert_order_R.device)
+    assignment_N = slots.order_A[: sum(send_splits)]
     return DispatchPlan(
-        slot_A=plan.slot_A,
-        demand_GE=plan.demand_GE,
-        assignment_N=plan.assignment_N,
-        token_N=plan.token_N,
-        tokens_per_expert_E=plan.tokens_per_expert_E,
-        send_splits=tuple(splits[0]),
-        recv_splits=tuple(splits[1]),
+        slot_A=slots.slot_A,
+        demand_GE=slots.demand_GE,
+        assignment_N=assignment_N,
+        token_N=routing.token_A[assignment_N],
+        tokens_per_expert_E=slots.tokens_per_expert_E,
+        send_splits=send_splits,
+        recv_splits=recv_splits,
         expert_order_R=expert_order_R,
         rank_order_R=rank_order_R,
     )
 
 
-def expert_major_order(counts_WL: Tensor) -> Tensor:
-    """Indices that bring rank-major rows into expert-major order -> int64 ``[R]``."""
+def expert_major_order(counts_WL: Tensor, num_rows: int) -> Tensor:
+    """Indices that bring the ``num_rows`` rank-major rows into expert-major order -> int64 ``[R]``."""
     num_ranks, num_local = counts_WL.shape
     expert_WL = torch.arange(num_local, device=counts_WL.device).expand(num_ranks, num_local)
-    expert_R = expert_WL.reshape(-1).repeat_interleave(counts_WL.reshape(-1))
+    # Without output_size the device would have to tell the host how many rows there are.
+    expert_R = expert_WL.reshape(-1).repeat_interleave(counts_WL.reshape(-1), output_size=num_rows)
     return expert_R.argsort(stable=True)

@@ -69,7 +69,11 @@ class Router(nn.Module):
             )
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = self._jitter(x_TD.to(dtype), draws)
-            logits_TE = x_TD @ self.weight.to(dtype).t()
+            # A row that is not finite is left out of the product, whose backward would put 0 * NaN into the weight's
+            # gradient; its logits are NaN, so that the token is seen and counted as broken.
+            finite_T1 = x_TD.isfinite().all(-1, keepdim=True)
+            x_TD = torch.where(finite_T1, x_TD, 0.0)
+            logits_TE = (x_TD @ self.weight.to(dtype).t()).masked_fill(~finite_T1, torch.nan)
         valid_T = (
             torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
             if ctx.valid_BS is None

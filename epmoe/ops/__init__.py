@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from epmoe.ops.reference import DROPLESS, usable_rows
+from epmoe.ops.reference import DROPLESS
 from epmoe.ops.registration import kernel_status, ops
 
 route_topk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = ops.route_topk
@@ -24,5 +24,4 @@ __all__ = [
     "kernel_status",
     "permute",
     "route_topk",
-    "usable_rows",
 ]

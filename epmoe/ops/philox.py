@@ -17,7 +17,6 @@ SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT = range(5)
 """Streams: what a number is drawn for."""
 
 MAX_LAYER = 2**16
-MAX_SAMPLE = 2**40
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -50,7 +49,8 @@ def uniform(
         seed: Any integer; its low 64 bits are the key.
         stream: What is drawn, one of this module's constants.
         layer: Layer (or other place in the model), below 65536.
-        sample_T: int64 sample number of each token's sequence, below 2**40.
+        sample_T: int64 sample number of each token's sequence, in [0, 2**40); not checked, that would wait for the
+            device.
         position_T: int64 position of each token in its sequence.
         num_lanes: Numbers per token.
     """

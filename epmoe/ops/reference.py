@@ -47,8 +47,18 @@ def route_topk(
             ``none``, where a2 is the second choice's share of the two (GShard, arXiv:2006.16668 Algorithm 1).
 
     Returns:
-        probs_TE, topk_ids_TK, topk_weights_TK (0 where inactive), active_TK.
+        probs_TE, topk_ids_TK, topk_weights_TK (0 where inactive), active_TK. A row is usable where
+        ``active_TK[:, 0]``.
+
+    Raises:
+        ValueError: ``second_policy="random"`` with neither kind of draws, or with both.
     """
+    counted = sample_T is not None and position_T is not None
+    explicit = uniform_T is not None and sample_T is None and position_T is None
+    if second_policy == "random" and not explicit and (uniform_T is not None or not counted):
+        raise ValueError(
+            "route_topk: second_policy='random' needs either uniform or both sample and position, never both kinds"
+        )
     usable_T = usable_rows(logits_TE, valid_T)
     clean_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
     probs_TE = clean_TE.softmax(-1).masked_fill(~usable_T.unsqueeze(1), 0.0)
@@ -149,7 +159,10 @@ def combine_backward(
 
 
 def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
-    """Consecutive blocks of rows, each times its expert's matrix -> ``[R, F]``; rows beyond the counts give 0."""
+    """Consecutive blocks of rows, each times its expert's matrix -> ``[R, F]``; rows beyond the counts give 0.
+
+    Copies the counts to the host, which on CUDA waits for the device: once here, once in the weights' gradient.
+    """
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
     start = 0
     for expert, count in enumerate(tokens_per_expert_L.tolist()):  # a host sync on CUDA

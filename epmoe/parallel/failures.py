@@ -121,7 +121,7 @@ class Responder:
 
 
 def _key(name: str) -> str:
-    return f"epmoe/roll/{env.attempt()}/{name}"
+    return f"epmoe/roll/{name}"
 
 
 def _position() -> str:

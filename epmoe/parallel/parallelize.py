@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from epmoe.moe.dispatcher import AllToAllDispatcher
+from epmoe.moe.build import DISPATCHERS
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
@@ -13,26 +13,41 @@ from epmoe.parallel.mesh import ExpertMesh
 def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
     """Leaves every MoE layer of ``model`` only this rank's experts and connects it to the ranks with the others.
 
-    Expert parameters are new objects afterwards: build optimizers later. With one rank per expert group nothing
-    changes, unless the configuration asks for the all-to-all dispatcher.
+    Stacked experts are cut; their parameters are new objects afterwards: build optimizers later. Experts that are
+    modules must already be this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``).
 
     Raises:
-        ValueError: ``dispatcher: local`` while the experts are spread over several ranks, or experts that are not
-            stacked (give each rank its own ``ModuleExperts`` instead).
+        ValueError: ``dispatcher: local`` while the experts are spread over several ranks, or modules that are not
+            this rank's experts; the message says which ones are.
     """
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
-        wanted = layer.moe.dispatcher
-        if wanted == "local" and mesh.ep_size > 1:
+        name = layer.moe.dispatcher
+        if name == "local" and mesh.ep_size > 1:
             raise ValueError(
                 f"dispatcher 'local' needs all experts on every rank, but ep_size={mesh.ep_size}; "
                 f"use 'auto' or 'all_to_all'"
             )
-        if mesh.ep_size > 1:
-            if not isinstance(layer.experts, FFNExperts):
-                raise ValueError(f"cannot spread {type(layer.experts).__name__} over {mesh.ep_size} ranks")
-            num_local = layer.experts.num_experts // mesh.ep_size
-            layer.experts.keep(mesh.ep_rank * num_local, num_local)
-        if mesh.ep_size > 1 or wanted == "all_to_all":
-            layer.dispatcher = AllToAllDispatcher(mesh.ep_group)
+        if name == "auto":
+            name = "all_to_all" if mesh.ep_size > 1 else "local"
+        _keep_local_experts(layer, mesh)
+        layer.dispatcher = DISPATCHERS[name](mesh.ep_group)
+
+
+def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:
+    experts, num_experts = layer.experts, layer.moe.num_experts
+    count = num_experts // mesh.ep_size
+    first = mesh.ep_rank * count
+    # Experts that do not say which they are, are all of them.
+    held_first = getattr(experts, "first_expert", 0)
+    held = getattr(experts, "num_local", num_experts)
+    if (held_first, held) == (first, count):
+        return
+    if not isinstance(experts, FFNExperts) or held != num_experts:
+        raise ValueError(
+            f"rank {mesh.ep_rank} of the {mesh.ep_size} that share {num_experts} experts needs the {count} from "
+            f"number {first}, but its {type(experts).__name__} has {held} from number {held_first}; pass "
+            f"ModuleExperts(modules, num_experts={num_experts}, first_expert={first}) with {count} modules"
+        )
+    experts.keep(first, count)

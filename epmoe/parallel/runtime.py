@@ -9,11 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,8 +20,8 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 from epmoe import env, errors
 from epmoe.errors import CommError, ConfigError, EpmoeError, Preempted
 from epmoe.parallel.failures import Responder, comm_error, is_comm_failure
+from epmoe.parallel.rendezvous import join
 
-TORCHRUN = "torchrun --nproc-per-node RANKS -m epmoe train CONFIG.yaml"
 PATIENCE_S = 5.0
 """How long a rank that is asked to stop waits for rank 0 to leave what it is busy with."""
 
@@ -76,7 +74,7 @@ def start(device: str, timeout_s: float) -> Runtime:
             fix='init_process_group("cpu:gloo,cuda:nccl")',
         )
     if not adopted:
-        _join(place, timeout_s)
+        join("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl", timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     responder = Responder(rank=rank, world_size=world_size, store=_get_default_store())
     responder.start()
@@ -125,64 +123,6 @@ def _pick_device(device: str) -> torch.device:
     place = torch.device("cuda", env.local_rank())
     torch.cuda.set_device(place)
     return place
-
-
-def _join(place: torch.device, timeout_s: float) -> None:
-    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=timeout_s)
-    if not env.launched():
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return
-    if missing := env.missing_launch_variables():
-        raise ConfigError(
-            f"a launcher was expected, but these variables are not set: {', '.join(missing)}",
-            why="some of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are there and some are not",
-            fix=f"start with `{TORCHRUN}`, or unset RANK and WORLD_SIZE to run a single process",
-        )
-    _await_name(timeout_s)
-    try:
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise _rendezvous_error(error, timeout_s) from error
-
-
-def _await_name(timeout_s: float) -> None:
-    """Waits until MASTER_ADDR has an address; a cluster's name service may be behind its pods."""
-    host = env.rendezvous_address().rpartition(":")[0]
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            socket.getaddrinfo(host, None)
-            return
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise CommError(
-                    f"rank {env.rank()} of {env.world_size()} cannot resolve MASTER_ADDR={host}",
-                    why=f"{error.strerror} for {timeout_s:g} s",
-                    fix=f"set MASTER_ADDR to the name or address of the first node, or start with `{TORCHRUN}`",
-                ) from None
-        time.sleep(min(0.5, timeout_s / 10))
-
-
-def _rendezvous_error(error: Exception, timeout_s: float) -> CommError:
-    """Says which of the usual start-up problems it is."""
-    address = env.rendezvous_address()
-    port = address.rpartition(":")[2]
-    why = str(error).partition("\n")[0]
-    who = f"rank {env.rank()} of {env.world_size()}"
-    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-        return CommError(
-            f"{who} cannot listen on {address}: port {port} (MASTER_PORT) is in use",
-            why="another job, or what is left of an earlier one, holds it",
-            fix=f"`{TORCHRUN}` picks a free port on one node; otherwise choose another --master-port",
-        )
-    return CommError(
-        f"{who} did not find the other ranks at {address} within {timeout_s:g} s",
-        why=why,
-        fix="check that every node started, reaches that address, and has the same WORLD_SIZE; "
-        "parallel.timeout_s is the limit",
-    )
 
 
 # ------------------------------------------------------------------------------------------- agreement
@@ -267,7 +207,7 @@ def rank_zero_first(
         CommError: On the other ranks, when rank 0 failed, or has not looked at its stop flag for the time-out.
         Preempted: On the other ranks, when rank 0 was asked to stop, or does not answer their own wish to.
     """
-    store, key = _get_default_store(), f"epmoe/first/{env.attempt()}/{what}"
+    store, key = _get_default_store(), f"epmoe/first/{what}"
     if runtime.rank == 0:
         try:
             yield _or_asked(store, f"{key}/stop", should_stop)

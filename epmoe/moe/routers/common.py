@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from epmoe.config import RouterOptions
-from epmoe.ops import route_topk, usable_rows
+from epmoe.ops import route_topk
 from epmoe.types import RouterInputs, Routing
 
 
@@ -32,8 +32,6 @@ def route_by_logits(
     Raises:
         ValueError: ``second_policy="random"`` without draws or with both kinds, or draws of the wrong shape.
     """
-    usable_T = usable_rows(inputs.logits_TE, inputs.valid_T)
-    logits_TE = inputs.logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
     draws, uniform_T = inputs.draws, inputs.uniform_T
     if second_policy == "random":
         _check_draws(inputs)
@@ -41,8 +39,8 @@ def route_by_logits(
         (None, None) if draws is None or uniform_T is not None else (draws.sample_T, draws.position_T)
     )
     probs_TE, ids_TK, weights_TK, active_TK = route_topk(
-        logits_TE,
-        usable_T,
+        inputs.logits_TE,
+        inputs.valid_T,
         uniform_T,
         sample_T,
         position_T,
@@ -53,9 +51,13 @@ def route_by_logits(
         draws.seed if draws else 0,
         draws.layer if draws else 0,
     )
-    num_tokens = logits_TE.shape[0]
-    token_TK = torch.arange(num_tokens, device=logits_TE.device).unsqueeze(1).expand(num_tokens, top_k)
-    choice_TK = torch.arange(top_k, device=logits_TE.device).expand(num_tokens, top_k)
+    usable_T = active_TK[:, 0]  # a token that can be routed uses its first choice
+    unusable_T = ~usable_T
+    num_tokens, device = usable_T.shape[0], usable_T.device
+    token_TK = torch.arange(num_tokens, device=device).unsqueeze(1).expand(num_tokens, top_k)
+    choice_TK = torch.arange(top_k, device=device).expand(num_tokens, top_k)
+    # Logits that are all -inf say that no expert is available: nothing is broken.
+    broken_T = inputs.valid_T & unusable_T & (inputs.logits_TE != -torch.inf).any(-1)
 
     def listed(values_TK: Tensor) -> Tensor:
         return (values_TK.t() if options.slot_order == "choice_major" else values_TK).reshape(-1)
@@ -67,9 +69,9 @@ def route_by_logits(
         active_A=listed(active_TK),
         choice_A=listed(choice_TK),
         probs_TE=probs_TE,
-        logits_TE=logits_TE,
+        logits_TE=inputs.logits_TE.masked_fill(unusable_T.unsqueeze(1), 0.0),
         valid_T=usable_T,
-        nonfinite_tokens=_count_broken(inputs),
+        nonfinite_tokens=broken_T.sum(),
     )
 
 
@@ -83,8 +85,3 @@ def _check_draws(inputs: RouterInputs) -> None:
             f"uniform_T needs one number per token, shape {tuple(inputs.valid_T.shape)}, "
             f"got {tuple(inputs.uniform_T.shape)}"
         )
-
-
-def _count_broken(inputs: RouterInputs) -> Tensor:
-    broken_T = (inputs.logits_TE.isnan() | (inputs.logits_TE == torch.inf)).any(-1)
-    return (broken_T & inputs.valid_T).sum()
