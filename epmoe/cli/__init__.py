@@ -153,7 +153,7 @@ def _require_one_process(command: str) -> None:
         raise ConfigError(
             f"epmoe {command} runs in one process, but a launcher started {env.world_size()}",
             why="each of them would load the whole model and do all of the work",
-            fix=f"run `epmoe {command} ...` without torchrun",
+            fix=f"run `epmoe {command} ...` without torchrun; unset WORLD_SIZE if it is left over",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from epmoe.data.prepare import prepare as prepare_data
-from epmoe.data.prepared import PreparedData, PreparedSplit, verify_split
+from epmoe.data.prepared import PreparedData, PreparedSplit, text_warning, verify_split
 from epmoe.data.progress import console_progress
 from epmoe.train.signals import stop_on_signals
 
@@ -44,12 +44,8 @@ def statistics(prepared: PreparedData) -> list[str]:
             lines.append(f"{source.name:<16} val   none: it has no validation text (see val_path)")
         else:
             lines.append(_row(source.name, "val", source.val))
-    repaired = sum(
-        s.replaced for source in prepared.sources for s in (source.train, source.val) if s is not None
-    )
-    if repaired:
-        lines.append(f"{repaired} documents had bytes that are not UTF-8; each became U+FFFD")
-    return lines
+    warning = text_warning(prepared)
+    return lines if warning is None else [*lines, warning]
 
 
 def _row(name: str, split_name: str, split: PreparedSplit) -> str:

@@ -1,7 +1,8 @@
 """Bodies of text: which files they have, which documents are in them, and who is validation.
 
 A corpus is a sorted list of pieces. A piece is a byte range of one file that holds whole documents: a text file is
-one piece and one document, a ``.jsonl`` file is cut into pieces of whole lines. Pieces are hashed when the corpus is
+one piece and one document, a ``.jsonl`` file is cut into pieces of whole lines. Files of a folder with a NUL byte in
+their first 8 KB are images, archives and the like, and are skipped. Pieces are hashed when the corpus is
 scanned and checked again when they are read, so the prepared data is that of the fingerprint.
 
 What becomes validation does not depend on order, machine or preparation options:
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 from epmoe.config import SourceConfig
 from epmoe.data.files import BLOCK_BYTES, Report, StopFlag, never_stop, silent, stop_if
+from epmoe.data.known import Cut, KnownFiles
 from epmoe.errors import DataError
 
 VALIDATION_MODULUS = 20
@@ -35,6 +37,8 @@ STDLIB_SKIPPED = frozenset(
 )
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 16 << 20
 PIECES_PER_FILE = 256
+PROBE_BYTES = 8192
+"""Text has no NUL byte among so many first ones."""
 
 Kind = Literal["files", "jsonl", "indexed"]
 KIND_OF_FORMAT: Mapping[str, Kind] = MappingProxyType(
@@ -69,6 +73,8 @@ class Corpus:
     pieces: tuple[Piece, ...]
     text_field: str
     loss_field: str | None
+    skipped: int = 0
+    """Files that are no text."""
 
     @property
     def num_bytes(self) -> int:
@@ -118,11 +124,16 @@ def kind_of(source: SourceConfig) -> Kind:
     )
 
 
-def scan(source: SourceConfig, progress: Report = silent, should_stop: StopFlag = never_stop) -> Corpus:
+def scan(
+    source: SourceConfig,
+    progress: Report = silent,
+    should_stop: StopFlag = never_stop,
+    known: KnownFiles | None = None,
+) -> Corpus:
     """Lists and hashes a source of text -> Corpus, sorted, the same on every machine.
 
-    Reads every byte once. Raises DataError for missing paths, unreadable files and folders without files:
-    leaving a file out silently would make the corpus depend on who prepares it.
+    Reads every byte once, except of files that are ``known``. Raises DataError for missing paths, unreadable files
+    and folders without text: leaving a file out silently would make the corpus depend on who prepares it.
     """
     kind = kind_of(source)
     if _is_stdlib(source) and source.val_path is not None:
@@ -133,21 +144,39 @@ def scan(source: SourceConfig, progress: Report = silent, should_stop: StopFlag 
     places: list[tuple[str, Split | None]] = [(source.path, None if source.val_path is None else "train")]
     if source.val_path is not None:
         places.append((source.val_path, "val"))
+    known = known or KnownFiles()
     pieces: list[Piece] = []
-    done = 0
-    for path, split in places:
-        found = _jsonl_pieces(path, split) if kind == "jsonl" else _file_pieces(source, path, split)
-        for piece in found:
+    done = skipped = 0
+
+    def read(file: Path) -> tuple[Cut, ...]:
+        nonlocal done
+        cuts = []
+        for cut in _line_cuts(file) if kind == "jsonl" else _text_cuts(file):
             stop_if(should_stop)
-            pieces.append(piece)
-            done += piece.end - piece.start
+            cuts.append(cut)
+            done += cut[1] - cut[0]
             progress(f"reading {source.name}", done, 0)
+        return tuple(cuts)
+
+    for path, split in places:
+        files, before = _list_files(source, kind, path), len(pieces)
+        for name, file in files:
+            try:
+                cuts = known.cuts(file, read)
+            except OSError as error:
+                raise _unreadable(file, error) from None
+            skipped += kind == "files" and not cuts
+            own_split = split or (None if kind == "jsonl" else _split_of(name, path))
+            pieces += [_piece(cut, name, file, own_split) for cut in cuts]
+        if kind == "files" and len(pieces) == before:
+            raise _no_text(source, path, len(files))
     return Corpus(
         name=source.name,
         kind=kind,
         pieces=tuple(pieces),
         text_field=source.text_field,
         loss_field=source.loss_field,
+        skipped=skipped,
     )
 
 
@@ -183,34 +212,47 @@ def _unreadable(path: str | Path, error: OSError) -> DataError:
     )
 
 
+def _no_text(source: SourceConfig, path: str, num_files: int) -> DataError:
+    return DataError(
+        f"source {source.name}: none of the {num_files} file(s) in {path} is text",
+        why=f"each has a NUL byte among its first {PROBE_BYTES} bytes, as images, archives and UTF-16 have",
+        fix="correct data.sources[].path or glob, or convert the files to UTF-8",
+    )
+
+
+def _piece(cut: Cut, name: str, file: Path, split: Split | None) -> Piece:
+    start, end, sha256, first_line = cut
+    return Piece(
+        path=str(file), name=name, start=start, end=end, sha256=sha256, first_line=first_line, split=split
+    )
+
+
 # --------------------------------------------------------------------------------------------- files
-def _file_pieces(source: SourceConfig, path: str, split: Split | None) -> Iterator[Piece]:
-    for name, file_path in _list_files(source, path):
-        digest, size = hashlib.sha256(), 0
-        try:
-            with file_path.open("rb") as file:
-                while block := file.read(BLOCK_BYTES):
-                    digest.update(block)
-                    size += len(block)
-        except OSError as error:
-            raise _unreadable(file_path, error) from None
-        own_split: Split = "val" if is_validation(name.encode("utf-8", "surrogateescape")) else "train"
-        yield Piece(
-            path=str(file_path),
-            name=name,
-            start=0,
-            end=size,
-            sha256=digest.hexdigest(),
-            first_line=1,
-            split=split or ("train" if Path(path).expanduser().is_file() else own_split),
-        )
+def _text_cuts(path: Path) -> Iterator[Cut]:
+    """The whole file, or nothing when it is no text."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            if size == 0 and b"\0" in block[:PROBE_BYTES]:
+                return
+            digest.update(block)
+            size += len(block)
+    yield 0, size, digest.hexdigest(), 1
 
 
-def _list_files(source: SourceConfig, path: str) -> list[tuple[str, Path]]:
+def _split_of(name: str, path: str) -> Split:
+    """Of a file without ``val_path``: its name decides, unless it is all there is."""
+    if Path(path).expanduser().is_file():
+        return "train"
+    return "val" if is_validation(name.encode("utf-8", "surrogateescape")) else "train"
+
+
+def _list_files(source: SourceConfig, kind: Kind, path: str) -> list[tuple[str, Path]]:
+    """Name inside the source, and place."""
     if _is_stdlib(source):
         return _stdlib_files(Path(sysconfig.get_path("stdlib")))
     root = Path(path).expanduser().absolute()
-    if root.is_file():
+    if root.is_file() or kind == "jsonl":
         return [(root.name, root)]
     if not root.is_dir():
         raise DataError(f"source {source.name}: {root} does not exist", fix="correct data.sources[].path")
@@ -250,26 +292,15 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 
 # --------------------------------------------------------------------------------------------- JSONL
-def _jsonl_pieces(source_path: str, split: Split | None) -> Iterator[Piece]:
-    path, start, first_line = Path(source_path).expanduser(), 0, 1
-    try:
-        size = path.stat().st_size
-        hint = min(max(size // PIECES_PER_FILE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
-        with path.open("rb") as file:
-            while lines := file.readlines(hint):
-                data = b"".join(lines)
-                yield Piece(
-                    path=str(path.absolute()),
-                    name=PurePosixPath(path.name).as_posix(),
-                    start=start,
-                    end=start + len(data),
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    first_line=first_line,
-                    split=split,
-                )
-                start, first_line = start + len(data), first_line + len(lines)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+def _line_cuts(path: Path) -> Iterator[Cut]:
+    """Cuts of whole lines, 1 to 16 MiB each."""
+    start, first_line = 0, 1
+    hint = min(max(path.stat().st_size // PIECES_PER_FILE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+    with path.open("rb") as file:
+        while lines := file.readlines(hint):
+            data = b"".join(lines)
+            yield start, start + len(data), hashlib.sha256(data).hexdigest(), first_line
+            start, first_line = start + len(data), first_line + len(lines)
 
 
 def _jsonl_document(corpus: Corpus, piece: Piece, line: bytes, where: str) -> Document:

@@ -5,6 +5,7 @@
                        /shards/       one file per finished shard
                        /result/       becomes <cache>/<key>
     <cache>/.<key>.lock               held by the process that prepares; the others wait and find the result
+    <cache>/.<source>.<sha256>.files  sizes, times and hashes of a source's files, so that they are read once
 
 Fault point ``data.prepare``: step n = after the n-th finished shard, number of shards + 1 = before the last rename.
 
@@ -23,15 +24,16 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from epmoe import env
-from epmoe.config import DataConfig
+from epmoe.config import DataConfig, SourceConfig
 from epmoe.data.corpora import Corpus, Split, kind_of, read_piece, scan
 from epmoe.data.files import Report, StopFlag, never_stop, silent, stop_if, sync_folder, write_json
 from epmoe.data.foreign import describe_files, facts_path, index_source, stored_tokenizer
 from epmoe.data.indexed import IndexedWriter, token_dtype
+from epmoe.data.known import KnownFiles
 from epmoe.data.prepared import (
     FORMAT_VERSION,
     RECORD_FILE,
@@ -46,7 +48,7 @@ from epmoe.data.prepared import (
 from epmoe.data.shards import SPLITS, ShardJob, ShardSplit, plan_shards, read_shard
 from epmoe.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from epmoe.data.workers import make_shards
-from epmoe.errors import DataError
+from epmoe.errors import ConfigError, DataError
 
 BPE_TRAINING_CHARS = 256 << 20
 """Text that trains a tokenizer, at most; every source gives an equal share, its first documents."""
@@ -89,6 +91,7 @@ def prepare(
         should_stop: Polled between pieces of work; Preempted when it is true.
 
     Raises:
+        ConfigError: An ``eos_token`` for a tokenizer that has its own.
         DataError: Missing, empty, malformed or changed text; fewer training tokens than one window; a dead worker.
         Preempted: Asked to stop; what is finished is kept.
     """
@@ -96,26 +99,51 @@ def prepare(
     cache = Path(cfg.cache).expanduser()
     folder = cache / plan.key
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f".{plan.key}.lock", should_stop):
-            if not (folder / RECORD_FILE).is_file():
-                _build(plan, cache / f".{plan.key}.work", folder, progress, should_stop)
+        # Looked for first: what somebody else prepared may lie where nothing can be written, not even a lock.
+        if not (folder / RECORD_FILE).is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            with _locked(cache / f".{plan.key}.lock", should_stop):
+                if not (folder / RECORD_FILE).is_file():
+                    _build(plan, cache / f".{plan.key}.work", folder, progress, should_stop)
     except OSError as error:
         raise DataError(
             f"data cannot be prepared in {cache}",
             why=str(error),
             fix="free space or set data.cache, then run the command again; finished shards are kept",
         ) from error
-    return open_prepared(folder, cfg)
+    prepared = open_prepared(folder, cfg)
+    skipped = {corpus.name: corpus.skipped for corpus in plan.corpora}
+    sources = [replace(source, skipped=skipped.get(source.name, 0)) for source in prepared.sources]
+    return replace(prepared, sources=tuple(sources))
 
 
 def _plan(cfg: DataConfig, progress: Report, should_stop: StopFlag) -> _Plan:
     texts = [source for source in cfg.sources if kind_of(source) != "indexed"]
-    corpora = [scan(source, progress, should_stop) for source in texts]
-    return _Plan(cfg=cfg, corpora=tuple(corpora), tokenizer=_given_tokenizer(cfg))
+    tokenizer = given_tokenizer(cfg)
+    corpora = []
+    for source in texts:
+        known = KnownFiles(_known_path(cfg, source))
+        corpora.append(scan(source, progress, should_stop, known))
+        known.save()
+    return _Plan(cfg=cfg, corpora=tuple(corpora), tokenizer=tokenizer)
 
 
-def _given_tokenizer(cfg: DataConfig) -> Tokenizer | None:
+def _known_path(cfg: DataConfig, source: SourceConfig) -> Path:
+    digest = hashlib.sha256(source.model_dump_json().encode()).hexdigest()
+    return Path(cfg.cache).expanduser() / f".{source.name}.{digest[:16]}.files"
+
+
+def given_tokenizer(cfg: DataConfig) -> Tokenizer | None:
+    """The tokenizer that is there before any text is read; None = a BPE will be trained.
+
+    Raises ConfigError for an ``eos_token`` that would not be used, DataError when the tokenizer cannot be read.
+    """
+    if cfg.eos_token is not None and cfg.tokenizer in ("byte", "bpe"):
+        raise ConfigError(
+            f"data.eos_token={cfg.eos_token!r} has no effect with data.tokenizer={cfg.tokenizer}",
+            why="byte and bpe have an end-of-text token of their own",
+            fix="leave data.eos_token out, or set data.tokenizer to the path of a tokenizer.json",
+        )
     if cfg.tokenizer != "bpe":
         return load_tokenizer(cfg.tokenizer, eos_token=cfg.eos_token)
     # Tokens that exist already fix the tokenizer: a newly trained one could not read them.

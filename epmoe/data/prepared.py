@@ -105,6 +105,8 @@ class PreparedSource:
     name: str
     train: PreparedSplit
     val: PreparedSplit | None
+    skipped: int = 0
+    """Files that were left out because they are no text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +157,20 @@ def open_prepared(folder: Path, cfg: DataConfig) -> PreparedData:
         padded_vocab_size=padded_vocab_size(tokenizer.size, cfg.vocab_multiple),
         fingerprint=_content_fingerprint(record),
     )
+
+
+def text_warning(prepared: PreparedData) -> str | None:
+    """One line about documents that were repaired and files that were left out; None when there are none."""
+    repaired = sum(
+        s.replaced for source in prepared.sources for s in (source.train, source.val) if s is not None
+    )
+    skipped = sum(source.skipped for source in prepared.sources)
+    parts = []
+    if repaired:
+        parts.append(f"{repaired} documents had bytes that are not UTF-8; each became U+FFFD")
+    if skipped:
+        parts.append(f"{skipped} files were skipped: their NUL bytes say that they are no text")
+    return "; ".join(parts) or None
 
 
 def parse_record(kind: type[R], path: Path) -> R:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,15 +26,19 @@ from epmoe.errors import DataError
 
 XZ_WINDOW_BYTES = 64 << 20
 """How far back ``xz -9`` looks; training text further from its end cannot help and is left out."""
+XZ_LIMIT_BYTES = 64 << 20
+"""Longer validation text is not compressed: it takes a minute or two for so much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yardsticks:
-    """Bits per byte of one source's validation text; None where the text cannot be rebuilt from its tokens."""
+    """Bits per byte of one source's validation text."""
 
     unigram: float
     xz: float | None
     xz_after_train: float | None
+    xz_left_out: str | None = None
+    """Why there is no figure of xz."""
 
 
 def yardsticks(prepared: PreparedData, source: str, *, should_stop: StopFlag = never_stop) -> Yardsticks:
@@ -53,7 +58,12 @@ def yardsticks(prepared: PreparedData, source: str, *, should_stop: StopFlag = n
         raise DataError(f"source {source} has no validation text to measure", fix="set val_path")
     train, val = (open_stream(split, prepared.tokenizer) for split in (parts.train, parts.val))
     counted_bytes = parts.val.facts.loss_utf8_bytes or 0
-    text = _exact_text(val, parts.val, prepared.tokenizer, should_stop)
+    text, left_out = None, None
+    if (parts.val.facts.utf8_bytes or 0) > XZ_LIMIT_BYTES:
+        left_out = f"more than {XZ_LIMIT_BYTES >> 20} MiB would take too long"
+    else:
+        text = _exact_text(val, parts.val, prepared.tokenizer, should_stop)
+        left_out = None if text else "its tokens do not give the text back exactly"
     tail = _tail(train, parts.train, prepared.tokenizer, should_stop) if text else None
     result = Yardsticks(
         unigram=_unigram_bits(train, val, should_stop) / max(counted_bytes, 1),
@@ -61,8 +71,12 @@ def yardsticks(prepared: PreparedData, source: str, *, should_stop: StopFlag = n
         xz_after_train=8 * _xz_gain(tail, text, should_stop) / len(text)
         if text and tail is not None
         else None,
+        xz_left_out=left_out,
     )
-    write_json(cache, {"fingerprint": prepared.fingerprint, **asdict(result)})
+    try:
+        write_json(cache, {"fingerprint": prepared.fingerprint, **asdict(result)})
+    except OSError as error:
+        print(f"warning: {cache} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
     return result
 
 

@@ -99,6 +99,8 @@ def _verdict(evaluation: Evaluation, sticks: Yardsticks) -> list[str]:
         if value is not None:
             side = "below" if bits < value else "above"
             lines.append(f"  {abs(1 - bits / value):6.1%} {side} {value:.4f}, the {name}")
+    if sticks.xz_left_out is not None:
+        lines.append(f"  no comparison with xz of the validation text: {sticks.xz_left_out}")
     return lines
 
 
