@@ -18,6 +18,8 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -141,7 +143,16 @@ class GShardTop2Options(RouterOptions):
     second_policy_eval: Literal["all", "threshold", "none"] = "all"
     """The same in evaluation and generation."""
     tau: Annotated[float, Field(gt=0)] = 0.5
-    """Scale of the random policy (0.5 is the paper's) and limit of the threshold policy."""
+    """Scale of the random policy (0.5 is the paper's) and limit of the threshold policy (below 0.5)."""
+
+    @model_validator(mode="after")
+    def _threshold_can_be_passed(self) -> GShardTop2Options:
+        if "threshold" in (self.second_policy, self.second_policy_eval) and self.tau >= 0.5:
+            raise ValueError(
+                f"the threshold policy uses the second expert if a2 > tau, but a2, the smaller of two shares, is at "
+                f"most 0.5: tau={self.tau:g} would never let it through; set tau below 0.5, or use policy none"
+            )
+        return self
 
 
 class SwitchOptions(RouterOptions):
@@ -254,7 +265,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Applied to matrices (experts one by one are matrices), not to norms and embeddings."""
@@ -332,7 +343,7 @@ class Config(Section):
 
     out: str = "runs/default"
     """Folder of the run: checkpoints, metrics, report. The same command in the same folder resumes."""
-    seed: Count = 0
+    seed: Seed = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     moe: MoEConfig | None = MoEConfig()

@@ -132,7 +132,7 @@ class Document:
         key, equals, raw = text.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            self._problem(COMMAND_LINE, (text,), "is not of the form key=value", "example: moe.top_k=1")
+            self._problem(COMMAND_LINE, (text,), "is not of the form key=value", "example: moe.router=switch")
             return
         path: KeyPath = tuple(int(part) if part.isdecimal() else part for part in parts)
         if raw.startswith(("[", "{", '"', "'")):

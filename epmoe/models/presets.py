@@ -65,11 +65,11 @@ def qwen3_moe_tiny() -> tuple[ModelConfig, MoEConfig | None]:
 def gshard_125m() -> tuple[ModelConfig, MoEConfig | None]:
     """For one GPU: 113 million active parameters without the embedding, 283 million in all."""
     model = ModelConfig(d_model=768, num_layers=12, num_heads=12, d_ff=2048)
-    return model, MoEConfig(every=2, num_experts=8)
+    return model, MoEConfig(every=2, num_experts=8, capacity_factor=1.0)
 
 
 def gshard_8x() -> tuple[ModelConfig, MoEConfig | None]:
-    """``configs/1node-8gpu.yaml``: 8 GPUs with 4 experts of each MoE layer on every one: 0.55 billion active parameters without the
-    embedding, 5.1 billion in all, 0.86 billion on each GPU."""
+    """``configs/1node-8gpu.yaml``: 8 GPUs with 4 experts of each MoE layer on every one. 0.55 billion active
+    parameters without the embedding, 5.1 billion in all, 0.86 billion on each GPU."""
     model = ModelConfig(d_model=1024, num_layers=24, num_heads=16, d_ff=4096)
-    return model, MoEConfig(every=2, num_experts=32)
+    return model, MoEConfig(every=2, num_experts=32, capacity_factor=1.0)

@@ -1,8 +1,8 @@
 """Auxiliary losses: pure functions, each a differentiable sum over valid tokens without its coefficient.
 
-The trainer divides every sum by the global number of tokens of the step, exactly like the task loss. With one sequence
-per group, the default, no layout, accumulation or padding changes them. With ``group: rank`` the balance loss is that of
-each rank's micro-batch: it depends on how sequences are spread over ranks and micro-batches.
+The trainer divides every sum by the global number of tokens of the step, exactly like the task loss. With
+``group: sequence``, the default, no layout, accumulation or padding changes them. With ``group: rank`` the balance
+loss is that of each rank's micro-batch and depends on how sequences are spread over ranks and micro-batches.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def plan_slots(routing: Routing, *, num_experts: int, group_size: int, capacity:
 
 def plan_local(routing: Routing, slots: Slots) -> DispatchPlan:
     """The plan of a rank that holds all experts."""
-    num_kept = int(slots.tokens_per_expert_E.sum())  # the one device-to-host copy: the number of rows is a shape
+    # The one device-to-host copy: the number of rows is a shape.
+    num_kept = int(slots.tokens_per_expert_E.sum())
     return _plan(routing, slots, (num_kept,), (num_kept,), None)
 
 
@@ -88,7 +89,8 @@ def plan_exchange(routing: Routing, slots: Slots, counts_WL: Tensor) -> Dispatch
         counts_WL: Rows that each of the W ranks sends to each local expert.
     """
     sent_WL = slots.tokens_per_expert_E.view_as(counts_WL)
-    send_splits, recv_splits = torch.stack((sent_WL.sum(1), counts_WL.sum(1))).tolist()  # the one copy to the host
+    splits = torch.stack((sent_WL.sum(1), counts_WL.sum(1)))
+    send_splits, recv_splits = splits.tolist()  # the one device-to-host copy
     expert_order_R = expert_major_order(counts_WL, sum(recv_splits))
     return _plan(routing, slots, tuple(send_splits), tuple(recv_splits), expert_order_R)
 

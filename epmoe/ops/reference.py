@@ -53,12 +53,6 @@ def route_topk(
     Raises:
         ValueError: ``second_policy="random"`` with neither kind of draws, or with both.
     """
-    counted = sample_T is not None and position_T is not None
-    explicit = uniform_T is not None and sample_T is None and position_T is None
-    if second_policy == "random" and not explicit and (uniform_T is not None or not counted):
-        raise ValueError(
-            "route_topk: second_policy='random' needs either uniform or both sample and position, never both kinds"
-        )
     usable_T = usable_rows(logits_TE, valid_T)
     clean_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
     probs_TE = clean_TE.softmax(-1).masked_fill(~usable_T.unsqueeze(1), 0.0)
@@ -66,13 +60,23 @@ def route_topk(
     chosen_TK = clean_TE.gather(1, ids_TK)
     active_TK = usable_T.unsqueeze(1) & chosen_TK.isfinite()
     if second_policy != "all":
-        if second_policy == "random" and uniform_T is None:
-            assert sample_T is not None
-            assert position_T is not None
-            uniform_T = philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0]
+        if second_policy == "random":
+            uniform_T = _uniform(uniform_T, sample_T, position_T, seed, layer)
         active_TK[:, 1] &= _second_active(chosen_TK, uniform_T, second_policy, tau)
     weights_TK = chosen_TK.softmax(-1) if normalize else probs_TE.gather(1, ids_TK)
     return probs_TE, ids_TK, weights_TK * active_TK, active_TK
+
+
+def _uniform(
+    uniform_T: Tensor | None, sample_T: Tensor | None, position_T: Tensor | None, seed: int, layer: int
+) -> Tensor:
+    if uniform_T is not None and sample_T is None and position_T is None:
+        return uniform_T
+    if uniform_T is None and sample_T is not None and position_T is not None:
+        return philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0]
+    raise ValueError(
+        "route_topk: second_policy='random' needs either uniform or both sample and position, never both kinds"
+    )
 
 
 def _second_active(chosen_TK: Tensor, uniform_T: Tensor | None, second_policy: str, tau: float) -> Tensor:
@@ -161,7 +165,7 @@ def combine_backward(
 def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
     """Consecutive blocks of rows, each times its expert's matrix -> ``[R, F]``; rows beyond the counts give 0.
 
-    Copies the counts to the host, which on CUDA waits for the device: once here, once in the weights' gradient.
+    Copies the counts to the host, which on CUDA waits for the device.
     """
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
     start = 0

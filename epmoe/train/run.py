@@ -14,7 +14,7 @@ from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
 from epmoe.data.loader import TrainData, validation_sets
 from epmoe.data.prepare import prepare
-from epmoe.data.prepared import PreparedData
+from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, text_warning
 from epmoe.data.progress import console_progress
 from epmoe.errors import ConfigError, EpmoeError, MemoryExhausted, Preempted
 from epmoe.observe.display import make_display, say
@@ -45,7 +45,6 @@ from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag, stop_on_signals
 
 METRICS = "metrics.jsonl"
-TOKENIZER = "tokenizer"
 RESOLVED = "config.yaml"
 """The resolved configuration, in the run folder."""
 
@@ -181,8 +180,10 @@ class Run:
         path, train = self.folder.path, self.config.train
         describe_run(self.folder, self.config.model_dump(mode="json"), argv)
         (path / RESOLVED).write_text(dump_config(self.config), encoding="utf-8")
-        self.prepared.tokenizer.save(path / TOKENIZER)
+        self.prepared.tokenizer.save(path / TOKENIZER_FOLDER)
         say(_layout(self.config, self.trainer))
+        if warning := text_warning(self.prepared):
+            say(f"warning: {warning}")
         if self.config.optimizer.warmup_steps >= train.steps:
             say(
                 f"warning: {train.steps} steps end before the warm-up of {self.config.optimizer.warmup_steps} does"

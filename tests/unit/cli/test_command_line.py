@@ -177,6 +177,19 @@ def test_one_message_per_machine_for_a_configuration_mistake(
     assert capsys.readouterr().err == "[rank 1] error: b\n"
 
 
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_one_process_commands_refuse_a_launcher(
+    body, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    calls = body(command, {"eval": "evaluate"}.get(command, command))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert exit_code(command, "runs/a") == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert exit_code(command, "runs/a") == 2
+    assert len(calls) == 1
+    assert f"run `epmoe {command} ...` without torchrun" in capsys.readouterr().err
+
+
 def test_no_color_is_respected_and_colour_is_there_without_it():
     coloured = run("--help", FORCE_COLOR="1", TERM="xterm-256color")
     assert "\x1b[" in coloured.stdout

@@ -7,13 +7,20 @@ import io
 import json
 import os
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 import epmoe.cli
+from epmoe.cli.explain import explain
+from epmoe.cli.generate import generate
+from epmoe.config import Config
 from epmoe.config_file import dump_config, load_config
+from epmoe.data.tokenizer import JsonTokenizer, json_tokenizer
 from tests.distributed.harness import rank_outcomes
 from tests.distributed.runs import finish, make_config
 
@@ -79,6 +86,17 @@ def done(base: Path, reference: Path, precise: Path) -> dict[str, Done]:
         "eval other text": ["eval", str(reference), f"data.sources.0.val_path={base}/train", "--json"],
         "eval other tokenizer": ["eval", str(reference), "data.tokenizer=bpe", "data.vocab_size=300"],
         "eval nothing": ["eval", str(base / "val")],
+        "eval other model": ["eval", str(reference), "moe.top_k=1", "data.seq_len=8", "model.d_model=3"],
+        "eval no text": ["eval", str(reference), "data.sources.0.val_path=null"],
+        "eval short": ["eval", str(precise), "--json", "data.cross_document=false", "data.seq_len=8"],
+        "eval capacity": [
+            "eval",
+            str(reference),
+            "--json",
+            "moe.capacity_factor=4",
+            "train.micro_batch_size=2",
+        ],
+        "eval half": ["eval", str(reference), "--json", "train.precision=bf16_params"],
         "sample": [*again, "--seed", "5"],
         "seed 1": [*again, "--seed", "1", "--temperature", "2"],
         "seed 1 again": [*again, "--seed", "1", "--temperature", "2"],
@@ -140,7 +158,51 @@ def test_eval_takes_other_text_but_no_other_tokenizer(done: dict[str, Done]) -> 
     assert "holds no usable checkpoint" in done["eval nothing"].err
 
 
+def test_eval_takes_what_it_uses_and_refuses_the_rest(done: dict[str, Done]) -> None:
+    plain, half = (json.loads(done[f"eval {name}"].out)["dropless"][0]["loss"] for name in ("json", "half"))
+    assert plain != half == pytest.approx(plain, rel=0.02)
+    modes = json.loads(done["eval capacity"].out)
+    assert list(modes) == ["dropless", "capacity factor 4.0"]
+    assert modes["capacity factor 4.0"][0]["drop_rate"] == 0
+    assert json.loads(done["eval short"].out)["dropless"][0]["num_tokens"] == 900
+    refused = done["eval other model"]
+    assert refused.code == 2
+    assert "cannot change moe.top_k, model.d_model\n" in refused.err
+    assert "data.*, train.precision, train.micro_batch_size, moe.capacity_factor" in refused.err
+
+
+def test_eval_without_validation_text_says_why(done: dict[str, Done]) -> None:
+    assert (done["eval no text"].code, done["eval no text"].out) == (3, "")
+    assert "no source has validation text: words" in done["eval no text"].err
+    assert "data.sources.0.val_path=PATH" in done["eval no text"].err
+
+
 # ------------------------------------------------------------------------------------------- generate
+def metaspace() -> JsonTokenizer:
+    """A tokenizer of whole words whose decoder leaves out the space before the first of them."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "▁one": 1, "▁two": 2, "▁three": 3}, "</s>"))
+    inner.add_special_tokens(["</s>"])
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return json_tokenizer(inner.to_str().encode(), name="words")
+
+
+def test_the_space_between_prompt_and_continuation_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = metaspace()
+    trained = types.SimpleNamespace(tokenizer=tokenizer, model=None)
+    monkeypatch.setattr("epmoe.cli.generate.load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr("epmoe.cli.generate.generate_tokens", lambda *_, **__: iter([2, 3]))
+    trained.config = Config()
+    for prompt, shown in (
+        ("one", "one two three\n"),
+        ("one  two", "one  two two three\n"),
+        ("", "two three\n"),
+    ):
+        generate(Path("run"), prompt, None, 2, 0.0, None, 1.0, 0)
+        assert capsys.readouterr().out == shown
+
+
 def test_generate_repeats_the_sample_of_the_run(done: dict[str, Done], reference: Path) -> None:
     sample = json.loads((reference / "summary.json").read_text())["sample"]
     assert done["sample"].out == sample + "\n"
@@ -183,6 +245,24 @@ def test_a_dry_run_shows_the_whole_configuration_and_makes_nothing(
     assert facts["ranks"].startswith("1, ep_size 1")
     assert facts["tokens"] == "64 per step, 1,280 in 20 steps"
     assert not (base / "never").exists()
+
+
+def test_a_dry_run_counts_the_entries_of_a_tokenizer_file(tmp_path: Path) -> None:
+    metaspace().save(tmp_path)
+
+    def vocabulary(**data: object) -> str:
+        [line] = [
+            line
+            for line in explain(Config.model_validate({"data": data}), 1).splitlines()
+            if "# vocabulary" in line
+        ]
+        return line
+
+    file = str(tmp_path / "tokenizer.json")
+    assert vocabulary(tokenizer=file, vocab_multiple=8).endswith("8, which is 4 entries and padding")
+    assert "320, which is 257 entries" in vocabulary(tokenizer="byte")
+    assert "4,096, which is 4,096 entries" in vocabulary(tokenizer="bpe")
+    assert "the real number is not known" in vocabulary(tokenizer=str(tmp_path / "missing.json"))
 
 
 def test_more_choices_than_experts_are_refused(done: dict[str, Done], base: Path) -> None:

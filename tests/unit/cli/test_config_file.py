@@ -26,7 +26,7 @@ from epmoe.config import (
 )
 from epmoe.config_file import check_layout, dump_config, load_config, override_config
 from epmoe.errors import ConfigError
-from epmoe.moe.build import ROUTERS, build_losses
+from epmoe.moe.build import DISPATCHERS, LOSSES, ROUTERS
 
 
 @pytest.fixture
@@ -97,6 +97,11 @@ def test_scalars_follow_yaml_1_2(write):
         ("moe: {router: gshard}\n", ["moe.router", "did you mean gshard_top2?", "switch, topk"]),
         ("moe:\n  router:\n    name: swich\n", ["run.yaml:3:11: moe.router.name", "did you mean switch?"]),
         ("moe: {router: {name: switch, tau: 1}}\n", ["moe.router.tau: unknown key", "jitter"]),
+        (
+            "moe: {router: {second_policy_eval: threshold}}\n",
+            ["moe.router", "at most 0.5", "tau=0.5 would never", "set tau below 0.5"],
+        ),
+        (f"seed: {2**63}\n", ["seed: expects a number less than", f"got {2**63}"]),
         ("moe: {router: null}\n", ["moe.router: expects a mapping, got null"]),
         ("moe: {losses: {balence: 1}}\n", ["run.yaml:1:25: moe.losses.balence", "balance, z"]),
         ("parallel: {ep_size: 0}\n", ["parallel.ep_size: expects a number greater than 0 or 'auto', got 0"]),
@@ -105,7 +110,7 @@ def test_scalars_follow_yaml_1_2(write):
             "data: {sources: [{pth: x}]}\n",
             ["data.sources.0.pth: unknown key", "did you mean data.sources.0.path?"],
         ),
-        ("optimizer: {betas: [0.9, 2]}\n", ["run.yaml:1:26: optimizer.betas.1", "at most 1, got 2"]),
+        ("optimizer: {betas: [0.9, 2]}\n", ["run.yaml:1:26: optimizer.betas.1", "less than 1, got 2"]),
         ("model:\n  d_model: 100\n  num_heads: 3\n", ["run.yaml:2:12: model: d_model=100 is not divisible"]),
         ("moe:\n  top_k: 1\n", ["run.yaml:2:10: moe: router gshard_top2", "leave top_k out"]),
         ("moe: {every: 9}\n", ["run.yaml:1:14: moe.every: no layer is an MoE layer", "moe: null"]),
@@ -339,7 +344,9 @@ def test_layouts_that_do_not_divide_list_the_ones_that_do():
 
 
 def test_names_in_the_configuration_are_those_the_layer_can_build(write):
-    assert sorted(build_losses(MoEConfig(losses=dict.fromkeys(AUX_LOSSES, 0.1)))) == sorted(AUX_LOSSES)
+    assert sorted(LOSSES) == sorted(AUX_LOSSES)
+    message = mistakes(write("moe: {dispatcher: '?'}\n"))
+    assert message.rsplit("choices: ", 1)[1].split(", ") == ["auto", *DISPATCHERS]
     message = mistakes(write("moe: {router: '?'}\n"))
     assert message.rsplit("choices: ", 1)[1].split(", ") == list(ROUTERS)
 

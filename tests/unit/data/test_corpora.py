@@ -71,6 +71,20 @@ def test_bytes_that_are_no_utf8_are_replaced_and_counted(tmp_path: Path) -> None
     assert (good.text, good.replaced) == ("fine é", False)
 
 
+def test_files_with_a_nul_byte_at_the_beginning_are_no_text(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "texts", 3)
+    text_only = scan(SourceConfig(path=str(folder)))
+    (folder / "image.png").write_bytes(b"x" * 8191 + b"\0")
+    corpus = scan(SourceConfig(path=str(folder)))
+    assert (corpus.skipped, text_only.skipped) == (1, 0)
+    assert corpus.fingerprint == text_only.fingerprint
+    (folder / "late.txt").write_bytes(b"x" * 8192 + b"\0")
+    assert "late.txt" in [piece.name for piece in scan(SourceConfig(path=str(folder))).pieces]
+    for path in (folder / "image.png", folder):
+        with pytest.raises(DataError, match=r"none of the 1 file\(s\) in .* is text"):
+            scan(SourceConfig(path=str(path), glob="*.png"))
+
+
 def test_line_ends_are_kept(tmp_path: Path) -> None:
     (tmp_path / "dos.txt").write_bytes(b"a\r\nb\rc\n")
     assert documents(scan(SourceConfig(path=str(tmp_path))))[0].text == "a\r\nb\rc\n"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ from epmoe.data.corpora import is_validation, scan
 from epmoe.data.files import crc32_of
 from epmoe.data.foreign import facts_path
 from epmoe.data.indexed import bin_path, idx_path, open_indexed
+from epmoe.data.known import Cut, KnownFiles
 from epmoe.data.loader import TrainData
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import PreparedData, PreparedSplit, open_prepared, open_split, verify_split
 from epmoe.data.shards import encode_document
 from epmoe.data.tokenizer import ByteTokenizer, train_bpe
-from epmoe.errors import DataError, Preempted
+from epmoe.errors import ConfigError, DataError, Preempted
 from tests.unit.data.helpers import config, text, write_folder, write_jsonl, write_pair
 
 
@@ -226,12 +228,70 @@ def test_a_full_disk_is_an_error_the_next_run_survives(
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     cfg = config(tmp_path, write_folder(tmp_path / "texts", 5))
     key = prepare(cfg).folder.name
+    shutil.rmtree(Path(cfg.cache) / key)
     polls: list[int] = []
     with (Path(cfg.cache) / f".{key}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(Preempted):
             prepare(cfg, should_stop=lambda: polls.append(1) or len(polls) > 7)  # type: ignore[func-returns-value]
+    assert not (Path(cfg.cache) / key).exists()
     prepare(cfg)
+
+
+def test_what_is_prepared_needs_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 5))
+    first = prepare(cfg)
+    for file in Path(cfg.cache).glob(".*"):
+        file.unlink()
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("epmoe.data.known.write_atomically", read_only)
+    assert prepare(cfg).fingerprint == first.fingerprint
+    assert [path.name for path in Path(cfg.cache).iterdir()] == [first.folder.name]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_an_end_of_text_token_that_would_be_ignored_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 5), tokenizer=tokenizer, eos_token="</s>")
+    with pytest.raises(
+        ConfigError, match=rf"data\.eos_token='</s>' has no effect with data\.tokenizer={tokenizer}"
+    ):
+        prepare(cfg)
+
+
+def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "texts", 6)
+    (folder / "image.png").write_bytes(b"PNG\0")
+    jsonl = write_jsonl(tmp_path / "x.jsonl", [{"text": text(i, 50)} for i in range(5)])
+    cfg = config(tmp_path, folder, jsonl)
+    first = prepare(cfg)
+    read: list[str] = []
+    original = KnownFiles.cuts
+
+    def watched(known: KnownFiles, file: Path, reader: Callable[[Path], tuple[Cut, ...]]) -> tuple[Cut, ...]:
+        return original(known, file, lambda path: (read.append(path.name), reader(path))[1])  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(KnownFiles, "cuts", watched)
+    again = prepare(cfg)
+    assert read == []
+    assert (again.folder, again.sources) == (first.folder, first.sources)
+    assert again.sources[0].skipped == 1
+
+    changed = folder / "part0" / "003.txt"
+    times = changed.stat()
+    changed.write_bytes(changed.read_bytes()[::-1])
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copying tool would
+    other = prepare(cfg)
+    assert read == ["003.txt"]
+    assert other.fingerprint != first.fingerprint
+
+    for kept in Path(cfg.cache).glob(".*.files"):
+        kept.write_text('{"x": 1}')
+    read.clear()
+    assert prepare(cfg).fingerprint == other.fingerprint
+    assert len(read) == 8
 
 
 def test_malformed_line_found_by_a_worker(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from epmoe.cli.prepare import prepare
 from epmoe.data.corpora import is_validation
 from epmoe.data.indexed import bin_path
+from epmoe.data.prepare import prepare as prepare_data
+from epmoe.data.prepared import text_warning
 from epmoe.data.progress import console_progress, plain_progress
 from epmoe.errors import DataError
-from tests.unit.data.helpers import write_folder
+from tests.unit.data.helpers import config, write_folder
 
 
 def command(tmp_path: Path) -> None:
@@ -28,6 +30,7 @@ def test_prints_statistics_and_checks_what_is_there(
 ) -> None:
     folder = write_folder(tmp_path / "texts", 60)
     (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "image.png").write_bytes(b"PNG\0")
     num_val = sum(
         is_validation(name.relative_to(folder).as_posix().encode()) for name in folder.rglob("*.txt")
     )
@@ -38,6 +41,7 @@ def test_prints_statistics_and_checks_what_is_there(
     assert lines[3].split()[:3] == ["notes", "train", str(61 - num_val)]
     assert lines[4].split()[:3] == ["notes", "val", str(num_val)]
     assert lines[5].startswith("1 documents had bytes that are not UTF-8")
+    assert lines[5].endswith("1 files were skipped: their NUL bytes say that they are no text")
     assert "prepare: tokenising" in err
     command(tmp_path)
     assert capsys.readouterr().out == out
@@ -48,6 +52,15 @@ def test_prints_statistics_and_checks_what_is_there(
     tokens.write_bytes(data[:-2] + b"\0\0")
     with pytest.raises(DataError, match="crc32"):
         command(tmp_path)
+
+
+def test_no_warning_without_a_reason(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "texts", 5)
+    assert text_warning(prepare_data(config(tmp_path, folder))) is None
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    assert text_warning(prepare_data(config(tmp_path, folder))) == (
+        "1 documents had bytes that are not UTF-8; each became U+FFFD"
+    )
 
 
 def test_plain_lines_come_at_intervals_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

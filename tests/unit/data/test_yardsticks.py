@@ -77,6 +77,31 @@ def test_text_that_cannot_be_rebuilt_is_not_compressed(tmp_path: Path) -> None:
     assert source.size == 300
     assert found.unigram > 0
     assert (found.xz, found.xz_after_train) == (None, None)
+    assert found.xz_left_out == "its tokens do not give the text back exactly"
+
+
+def test_long_text_is_not_compressed_and_a_full_disk_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = prepare(config(tmp_path, write_folder(tmp_path / "texts", 60)))
+    [source] = prepared.sources
+    assert source.val is not None
+    size = source.val.facts.utf8_bytes
+    assert size is not None
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("epmoe.data.yardsticks.write_json", full)
+    monkeypatch.setattr("epmoe.data.yardsticks.XZ_LIMIT_BYTES", size)
+    compressed = yardsticks(prepared, "s0")
+    assert compressed.xz is not None
+    assert compressed.xz_left_out is None
+    monkeypatch.setattr("epmoe.data.yardsticks.XZ_LIMIT_BYTES", size - 1)
+    found = yardsticks(prepared, "s0")
+    assert (found.unigram, found.xz, found.xz_after_train) == (compressed.unigram, None, None)
+    assert "would take too long" in str(found.xz_left_out)
+    assert capsys.readouterr().err.count("s0.yardsticks.json cannot be written: No space left") == 2
 
 
 def test_without_validation_text_and_when_stopped(tmp_path: Path) -> None:

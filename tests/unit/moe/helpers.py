@@ -8,7 +8,8 @@ from torch import Tensor
 from epmoe.config import MoEConfig
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.layer import MoELayer
-from epmoe.types import TokenContext
+from epmoe.moe.plan import plan_local, plan_slots
+from epmoe.types import DispatchPlan, Routing, TokenContext
 from tests.oracle import capacity as oracle_capacity
 from tests.oracle import philox, routing
 from tests.oracle.layer import LayerResult, ffn_experts, router_logits, run_layer
@@ -65,6 +66,12 @@ def context(x_BSD: Tensor, padding: str = "none") -> TokenContext:
         valid_BS[:] = False
     sample_B = torch.arange(num_sequences) * 2**31 + 9
     return TokenContext(valid_BS=None if padding == "none" else valid_BS, sample_B=sample_B)
+
+
+def local_plan(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:
+    """The plan of a rank that holds all experts."""
+    slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+    return plan_local(routing, slots)
 
 
 def oracle_decision(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, uniform: list[float]) -> Decision:

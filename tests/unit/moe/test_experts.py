@@ -126,6 +126,13 @@ def test_any_modules_as_experts(bias):
             close(got[name], wanted, 1e-10)
 
 
+def test_another_number_of_experts_is_refused():
+    moe = config("top2", num_experts=4)
+    for experts in (ModuleExperts(different_modules()), nn.Identity()):
+        with pytest.raises(ValueError, match=r"num_experts=(5|None) must be moe\.num_experts=4"):
+            build_moe_layer(moe, d_model=4, experts=experts)
+
+
 def test_no_rows_at_all():
     experts = ModuleExperts(different_modules())
     batch = ExpertBatch(

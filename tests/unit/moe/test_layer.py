@@ -142,12 +142,32 @@ def test_a_broken_token_hurts_nobody_else(name, value):
         assert torch.equal(report.metrics[name], wanted_report.metrics[name])
     for name, loss in report.losses.items():
         assert loss.item() == wanted_report.losses[name].item()
-    y_BSD.square().sum().backward()
-    assert broken.grad[valid_BS].isfinite().all()
-    assert layer.experts.w_in.grad.isfinite().all()
-    assert layer.experts.w_out.grad.isfinite().all()
+    wanted.square().sum().add(sum(wanted_report.losses.values())).backward()
+    gradients = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    y_BSD.square().sum().add(sum(report.losses.values())).backward()
+    assert (broken.grad[0, 2] == 0).all()
+    assert broken.grad.isfinite().all()
+    for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
     padding_and_broken = TokenContext(valid_BS=valid_BS, sample_B=ctx.sample_B)
     assert layer(broken, padding_and_broken)[1].metrics["nonfinite_tokens"].item() == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_broken_number_breaks_its_token_only(value):
+    """Whatever the router's weights make of it: here -inf alone would only say that no expert is available."""
+    layer = make_layer(config("top2", num_experts=4))
+    with torch.no_grad():
+        layer.router.weight.abs_()
+    x_BSD = tokens(1, 4)
+    x_BSD[0, 1, 3] = value
+    y_BSD, report = layer(x_BSD)
+    assert report.metrics["nonfinite_tokens"].item() == 1
+    assert report.metrics["valid_tokens"].item() == 3
+    (y_BSD.sum() + sum(report.losses.values())).backward()
+    assert layer.router.weight.grad.isfinite().all()
+    assert layer.router.weight.grad.abs().max() > 0
 
 
 def test_capacity_zero_drops_everything():

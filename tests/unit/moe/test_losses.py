@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from epmoe.moe.losses import balance_loss, first_choice_counts, z_loss
-from epmoe.moe.plan import plan_send
 from epmoe.ops import DROPLESS
 from tests.oracle import cases
 from tests.oracle import losses as oracle
-from tests.unit.moe.helpers import config, oracle_decision
+from tests.unit.moe.helpers import config, local_plan, oracle_decision
 from tests.unit.moe.test_routers import route
 
 
 def package_losses(moe, logits, valid, uniform, group_size, capacity=DROPLESS):
     """balance over first choices, balance over all wishes, z."""
     routed = route(moe, logits, valid, uniform)
-    plan = plan_send(routed, num_experts=moe.num_experts, group_size=group_size, capacity=capacity)
+    plan = local_plan(routed, num_experts=moe.num_experts, group_size=group_size, capacity=capacity)
     first_GE = first_choice_counts(routed, *plan.demand_GE.shape)
     return (
         balance_loss(routed.probs_TE, first_GE, routed.valid_T, count_per_token=1),

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epmoe.moe.plan import expert_capacity, expert_major_order, plan_exchange, plan_send
+from epmoe.moe.plan import expert_capacity, expert_major_order, plan_exchange, plan_local, plan_slots
 from epmoe.ops import DROPLESS
 from tests.oracle import cases
 from tests.oracle.capacity import capacity
-from tests.unit.moe.helpers import config
+from tests.unit.moe.helpers import config, local_plan
 from tests.unit.moe.test_routers import route
 
 # factor, S, E, k, unit, minimum, multiple, slots: worked out by hand.
@@ -82,19 +82,21 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
     """Simulated ranks: each makes its plan from what the others would tell it; the rows carry names."""
     experts = num_ranks * num_local
     moe = config("top2", num_experts=experts)
-    sent, plans = [], []
+    routings, all_slots, sent = [], [], []
     for rank in range(num_ranks):
         logits, valid = cases.logits_and_valid("broken", 8 * rank, experts, seed=rank)  # rank 0 has none
         routed = route(moe, logits, valid)
-        plan = plan_send(routed, num_experts=experts, group_size=8, capacity=3)
-        plans.append(plan)
-        entries = plan.assignment_N.tolist()
+        slots = plan_slots(routed, num_experts=experts, group_size=8, capacity=3)
+        routings.append(routed)
+        all_slots.append(slots)
+        entries = plan_local(routed, slots).assignment_N.tolist()
         sent.append([(int(routed.expert_A[a]), rank, a) for a in entries])
     received_back = [[] for _ in range(num_ranks)]
     for rank in range(num_ranks):
         mine = range(rank * num_local, (rank + 1) * num_local)
-        counts_WL = torch.stack([plan.tokens_per_expert_E[mine.start : mine.stop] for plan in plans])
-        plan = plan_exchange(plans[rank], counts_WL)
+        counts_WL = torch.stack([slots.tokens_per_expert_E[mine.start : mine.stop] for slots in all_slots])
+        plan = plan_exchange(routings[rank], all_slots[rank], counts_WL)
+        assert [(int(routings[rank].expert_A[a]), rank, a) for a in plan.assignment_N.tolist()] == sent[rank]
         rows = [row for other in sent for row in other if row[0] in mine]
         assert plan.recv_splits == tuple(len([r for r in other if r[0] in mine]) for other in sent)
         assert plan.send_splits == tuple(
@@ -110,12 +112,12 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
 
 
 def test_order_of_no_rows():
-    assert expert_major_order(torch.zeros(3, 2).long()).tolist() == []
+    assert expert_major_order(torch.zeros(3, 2).long(), 0).tolist() == []
 
 
 def test_plan_is_a_frozen_value():
     logits, valid = cases.logits_and_valid("random", 4, 2)
-    plan = plan_send(
+    plan = local_plan(
         route(config("top1", num_experts=2), logits, valid), num_experts=2, group_size=4, capacity=1
     )
     with pytest.raises(AttributeError):

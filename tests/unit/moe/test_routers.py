@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from epmoe.moe.build import ROUTERS as FAMILIES
-from epmoe.moe.plan import plan_send
 from epmoe.moe.router import Router
 from epmoe.ops import DROPLESS
 from epmoe.types import Draws, RouterInputs
 from tests.oracle import cases, philox, routing
 from tests.oracle.capacity import assign_slots, demand
-from tests.unit.moe.helpers import ROUTERS, config, oracle_decision
+from tests.unit.moe.helpers import ROUTERS, config, local_plan, oracle_decision
 
 SHAPES = [(tokens, experts) for tokens in (0, 1, 7, 64) for experts in (1, 2, 5, 8)]
 ORDERS = ["choice_major", "token_major"]
@@ -55,7 +54,7 @@ def check_routing(routed, decision, experts):
 
 def check_slots(routed, decision, tokens, experts, group_size, slots):
     groups = tokens // group_size if group_size else 0
-    plan = plan_send(
+    plan = local_plan(
         routed, num_experts=experts, group_size=group_size, capacity=DROPLESS if slots is None else slots
     )
     group_of = [t // group_size for t in range(tokens)]
@@ -179,7 +178,7 @@ def test_token_major_is_causal_and_choice_major_is_not(name):
             results = []
             for h in (logits, other):
                 routed = route(moe, h, valid, cases.uniforms(32, seed))
-                plan = plan_send(routed, num_experts=4, group_size=32, capacity=12)
+                plan = local_plan(routed, num_experts=4, group_size=32, capacity=12)
                 past = routed.token_A < 16
                 results.append((plan.slot_A[past].tolist(), routed.weight_A[past].tolist()))
             count += results[0] != results[1]

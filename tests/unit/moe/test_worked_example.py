@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from epmoe.moe.losses import balance_loss, first_choice_counts
-from epmoe.moe.plan import plan_send
 from tests.oracle import losses, routing
 from tests.oracle.capacity import assign_slots
-from tests.unit.moe.helpers import config
+from tests.unit.moe.helpers import config, local_plan
 from tests.unit.moe.test_routers import route
 
 PROBS = torch.tensor(
@@ -30,7 +29,7 @@ def both(name, capacity, uniform=None):
         options = moe.router.model_copy(update={"tau": 0.5})
         moe = moe.model_copy(update={"router": options})
     routed = route(moe, LOGITS, VALID, uniform)
-    plan = plan_send(routed, num_experts=3, group_size=6, capacity=capacity)
+    plan = local_plan(routed, num_experts=3, group_size=6, capacity=capacity)
     mine = {
         (int(routed.token_A[a]), int(routed.choice_A[a])): round(float(routed.weight_A[a]), 12)
         for a in plan.assignment_N

@@ -183,6 +183,23 @@ def test_gradcheck(normalize):
         assert torch.autograd.gradcheck(smooth, logits)
 
 
+@pytest.mark.parametrize(
+    ("uniform", "counters"),
+    [
+        (None, (None, None)),
+        (None, (torch.arange(4), None)),
+        ([0.5] * 4, (torch.arange(4), torch.arange(4))),
+        ([0.5] * 4, (None, torch.arange(4))),
+    ],
+)
+def test_a_random_policy_needs_exactly_one_kind_of_draws(uniform, counters):
+    logits = torch.zeros(4, 3)
+    # A native kernel says the same in a RuntimeError.
+    with pytest.raises((ValueError, RuntimeError), match="either uniform or both sample and position"):
+        run(logits, [True] * 4, 2, True, "random", 0.5, uniform, counters=counters)
+    assert run(logits, [True] * 4, 2, True, "all", 0.5, uniform, counters=counters)[3].all()
+
+
 def test_input_is_left_alone():
     logits, valid = cases.logits_and_valid("broken", 16, 5)
     before = logits.clone()

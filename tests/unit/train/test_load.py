@@ -92,6 +92,24 @@ def test_a_run_its_folder_of_checkpoints_and_a_checkpoint_are_the_same(
         assert loaded.tokenizer.name == "byte"
 
 
+def test_a_checkpoint_named_from_inside_its_folder(
+    trained: dict[str, tuple[Path, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wanted = trained["fp64"]
+    monkeypatch.chdir(folder / "ckpt")
+    for name in ("step_000000003", "."):
+        loaded = load_trained(Path(name), device=CPU)
+        assert difference(some_logits(loaded.model), wanted) < PRECISIONS["fp64"]
+
+
+def test_overrides_are_there_when_the_model_is_built(trained: dict[str, tuple[Path, Tensor]]) -> None:
+    overrides = ["train.precision=bf16_params", "data.cross_document=false"]
+    loaded = load_trained(trained["fp32"][0], device=CPU, overrides=overrides)
+    assert loaded.model.embed.weight.dtype == torch.bfloat16
+    assert not loaded.model.cross_document
+    assert loaded.config.train.precision == "bf16_params"
+
+
 @pytest.fixture
 def copy(trained: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained["fp32"][0], tmp_path / "run"))

@@ -1,0 +1,73 @@
+"""How often dispatch and combine make the host wait for the device: what would be a copy on CUDA is counted on CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from epmoe.moe.build import DISPATCHERS
+from tests.unit.moe.helpers import config, context, make_layer, tokens
+
+WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "equal", "allclose"}
+WAITS |= {"__int__", "__float__", "__bool__", "__index__", "__contains__"}
+
+
+class HostCopies(TorchFunctionMode):
+    """Names of the calls whose result, or its shape, the host can only know from the device."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", str(func))
+        repeats = [a for a in args[1:] if isinstance(a, Tensor)]
+        by_mask = name in ("__getitem__", "__setitem__") and any(r.dtype == torch.bool for r in repeats)
+        unknown_size = name == "repeat_interleave" and repeats and not (kwargs or {}).get("output_size")
+        if name in WAITS or by_mask or unknown_size:
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def one_rank_group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("factor", [None, 0.7])
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_dispatch_makes_the_host_wait_once(name, factor, one_rank_group):
+    layer = make_layer(config("gshard_random", num_experts=4, capacity_factor=factor))
+    layer.dispatcher = DISPATCHERS[name](one_rank_group)
+    x_BSD = tokens(2, 6)
+    with HostCopies() as routed:
+        routing = layer.router(x_BSD.flatten(0, 1), context(x_BSD), seq_len=6)
+    assert routed.calls == []
+    with HostCopies() as dispatched:
+        batch, plan = layer.dispatcher.dispatch(
+            x_BSD.flatten(0, 1), routing, num_experts=4, group_size=6, capacity=-1 if factor is None else 2
+        )
+    assert len(dispatched.calls) == 1, dispatched.calls
+    rows_RD = layer.experts(batch)
+    with HostCopies() as combined:
+        layer.dispatcher.combine(rows_RD, routing, plan)
+        layer.report(routing, plan)
+    assert combined.calls == []
+
+
+def test_the_counter_sees_what_waits():
+    counts = torch.tensor([1, 2])
+    with HostCopies() as copies:
+        counts.tolist()
+        int(counts.sum())
+        counts.repeat_interleave(counts)
+        counts[counts > 1]
+        bool(counts.any())
+        counts.repeat_interleave(counts, output_size=3)
+        counts[counts - 1]
+    assert len(copies.calls) == 5, copies.calls
