@@ -1,7 +1,9 @@
 #include "kernels.h"
 
-#include <algorithm>
+#include <type_traits>
 #include <vector>
+
+#include "lanes.h"
 
 namespace epmoe::cpu {
 namespace {
@@ -29,62 +31,83 @@ struct RowsByToken {
   }
 };
 
-constexpr int64_t kBlock = 64;   // columns summed at a time: they stay in registers or the nearest cache
-constexpr int64_t kLanes = 16;   // partial sums of a scalar product: the same on every machine, whatever its vectors
+constexpr int64_t kBlock = 32;  // columns summed at a time, in registers
+
+// The weighted sum of a token's rows, for a block of columns whose number the compiler knows or not.
+template <class Scalar, class Count>
+[[gnu::always_inline]] inline void sum_block(
+    const Scalar* rows,
+    const compute_t<Scalar>* weight,
+    const int64_t* first,
+    const int64_t* last,
+    int64_t width,
+    Count columns,
+    Scalar* y) {
+  using Wide = compute_t<Scalar>;
+  Wide sum[kBlock] = {};
+  for (const int64_t* row = first; row != last; ++row) {
+    const Scalar* source = rows + *row * width;
+    const Wide factor = weight == nullptr ? Wide{1} : weight[*row];
+#pragma omp simd
+    for (int64_t d = 0; d < columns; ++d) {
+      sum[d] += static_cast<Wide>(source[d]) * factor;
+    }
+  }
+#pragma omp simd
+  for (int64_t d = 0; d < columns; ++d) {
+    store(y[d], sum[d]);
+  }
+}
 
 template <class Scalar>
-void sum_rows(
+[[gnu::always_inline]] inline void sum_rows_of(
     const Scalar* rows,
     const compute_t<Scalar>* weight,
     const int64_t* first,
     const int64_t* last,
     int64_t width,
     Scalar* y) {
-  using Wide = compute_t<Scalar>;
-  for (int64_t column = 0; column < width; column += kBlock) {
-    const int64_t columns = std::min(kBlock, width - column);
-    Wide sum[kBlock] = {};
-    for (const int64_t* row = first; row != last; ++row) {
-      const Scalar* source = rows + *row * width + column;
-      const Wide factor = weight == nullptr ? Wide{1} : weight[*row];
-#pragma omp simd
-      for (int64_t d = 0; d < columns; ++d) {
-        sum[d] += static_cast<Wide>(source[d]) * factor;
-      }
-    }
-#pragma omp simd
-    for (int64_t d = 0; d < columns; ++d) {
-      y[column + d] = static_cast<Scalar>(sum[d]);
-    }
+  const int64_t whole = width - width % kBlock;
+  for (int64_t column = 0; column < whole; column += kBlock) {
+    sum_block(rows + column, weight, first, last, width, std::integral_constant<int64_t, kBlock>{}, y + column);
+  }
+  if (whole < width) {
+    sum_block(rows + whole, weight, first, last, width, width - whole, y + whole);
   }
 }
 
 // d_row = factor * d_y; returns the scalar product of d_y and row.
 template <class Scalar>
-compute_t<Scalar> scale_and_dot(
+[[gnu::always_inline]] inline compute_t<Scalar> scale_and_dot_of(
     const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {
   using Wide = compute_t<Scalar>;
-  Wide partial[kLanes] = {};
-  const int64_t whole = width - width % kLanes;
-  for (int64_t column = 0; column < whole; column += kLanes) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const Wide upstream = static_cast<Wide>(d_y[column + lane]);
-      d_row[column + lane] = static_cast<Scalar>(upstream * factor);
-      partial[lane] += upstream * static_cast<Wide>(row[column + lane]);
-    }
-  }
-  for (int64_t column = whole; column < width; ++column) {
+  Lanes<Wide, kRowLanes> dot;
+  for_lanes<kRowLanes>(width, [&](int64_t column, int64_t lane) __attribute__((always_inline)) {
     const Wide upstream = static_cast<Wide>(d_y[column]);
-    d_row[column] = static_cast<Scalar>(upstream * factor);
-    partial[column - whole] += upstream * static_cast<Wide>(row[column]);
-  }
-  Wide dot{0};
-  for (const Wide part : partial) {
-    dot += part;
-  }
-  return dot;
+    store(d_row[column], upstream * factor);
+    dot.partial[lane] += upstream * static_cast<Wide>(row[column]);
+  });
+  return dot.total();
 }
+
+#define EPMOE_ROW_LOOPS(Scalar)                                                                          \
+  EPMOE_VECTOR_CLONES void sum_rows(                                                                     \
+      const Scalar* rows,                                                                                \
+      const compute_t<Scalar>* weight,                                                                   \
+      const int64_t* first,                                                                              \
+      const int64_t* last,                                                                               \
+      int64_t width,                                                                                     \
+      Scalar* y) {                                                                                       \
+    sum_rows_of(rows, weight, first, last, width, y);                                                    \
+  }                                                                                                      \
+  EPMOE_VECTOR_CLONES compute_t<Scalar> scale_and_dot(                                                   \
+      const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {    \
+    return scale_and_dot_of(d_y, row, factor, width, d_row);                                             \
+  }
+EPMOE_ROW_LOOPS(float)
+EPMOE_ROW_LOOPS(double)
+EPMOE_ROW_LOOPS(BFloat16)
+EPMOE_ROW_LOOPS(Half)
 
 }  // namespace
 
@@ -117,7 +140,7 @@ Tensor combine(
     const int64_t* row_of = by_token.row_N.data();
     torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        sum_rows<Scalar>(rows, weight, row_of + start[t], row_of + start[t + 1], width, y + t * width);
+        sum_rows(rows, weight, row_of + start[t], row_of + start[t + 1], width, y + t * width);
       }
     });
   });
@@ -156,7 +179,7 @@ std::tuple<Tensor, Tensor> combine_backward(
       for (int64_t i = start[begin]; i < start[end]; ++i) {
         const int64_t n = row_of[i];
         const int64_t at = n * width;
-        d_weight[n] = scale_and_dot<Scalar>(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
+        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
       }
     });
   });

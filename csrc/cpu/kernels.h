@@ -39,8 +39,6 @@ std::tuple<Tensor, Tensor> assign_slots(
     int64_t num_experts,
     int64_t capacity);
 
-Tensor permute(const Tensor& x_TD, const Tensor& token_N);
-
 Tensor combine(
     const Tensor& rows_ND, const std::optional<Tensor>& weight_N, const Tensor& token_N, int64_t num_tokens);
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../philox.h"
+#include "lanes.h"
 
 namespace epmoe::cpu {
 namespace {
@@ -70,11 +71,13 @@ void choose(const Scalar* logits, int64_t num_experts, int64_t top_k, std::vecto
 // A row of finite or -inf logits with its largest, turned into probabilities; `probs` may be `logits`.
 template <class Scalar>
 void softmax(const Scalar* logits, Scalar largest, int64_t count, Scalar* probs) {
-  Scalar sum{0};
   for (int64_t i = 0; i < count; ++i) {
     probs[i] = std::exp(logits[i] - largest);
-    sum += probs[i];
   }
+  Lanes<Scalar, kRouterLanes> lanes;
+  for_lanes<kRouterLanes>(count, [&](int64_t i, int64_t lane) { lanes.partial[lane] += probs[i]; });
+  const Scalar sum = lanes.total();
+#pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     probs[i] /= sum;
   }
@@ -240,16 +243,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
 
 namespace {
 
-// out = factor * (gradient - <gradient, factor>): the backward of a softmax. `out` may be `gradient`.
+// out = probs * (gradient - <gradient, probs> - more): the backward of a softmax. `out` may be `gradient`.
 template <class Scalar>
-void softmax_backward(const Scalar* gradient, const Scalar* probs, int64_t count, Scalar* out) {
-  Scalar dot{0};
-  for (int64_t i = 0; i < count; ++i) {
-    dot += gradient[i] * probs[i];
-  }
+void softmax_backward(const Scalar* gradient, const Scalar* probs, Scalar more, int64_t count, Scalar* out) {
+  Lanes<Scalar, kRouterLanes> lanes;
+  for_lanes<kRouterLanes>(count, [&](int64_t i, int64_t lane) { lanes.partial[lane] += gradient[i] * probs[i]; });
+  const Scalar mean = lanes.total() + more;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = probs[i] * (gradient[i] - dot);
+    out[i] = probs[i] * (gradient[i] - mean);
   }
 }
 
@@ -264,26 +266,25 @@ void route_row_backward(
     const Options& options,
     std::vector<Scalar>& scratch,
     Scalar* d_logits) {
-  const int64_t num_experts = options.num_experts;
   const int64_t top_k = options.top_k;
-  Scalar* d_kept = scratch.data();
-  Scalar* share = scratch.data() + top_k;
+  Scalar* d_chosen = scratch.data();
   for (int64_t k = 0; k < top_k; ++k) {
-    d_kept[k] = d_weights[k] * static_cast<Scalar>(active[k]);
+    d_chosen[k] = d_weights[k] * static_cast<Scalar>(active[k]);
   }
-  if (!options.normalize) {
-    std::copy_n(d_probs, num_experts, d_logits);
+  Scalar more{0};  // what raw weights add to the mean of the gradients of the probabilities
+  if (options.normalize) {
+    Scalar* share = scratch.data() + top_k;
+    softmax(chosen, *std::max_element(chosen, chosen + top_k), top_k, share);
+    softmax_backward(d_chosen, share, Scalar{0}, top_k, d_chosen);
+  } else {
     for (int64_t k = 0; k < top_k; ++k) {
-      d_logits[ids[k]] += d_kept[k];
+      d_chosen[k] *= probs[ids[k]];
+      more += d_chosen[k];
     }
-    softmax_backward(d_logits, probs, num_experts, d_logits);
-    return;
   }
-  softmax_backward(d_probs, probs, num_experts, d_logits);
-  softmax(chosen, *std::max_element(chosen, chosen + top_k), top_k, share);
-  softmax_backward(d_kept, share, top_k, d_kept);
+  softmax_backward(d_probs, probs, more, options.num_experts, d_logits);
   for (int64_t k = 0; k < top_k; ++k) {
-    d_logits[ids[k]] += d_kept[k];
+    d_logits[ids[k]] += d_chosen[k];
   }
 }
 
