@@ -61,6 +61,7 @@ def native_extension() -> Extension:
         "epmoe._C",
         sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        include_dirs=["csrc"],
         define_macros=[
             ("TORCH_TARGET_VERSION", TORCH_TARGET),
             ("Py_LIMITED_API", PYTHON_TARGET),

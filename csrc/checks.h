@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include <torch/csrc/stable/ops.h>
@@ -83,6 +85,22 @@ struct Check {
     STD_TORCH_CHECK(
         fits, op, ": ", name, " must have shape ", in_brackets(sizes), ", got ", in_brackets(actual));
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+  // Memory for a result, not filled. The stable ABI does not tell why torch could not give it; at these sizes there is
+  // one reason, and the words are torch's own, for those who look for them.
+  Tensor fresh(
+      const Tensor& like,
+      const char* name,
+      std::initializer_list<int64_t> sizes,
+      std::optional<ScalarType> dtype = std::nullopt) const {
+    try {
+      return torch::stable::new_empty(like, sizes, dtype);
+    } catch (const std::runtime_error&) {
+      STD_TORCH_CHECK(
+          false, op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ",
+          dtype.value_or(like.scalar_type()));
+    }
   }
 
   void at_least(int64_t least, int64_t value, const char* name) const {

@@ -22,8 +22,9 @@ std::tuple<Tensor, Tensor> assign_slots(
   check.at_least(kDropless, capacity, "capacity");
   check.product(num_groups, num_experts, "num_groups*num_experts");
 
-  Tensor slot_A = torch::stable::new_empty(expert_A, {num_entries});
-  Tensor demand_GE = torch::stable::new_zeros(expert_A, {num_groups, num_experts});
+  Tensor slot_A = check.fresh(expert_A, "slot", {num_entries});
+  Tensor demand_GE = check.fresh(expert_A, "demand", {num_groups, num_experts});
+  torch::stable::zero_(demand_GE);
   const int64_t* expert = expert_A.const_data_ptr<int64_t>();
   const int64_t* group = group_A.const_data_ptr<int64_t>();
   const bool* active = active_A.const_data_ptr<bool>();

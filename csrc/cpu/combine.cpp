@@ -127,7 +127,7 @@ Tensor combine(
   const int64_t* token = token_N.const_data_ptr<int64_t>();
   check.indices(token, num_rows, num_tokens, "token");
 
-  Tensor y_TD = torch::stable::new_empty(rows_ND, {num_tokens, width});
+  Tensor y_TD = check.fresh(rows_ND, "y", {num_tokens, width});
   if (y_TD.numel() == 0) {
     return y_TD;
   }
@@ -161,8 +161,8 @@ std::tuple<Tensor, Tensor> combine_backward(
   const int64_t* token = token_N.const_data_ptr<int64_t>();
   check.indices(token, num_rows, num_tokens, "token");
 
-  Tensor d_rows_ND = torch::stable::new_empty(rows_ND, {num_rows, width});
-  Tensor d_weight_N = torch::stable::new_empty(weight_N, {num_rows});
+  Tensor d_rows_ND = check.fresh(rows_ND, "d_rows", {num_rows, width});
+  Tensor d_weight_N = check.fresh(weight_N, "d_weight", {num_rows});
   if (num_rows == 0) {
     return {d_rows_ND, torch::stable::to(d_weight_N, weight_in.scalar_type())};
   }

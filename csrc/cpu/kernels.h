@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "../checks.h"
+#include "checks.h"
 
 namespace epmoe::cpu {
 

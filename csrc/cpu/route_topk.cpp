@@ -5,8 +5,8 @@
 #include <limits>
 #include <vector>
 
-#include "../philox.h"
 #include "lanes.h"
+#include "philox.h"
 
 namespace epmoe::cpu {
 namespace {
@@ -210,10 +210,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
     }
   }
 
-  Tensor probs_TE = torch::stable::new_empty(logits_TE, {num_tokens, num_experts});
-  Tensor ids_TK = torch::stable::new_empty(logits_TE, {num_tokens, top_k}, ScalarType::Long);
-  Tensor weights_TK = torch::stable::new_empty(logits_TE, {num_tokens, top_k});
-  Tensor active_TK = torch::stable::new_empty(logits_TE, {num_tokens, top_k}, ScalarType::Bool);
+  Tensor probs_TE = check.fresh(logits_TE, "probs", {num_tokens, num_experts});
+  Tensor ids_TK = check.fresh(logits_TE, "ids", {num_tokens, top_k}, ScalarType::Long);
+  Tensor weights_TK = check.fresh(logits_TE, "weights", {num_tokens, top_k});
+  Tensor active_TK = check.fresh(logits_TE, "active", {num_tokens, top_k}, ScalarType::Bool);
   const Options options{num_experts, top_k, normalize, policy, tau};
   for_wide(logits_TE.scalar_type(), [&]<class Scalar>() {
     const Scalar* logits = logits_TE.const_data_ptr<Scalar>();
@@ -313,7 +313,7 @@ Tensor route_topk_backward(
   const int64_t* ids = ids_TK.const_data_ptr<int64_t>();
   check.indices(ids, ids_TK.numel(), num_experts, "topk_ids");
 
-  Tensor d_logits_TE = torch::stable::new_empty(probs_TE, {num_tokens, num_experts});
+  Tensor d_logits_TE = check.fresh(probs_TE, "d_logits", {num_tokens, num_experts});
   const Options options{num_experts, top_k, normalize, SecondPolicy::all, 0.0};
   for_wide(dtype, [&]<class Scalar>() {
     const Scalar* d_probs = d_probs_TE.const_data_ptr<Scalar>();
