@@ -90,4 +90,8 @@ def extensions() -> list[Extension]:
     return []
 
 
-setup(ext_modules=extensions(), options={"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(
+    license="Apache-2.0",  # here because the field of pyproject.toml has changed its type over the years
+    ext_modules=extensions(),
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

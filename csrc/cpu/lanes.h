@@ -4,7 +4,7 @@
 #include <cstdint>
 
 // Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define EPMOE_VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define EPMOE_VECTOR_CLONES
