@@ -16,15 +16,13 @@ struct RowsByToken {
 
   RowsByToken(const int64_t* token, int64_t num_rows, int64_t num_tokens)
       : start_T1(static_cast<size_t>(num_tokens) + 1), row_N(static_cast<size_t>(num_rows)) {
-    // Counted two places further on, so that filling moves each start to where it belongs.
-    std::vector<int64_t> next_T(static_cast<size_t>(num_tokens));
     for (int64_t n = 0; n < num_rows; ++n) {
       ++start_T1[token[n] + 1];
     }
     for (int64_t t = 0; t < num_tokens; ++t) {
-      next_T[t] = start_T1[t];
       start_T1[t + 1] += start_T1[t];
     }
+    std::vector<int64_t> next_T(start_T1.begin(), start_T1.end() - 1);
     for (int64_t n = 0; n < num_rows; ++n) {
       row_N[next_T[token[n]]++] = n;
     }

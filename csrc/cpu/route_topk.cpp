@@ -28,7 +28,7 @@ SecondPolicy parse_policy(const std::string& name) {
   return SecondPolicy::random;
 }
 
-// Real, no NaN or +inf logit, at least one finite logit.
+// No NaN or +inf logit, at least one finite logit.
 template <class Scalar>
 bool is_usable(const Scalar* logits, int64_t num_experts) {
   constexpr Scalar kInfinity = std::numeric_limits<Scalar>::infinity();
@@ -92,8 +92,9 @@ bool second_is_used(SecondPolicy policy, double first, double second, double tau
   return policy == SecondPolicy::threshold ? twice_a2 > 2.0 * tau : twice_a2 * (0.5 / tau) > draw;
 }
 
-// Where the draws of the second-expert decision come from: numbers, or Philox counters.
+// Where the draws of the second-expert decision come from: numbers, or Philox counters. Holds what it points into.
 struct Draws {
+  std::optional<Tensor> uniform_T, sample_T, position_T;
   const float* uniform_float = nullptr;
   const double* uniform_double = nullptr;
   const int64_t* sample = nullptr;
@@ -111,6 +112,39 @@ struct Draws {
     return sample == nullptr ? 0.0 : philox_uniform(seed, kSecondExpertStream, layer, sample[t], position[t]);
   }
 };
+
+Draws checked_draws(
+    const Check& check,
+    const std::optional<Tensor>& uniform_T,
+    const std::optional<Tensor>& sample_T,
+    const std::optional<Tensor>& position_T,
+    int64_t num_tokens,
+    int64_t seed,
+    int64_t layer) {
+  const bool counted = sample_T.has_value() && position_T.has_value();
+  STD_TORCH_CHECK(
+      uniform_T.has_value() ? !sample_T.has_value() && !position_T.has_value() : counted,
+      "route_topk: second_policy='random' needs either uniform or both sample and position");
+  Draws draws;
+  if (counted) {
+    check.at_least(0, layer, "layer");
+    check.at_most(kMaxLayer - 1, layer, "layer");
+    draws.sample_T = check.of(ScalarType::Long, *sample_T, "sample", {num_tokens});
+    draws.position_T = check.of(ScalarType::Long, *position_T, "position", {num_tokens});
+    draws.sample = draws.sample_T->const_data_ptr<int64_t>();
+    draws.position = draws.position_T->const_data_ptr<int64_t>();
+    draws.seed = seed;
+    draws.layer = layer;
+    return draws;
+  }
+  draws.uniform_T = check.wide(*uniform_T, "uniform", {num_tokens});
+  if (draws.uniform_T->scalar_type() == ScalarType::Float) {
+    draws.uniform_float = draws.uniform_T->const_data_ptr<float>();
+  } else {
+    draws.uniform_double = draws.uniform_T->const_data_ptr<double>();
+  }
+  return draws;
+}
 
 struct Options {
   int64_t num_experts;
@@ -165,9 +199,9 @@ void route_row(
 std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
     const Tensor& logits_in,
     const Tensor& valid_in,
-    const std::optional<Tensor>& uniform_in,
-    const std::optional<Tensor>& sample_in,
-    const std::optional<Tensor>& position_in,
+    const std::optional<Tensor>& uniform_T,
+    const std::optional<Tensor>& sample_T,
+    const std::optional<Tensor>& position_T,
     int64_t top_k,
     bool normalize,
     const std::string& second_policy,
@@ -184,30 +218,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
   check.at_most(num_experts, top_k, "top_k");
 
   Draws draws;
-  std::optional<Tensor> uniform_T, sample_T, position_T;  // hold the contiguous copies, if any were needed
   if (policy == SecondPolicy::random) {
     STD_TORCH_CHECK(tau > 0, "route_topk: tau=", tau, " must be positive");
-    const bool counted = sample_in.has_value() && position_in.has_value();
-    STD_TORCH_CHECK(
-        uniform_in.has_value() ? !sample_in.has_value() && !position_in.has_value() : counted,
-        "route_topk: second_policy='random' needs either uniform or both sample and position");
-    if (counted) {
-      check.at_least(0, layer, "layer");
-      check.at_most(kMaxLayer - 1, layer, "layer");
-      sample_T = check.of(ScalarType::Long, *sample_in, "sample", {num_tokens});
-      position_T = check.of(ScalarType::Long, *position_in, "position", {num_tokens});
-      draws.sample = sample_T->const_data_ptr<int64_t>();
-      draws.position = position_T->const_data_ptr<int64_t>();
-      draws.seed = seed;
-      draws.layer = layer;
-    } else {
-      uniform_T = check.wide(*uniform_in, "uniform", {num_tokens});
-      if (uniform_T->scalar_type() == ScalarType::Float) {
-        draws.uniform_float = uniform_T->const_data_ptr<float>();
-      } else {
-        draws.uniform_double = uniform_T->const_data_ptr<double>();
-      }
-    }
+    draws = checked_draws(check, uniform_T, sample_T, position_T, num_tokens, seed, layer);
   }
 
   Tensor probs_TE = check.fresh(logits_TE, "probs", {num_tokens, num_experts});
