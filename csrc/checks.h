@@ -13,7 +13,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 namespace epmoe {
@@ -25,6 +24,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kAnySize = -1;
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// A ValueError in Python, where STD_TORCH_CHECK would be a RuntimeError with a line of this file in front.
+#define EPMOE_CHECK(condition, ...)                              \
+  if (!(condition)) [[unlikely]] {                               \
+    throw std::invalid_argument(::epmoe::message(__VA_ARGS__));  \
+  }
 
 template <class Sizes>
 std::string in_brackets(const Sizes& sizes) {
@@ -51,7 +63,7 @@ struct Check {
   // Any of the four floating dtypes.
   Tensor floating(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     const ScalarType dtype = tensor.scalar_type();
-    STD_TORCH_CHECK(
+    EPMOE_CHECK(
         dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
             dtype == ScalarType::Half,
         op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype);
@@ -61,7 +73,7 @@ struct Check {
   // A dtype that sums and probabilities may have.
   Tensor wide(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     const ScalarType dtype = tensor.scalar_type();
-    STD_TORCH_CHECK(
+    EPMOE_CHECK(
         dtype == ScalarType::Float || dtype == ScalarType::Double,
         op, ": ", name, " must be float32 or float64, got ", dtype);
     return placed(tensor, name, sizes);
@@ -69,12 +81,12 @@ struct Check {
 
   Tensor of(ScalarType wanted, const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     const ScalarType dtype = tensor.scalar_type();
-    STD_TORCH_CHECK(dtype == wanted, op, ": ", name, " must be ", wanted, ", got ", dtype);
+    EPMOE_CHECK(dtype == wanted, op, ": ", name, " must be ", wanted, ", got ", dtype);
     return placed(tensor, name, sizes);
   }
 
   Tensor placed(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
-    STD_TORCH_CHECK(
+    EPMOE_CHECK(
         tensor.device().type() == device, op, ": ", name, " must be on the same device as the other tensors");
     const auto actual = tensor.sizes();
     bool fits = actual.size() == sizes.size();
@@ -82,7 +94,7 @@ struct Check {
       const int64_t wanted = sizes.begin()[dim];
       fits = wanted == kAnySize || wanted == actual[dim];
     }
-    STD_TORCH_CHECK(
+    EPMOE_CHECK(
         fits, op, ": ", name, " must have shape ", in_brackets(sizes), ", got ", in_brackets(actual));
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }
@@ -97,18 +109,18 @@ struct Check {
     try {
       return torch::stable::new_empty(like, sizes, dtype);
     } catch (const std::runtime_error&) {
-      STD_TORCH_CHECK(
-          false, op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ",
-          dtype.value_or(like.scalar_type()));
+      throw std::runtime_error(message(
+          op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ",
+          dtype.value_or(like.scalar_type())));
     }
   }
 
   void at_least(int64_t least, int64_t value, const char* name) const {
-    STD_TORCH_CHECK(value >= least, op, ": ", name, "=", value, " must be at least ", least);
+    EPMOE_CHECK(value >= least, op, ": ", name, "=", value, " must be at least ", least);
   }
 
   void at_most(int64_t most, int64_t value, const char* name) const {
-    STD_TORCH_CHECK(value <= most, op, ": ", name, "=", value, " must be at most ", most);
+    EPMOE_CHECK(value <= most, op, ": ", name, "=", value, " must be at most ", most);
   }
 
   // Host memory only. One cheap pass; the culprit is looked for only when there is one.
@@ -118,7 +130,7 @@ struct Check {
       bad |= static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(bound);
     }
     for (int64_t i = 0; bad && i < count; ++i) {
-      STD_TORCH_CHECK(
+      EPMOE_CHECK(
           values[i] >= 0 && values[i] < bound,
           op, ": ", name, "[", i, "]=", values[i], " must be in [0, ", bound, ")");
     }
@@ -126,7 +138,7 @@ struct Check {
 
   // The product of two sizes that are not negative.
   int64_t product(int64_t a, int64_t b, const char* name) const {
-    STD_TORCH_CHECK(
+    EPMOE_CHECK(
         a == 0 || b <= std::numeric_limits<int64_t>::max() / a, op, ": ", name, "=", a, "*", b, " overflows int64");
     return a * b;
   }

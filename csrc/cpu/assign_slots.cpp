@@ -35,10 +35,10 @@ std::tuple<Tensor, Tensor> assign_slots(
     if (!active[a]) {
       continue;
     }
-    STD_TORCH_CHECK(
+    EPMOE_CHECK(
         expert[a] >= 0 && expert[a] < num_experts,
         "assign_slots: expert[", a, "]=", expert[a], " must be in [0, ", num_experts, ")");
-    STD_TORCH_CHECK(
+    EPMOE_CHECK(
         group[a] >= 0 && group[a] < num_groups,
         "assign_slots: group[", a, "]=", group[a], " must be in [0, ", num_groups, ")");
     const int64_t before = demand[group[a] * num_experts + expert[a]]++;

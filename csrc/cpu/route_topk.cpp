@@ -23,7 +23,7 @@ SecondPolicy parse_policy(const std::string& name) {
   if (name == "threshold") {
     return SecondPolicy::threshold;
   }
-  STD_TORCH_CHECK(
+  EPMOE_CHECK(
       name == "random", "route_topk: second_policy='", name, "' must be 'all', 'none', 'threshold' or 'random'");
   return SecondPolicy::random;
 }
@@ -122,7 +122,7 @@ Draws checked_draws(
     int64_t seed,
     int64_t layer) {
   const bool counted = sample_T.has_value() && position_T.has_value();
-  STD_TORCH_CHECK(
+  EPMOE_CHECK(
       uniform_T.has_value() ? !sample_T.has_value() && !position_T.has_value() : counted,
       "route_topk: second_policy='random' needs either uniform or both sample and position");
   Draws draws;
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
 
   Draws draws;
   if (policy == SecondPolicy::random) {
-    STD_TORCH_CHECK(tau > 0, "route_topk: tau=", tau, " must be positive");
+    EPMOE_CHECK(tau > 0, "route_topk: tau=", tau, " must be positive");
     draws = checked_draws(check, uniform_T, sample_T, position_T, num_tokens, seed, layer);
   }
 
