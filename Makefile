@@ -1,7 +1,7 @@
-# make train | test | check | bench
+# make train | test | check | bench | build | wheel
 #
 # Without PYTHON these work in .venv, which is made when there is none and brought up to date when
-# pyproject.toml, setup.py or constraints.txt change. With PYTHON=python3 (or any other interpreter)
+# pyproject.toml, setup.py, constraints.txt or csrc/ change. With PYTHON=python3 (or any other interpreter)
 # that one is used as it is and nothing is installed: for machines with their own torch, or no network.
 
 ifeq ($(origin PYTHON), undefined)
@@ -13,13 +13,17 @@ RANKS ?= 2
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help train test check bench
+PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: help train test check bench build wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
 	@echo "make test    all tests; PYTEST_ARGS='-k router' selects"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   every script in benchmarks/"
+	@echo "make build   compile the native kernels in place, with the torch of PYTHON and no network"
+	@echo "make wheel   a wheel with the native kernels in dist/"
 	@echo "PYTHON=...   use this interpreter as it is and install nothing"
 
 train: $(READY)
@@ -38,7 +42,17 @@ check: $(READY)
 bench: $(READY)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=. $(PYTHON) "$$script"; done
 
-.venv/.installed: pyproject.toml setup.py constraints.txt
+build: $(READY)
+	EPMOE_NATIVE=1 $(PYTHON) setup.py --quiet build_ext --inplace --force
+	@$(PYTHON) -c 'from epmoe.ops import kernel_status; print("kernels:", *kernel_status())'
+
+wheel: $(READY)
+	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# torch comes first: the native kernels are compiled against it, which an isolated build could not see.
+.venv/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt torch 'setuptools>=77'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@.venv/bin/python -c 'from epmoe.ops import kernel_status; print("kernels:", *kernel_status())'
 	touch $@

@@ -1,0 +1,186 @@
+// What every entry checks before it takes a pointer: once, with the numbers in the message. Shared by all devices.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace epmoe {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::DeviceType;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAnySize = -1;
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// A ValueError in Python, where STD_TORCH_CHECK would be a RuntimeError with a line of this file in front.
+#define EPMOE_CHECK(condition, ...)                              \
+  if (!(condition)) [[unlikely]] {                               \
+    throw std::invalid_argument(::epmoe::message(__VA_ARGS__));  \
+  }
+
+template <class Sizes>
+std::string in_brackets(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (const int64_t size : sizes) {
+    text << separator;
+    if (size == kAnySize) {
+      text << "any";
+    } else {
+      text << size;
+    }
+    separator = ", ";
+  }
+  text << (*separator == '[' ? "[]" : "]");
+  return text.str();
+}
+
+// The checks of one operator on one device. Those of tensors return the tensor in contiguous memory.
+struct Check {
+  const char* op;
+  DeviceType device;
+
+  // Any of the four floating dtypes.
+  Tensor floating(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    const ScalarType dtype = tensor.scalar_type();
+    EPMOE_CHECK(
+        dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+            dtype == ScalarType::Half,
+        op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype);
+    return placed(tensor, name, sizes);
+  }
+
+  // A dtype that sums and probabilities may have.
+  Tensor wide(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    const ScalarType dtype = tensor.scalar_type();
+    EPMOE_CHECK(
+        dtype == ScalarType::Float || dtype == ScalarType::Double,
+        op, ": ", name, " must be float32 or float64, got ", dtype);
+    return placed(tensor, name, sizes);
+  }
+
+  Tensor of(ScalarType wanted, const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    const ScalarType dtype = tensor.scalar_type();
+    EPMOE_CHECK(dtype == wanted, op, ": ", name, " must be ", wanted, ", got ", dtype);
+    return placed(tensor, name, sizes);
+  }
+
+  Tensor placed(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    EPMOE_CHECK(
+        tensor.device().type() == device, op, ": ", name, " must be on the same device as the other tensors");
+    const auto actual = tensor.sizes();
+    bool fits = actual.size() == sizes.size();
+    for (size_t dim = 0; fits && dim < sizes.size(); ++dim) {
+      const int64_t wanted = sizes.begin()[dim];
+      fits = wanted == kAnySize || wanted == actual[dim];
+    }
+    EPMOE_CHECK(
+        fits, op, ": ", name, " must have shape ", in_brackets(sizes), ", got ", in_brackets(actual));
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+  // Memory for a result, not filled. The stable ABI does not tell why torch could not give it; at these sizes there is
+  // one reason, and the words are torch's own, for those who look for them.
+  Tensor fresh(
+      const Tensor& like,
+      const char* name,
+      std::initializer_list<int64_t> sizes,
+      std::optional<ScalarType> dtype = std::nullopt) const {
+    try {
+      return torch::stable::new_empty(like, sizes, dtype);
+    } catch (const std::runtime_error&) {
+      throw std::runtime_error(message(
+          op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ",
+          dtype.value_or(like.scalar_type())));
+    }
+  }
+
+  void at_least(int64_t least, int64_t value, const char* name) const {
+    EPMOE_CHECK(value >= least, op, ": ", name, "=", value, " must be at least ", least);
+  }
+
+  void at_most(int64_t most, int64_t value, const char* name) const {
+    EPMOE_CHECK(value <= most, op, ": ", name, "=", value, " must be at most ", most);
+  }
+
+  // Host memory only. One cheap pass; the culprit is looked for only when there is one.
+  void indices(const int64_t* values, int64_t count, int64_t bound, const char* name) const {
+    bool bad = false;
+    for (int64_t i = 0; i < count; ++i) {
+      bad |= static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(bound);
+    }
+    for (int64_t i = 0; bad && i < count; ++i) {
+      EPMOE_CHECK(
+          values[i] >= 0 && values[i] < bound,
+          op, ": ", name, "[", i, "]=", values[i], " must be in [0, ", bound, ")");
+    }
+  }
+
+  // The product of two sizes that are not negative.
+  int64_t product(int64_t a, int64_t b, const char* name) const {
+    EPMOE_CHECK(
+        a == 0 || b <= std::numeric_limits<int64_t>::max() / a, op, ": ", name, "=", a, "*", b, " overflows int64");
+    return a * b;
+  }
+};
+
+// The dtype of sums and weights: at least float32.
+template <class Scalar>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class Scalar>
+using compute_t = typename Compute<Scalar>::type;
+
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls body.operator()<Scalar>() with the C++ type of a checked dtype.
+template <class Body>
+void for_floating(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Float) {
+    body.template operator()<float>();
+  } else if (dtype == ScalarType::Double) {
+    body.template operator()<double>();
+  } else if (dtype == ScalarType::BFloat16) {
+    body.template operator()<BFloat16>();
+  } else {
+    body.template operator()<Half>();
+  }
+}
+
+template <class Body>
+void for_wide(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Float) {
+    body.template operator()<float>();
+  } else {
+    body.template operator()<double>();
+  }
+}
+
+}  // namespace epmoe

@@ -1,0 +1,187 @@
+#include "kernels.h"
+
+#include <type_traits>
+#include <vector>
+
+#include "lanes.h"
+
+namespace epmoe::cpu {
+namespace {
+
+// Which rows belong to each token, in row order. With it every sum has one owner: no atomics, and the same bits
+// for any number of threads.
+struct RowsByToken {
+  std::vector<int64_t> start_T1;
+  std::vector<int64_t> row_N;
+
+  RowsByToken(const int64_t* token, int64_t num_rows, int64_t num_tokens)
+      : start_T1(static_cast<size_t>(num_tokens) + 1), row_N(static_cast<size_t>(num_rows)) {
+    for (int64_t n = 0; n < num_rows; ++n) {
+      ++start_T1[token[n] + 1];
+    }
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      start_T1[t + 1] += start_T1[t];
+    }
+    std::vector<int64_t> next_T(start_T1.begin(), start_T1.end() - 1);
+    for (int64_t n = 0; n < num_rows; ++n) {
+      row_N[next_T[token[n]]++] = n;
+    }
+  }
+};
+
+constexpr int64_t kBlock = 32;  // columns summed at a time, in registers
+
+// The weighted sum of a token's rows, for a block of columns whose number the compiler knows or not.
+template <class Scalar, class Count>
+[[gnu::always_inline]] inline void sum_block(
+    const Scalar* rows,
+    const compute_t<Scalar>* weight,
+    const int64_t* first,
+    const int64_t* last,
+    int64_t width,
+    Count columns,
+    Scalar* y) {
+  using Wide = compute_t<Scalar>;
+  Wide sum[kBlock] = {};
+  for (const int64_t* row = first; row != last; ++row) {
+    const Scalar* source = rows + *row * width;
+    const Wide factor = weight == nullptr ? Wide{1} : weight[*row];
+#pragma omp simd
+    for (int64_t d = 0; d < columns; ++d) {
+      sum[d] += static_cast<Wide>(source[d]) * factor;
+    }
+  }
+#pragma omp simd
+  for (int64_t d = 0; d < columns; ++d) {
+    store(y[d], sum[d]);
+  }
+}
+
+template <class Scalar>
+[[gnu::always_inline]] inline void sum_rows_of(
+    const Scalar* rows,
+    const compute_t<Scalar>* weight,
+    const int64_t* first,
+    const int64_t* last,
+    int64_t width,
+    Scalar* y) {
+  const int64_t whole = width - width % kBlock;
+  for (int64_t column = 0; column < whole; column += kBlock) {
+    sum_block(rows + column, weight, first, last, width, std::integral_constant<int64_t, kBlock>{}, y + column);
+  }
+  if (whole < width) {
+    sum_block(rows + whole, weight, first, last, width, width - whole, y + whole);
+  }
+}
+
+// d_row = factor * d_y; returns the scalar product of d_y and row.
+template <class Scalar>
+[[gnu::always_inline]] inline compute_t<Scalar> scale_and_dot_of(
+    const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {
+  using Wide = compute_t<Scalar>;
+  Lanes<Wide, kRowLanes> dot;
+  for_lanes<kRowLanes>(width, [&](int64_t column, int64_t lane) __attribute__((always_inline)) {
+    const Wide upstream = static_cast<Wide>(d_y[column]);
+    store(d_row[column], upstream * factor);
+    dot.partial[lane] += upstream * static_cast<Wide>(row[column]);
+  });
+  return dot.total();
+}
+
+#define EPMOE_ROW_LOOPS(Scalar)                                                                          \
+  EPMOE_VECTOR_CLONES void sum_rows(                                                                     \
+      const Scalar* rows,                                                                                \
+      const compute_t<Scalar>* weight,                                                                   \
+      const int64_t* first,                                                                              \
+      const int64_t* last,                                                                               \
+      int64_t width,                                                                                     \
+      Scalar* y) {                                                                                       \
+    sum_rows_of(rows, weight, first, last, width, y);                                                    \
+  }                                                                                                      \
+  EPMOE_VECTOR_CLONES compute_t<Scalar> scale_and_dot(                                                   \
+      const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {    \
+    return scale_and_dot_of(d_y, row, factor, width, d_row);                                             \
+  }
+EPMOE_ROW_LOOPS(float)
+EPMOE_ROW_LOOPS(double)
+EPMOE_ROW_LOOPS(BFloat16)
+EPMOE_ROW_LOOPS(Half)
+
+}  // namespace
+
+Tensor combine(
+    const Tensor& rows_in, const std::optional<Tensor>& weight_in, const Tensor& token_in, int64_t num_tokens) {
+  const Check check{"combine", DeviceType::CPU};
+  const Tensor rows_ND = check.floating(rows_in, "rows", {kAnySize, kAnySize});
+  const int64_t num_rows = rows_ND.size(0);
+  const int64_t width = rows_ND.size(1);
+  const Tensor token_N = check.of(ScalarType::Long, token_in, "token", {num_rows});
+  std::optional<Tensor> weight_N;
+  if (weight_in.has_value()) {
+    weight_N = torch::stable::to(
+        check.floating(*weight_in, "weight", {num_rows}), compute_dtype(rows_ND.scalar_type()));
+  }
+  check.at_least(0, num_tokens, "num_tokens");
+  const int64_t* token = token_N.const_data_ptr<int64_t>();
+  check.indices(token, num_rows, num_tokens, "token");
+
+  Tensor y_TD = check.fresh(rows_ND, "y", {num_tokens, width});
+  if (y_TD.numel() == 0) {
+    return y_TD;
+  }
+  const RowsByToken by_token(token, num_rows, num_tokens);
+  for_floating(rows_ND.scalar_type(), [&]<class Scalar>() {
+    const Scalar* rows = rows_ND.const_data_ptr<Scalar>();
+    const auto* weight = weight_N.has_value() ? weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
+    Scalar* y = y_TD.mutable_data_ptr<Scalar>();
+    const int64_t* start = by_token.start_T1.data();
+    const int64_t* row_of = by_token.row_N.data();
+    torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        sum_rows(rows, weight, row_of + start[t], row_of + start[t + 1], width, y + t * width);
+      }
+    });
+  });
+  return y_TD;
+}
+
+std::tuple<Tensor, Tensor> combine_backward(
+    const Tensor& d_y_in, const Tensor& rows_in, const Tensor& weight_in, const Tensor& token_in) {
+  const Check check{"combine_backward", DeviceType::CPU};
+  const Tensor rows_ND = check.floating(rows_in, "rows", {kAnySize, kAnySize});
+  const int64_t num_rows = rows_ND.size(0);
+  const int64_t width = rows_ND.size(1);
+  const ScalarType wide = compute_dtype(rows_ND.scalar_type());
+  const Tensor d_y_TD = check.of(rows_ND.scalar_type(), d_y_in, "d_y", {kAnySize, width});
+  const Tensor weight_N = torch::stable::to(check.floating(weight_in, "weight", {num_rows}), wide);
+  const Tensor token_N = check.of(ScalarType::Long, token_in, "token", {num_rows});
+  const int64_t num_tokens = d_y_TD.size(0);
+  const int64_t* token = token_N.const_data_ptr<int64_t>();
+  check.indices(token, num_rows, num_tokens, "token");
+
+  Tensor d_rows_ND = check.fresh(rows_ND, "d_rows", {num_rows, width});
+  Tensor d_weight_N = check.fresh(weight_N, "d_weight", {num_rows});
+  if (num_rows == 0) {
+    return {d_rows_ND, torch::stable::to(d_weight_N, weight_in.scalar_type())};
+  }
+  const RowsByToken by_token(token, num_rows, num_tokens);  // a token's d_y is read once and then from the cache
+  for_floating(rows_ND.scalar_type(), [&]<class Scalar>() {
+    const Scalar* d_y = d_y_TD.const_data_ptr<Scalar>();
+    const Scalar* rows = rows_ND.const_data_ptr<Scalar>();
+    const auto* weight = weight_N.const_data_ptr<compute_t<Scalar>>();
+    Scalar* d_rows = d_rows_ND.mutable_data_ptr<Scalar>();
+    auto* d_weight = d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
+    const int64_t* start = by_token.start_T1.data();
+    const int64_t* row_of = by_token.row_N.data();
+    torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t i = start[begin]; i < start[end]; ++i) {
+        const int64_t n = row_of[i];
+        const int64_t at = n * width;
+        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
+      }
+    });
+  });
+  return {d_rows_ND, torch::stable::to(d_weight_N, weight_in.scalar_type())};
+}
+
+}  // namespace epmoe::cpu

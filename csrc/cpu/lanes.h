@@ -1,0 +1,57 @@
+// Sums in a fixed number of partial sums: they vectorise, and give the same bits whatever the width of the vectors.
+#pragma once
+
+#include <cstdint>
+
+// Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define EPMOE_VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define EPMOE_VECTOR_CLONES
+#endif
+
+namespace epmoe::cpu {
+
+constexpr int64_t kRowLanes = 32;    // for rows of the model's width
+constexpr int64_t kRouterLanes = 8;  // for one number per expert
+
+template <class Scalar, int64_t kLanes>
+struct Lanes {
+  Scalar partial[kLanes] = {};
+
+  Scalar total() {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) {
+        partial[lane] += partial[lane + half];
+      }
+    }
+    return partial[0];
+  }
+};
+
+// Calls body(index, lane) for every index below count; index % kLanes == lane.
+template <int64_t kLanes, class Body>
+[[gnu::always_inline]] inline void for_lanes(int64_t count, const Body& body) {
+  const int64_t whole = count - count % kLanes;
+  for (int64_t base = 0; base < whole; base += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      body(base + lane, lane);
+    }
+  }
+  for (int64_t index = whole; index < count; ++index) {
+    body(index, index - whole);
+  }
+}
+
+// to = value, rounded. For 16-bit types by their bits: compilers do not vectorise the copy of a class.
+template <class Scalar, class Wide>
+[[gnu::always_inline]] inline void store(Scalar& to, Wide value) {
+  if constexpr (sizeof(Scalar) == 2) {
+    to.x = Scalar(value).x;
+  } else {
+    to = value;
+  }
+}
+
+}  // namespace epmoe::cpu

@@ -1,0 +1,26 @@
+// Gives the operators that epmoe/ops/registration.py defines their native kernels, and Python a module to import.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/kernels.h"
+
+// permute has none here: torch's index_select copies rows at the speed of memcpy, in the same threads.
+STABLE_TORCH_LIBRARY_IMPL(epmoe, CPU, library) {
+  library.impl("route_topk", TORCH_BOX(&epmoe::cpu::route_topk));
+  library.impl("route_topk_backward", TORCH_BOX(&epmoe::cpu::route_topk_backward));
+  library.impl("assign_slots", TORCH_BOX(&epmoe::cpu::assign_slots));
+  library.impl("combine", TORCH_BOX(&epmoe::cpu::combine));
+  library.impl("combine_backward", TORCH_BOX(&epmoe::cpu::combine_backward));
+}
+
+// Importing the module is what registers the kernels; all it holds is the torch it was built with.
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr && PyModule_AddStringConstant(module, "torch_version", EPMOE_TORCH_VERSION) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

@@ -1,0 +1,36 @@
+"""Loads the native kernels, epmoe._C, when they are built, wanted and fit the running torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from epmoe import env
+
+OLDEST_TORCH = "2.11"
+"""Whose stable ABI the extension is compiled for, as in setup.py."""
+
+
+def load_kernels() -> tuple[str, str]:
+    """Registers the native kernels if that is possible -> (name of the kernels that serve, reason).
+
+    The operators must be defined before. Never raises: without native kernels the reference serves.
+    """
+    if env.kernels() == "reference":
+        return "reference", "EPMOE_KERNELS=reference asks for plain PyTorch"
+    if find_spec("epmoe._C") is None:
+        return (
+            "reference",
+            "epmoe._C is not built: it needs torch and a C++ compiler at installation; "
+            "`make build`, or pip install --no-build-isolation",
+        )
+    # The binary must not even be opened by an older torch: what it calls is not there.
+    if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
+        return "reference", f"epmoe._C needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}"
+    try:
+        extension = import_module("epmoe._C")
+    except ImportError as error:
+        return "reference", f"epmoe._C cannot be loaded into torch {torch.__version__}: {error}; rebuild it"
+    return "native", f"CPU kernels, built for torch {extension.torch_version}"
