@@ -23,7 +23,9 @@ CheckpointArgument = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="KEY=VALUE", help="Dotted keys that replace values, e.g. moe.router=switch.", show_default=False
+        metavar="KEY=VALUE",
+        help="Dotted keys that replace values, e.g. moe.router=switch.",
+        show_default=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
