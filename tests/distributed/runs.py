@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch.utils.tensorboard  # noqa: F401 - here once instead of in every child
+import torch
+import torch.utils.tensorboard  # here once instead of in every child
 from torch import Tensor
 
 from epmoe.config import Config
@@ -80,6 +81,7 @@ def make_config(base: Path, out: str, *overrides: str) -> Config:
 
 def attempt(rank: int, config: Config, fault: Fault = None) -> End:
     """One attempt in this process."""
+    torch.manual_seed(int.from_bytes(os.urandom(4)))  # no result may depend on torch's own generator
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked child must not ask for more
     os.environ.pop("EPMOE_FAULT", None)
     if fault is not None:
