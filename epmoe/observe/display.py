@@ -42,11 +42,17 @@ class LineDisplay:
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total, self._stream = total_steps, stream
+        self._shown = -1
+        """Step of the last line."""
 
     def log(self, record: StepRecord) -> None:
-        """Prints and flushes one line."""
+        """Prints and flushes one line; of a step that is shown already, only its validation."""
+        line = plain_line(record, self._total)
+        if record.step == self._shown:
+            line = " ".join(part for part in line.split(" ") if part.startswith(("step=", "val_")))
+        self._shown = record.step
         try:
-            self._stream.write(plain_line(record, self._total) + "\n")
+            self._stream.write(line + "\n")
             self._stream.flush()
         except OSError:
             _silence(self._stream)

@@ -56,6 +56,14 @@ def test_outside_a_terminal_there_are_lines_without_escape_codes(monkeypatch: py
     assert "\x1b" not in stream.getvalue()
 
 
+def test_the_final_validation_does_not_repeat_the_last_line():
+    stream = io.StringIO()
+    display = LineDisplay(100, stream)
+    display.log(record(100))
+    display.log(record(100, val={"stdlib": 3.21}))
+    assert stream.getvalue().splitlines()[1] == "step=100/100 val_stdlib=3.2100"
+
+
 def test_on_a_terminal_there_is_a_panel_and_validation_stays_above_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
