@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from epmoe.errors import ConfigError
+from epmoe.parallel.runtime import pick_device
 from epmoe.train.generate import generate as generate_tokens
-from epmoe.train.load import load_trained, pick_device
+from epmoe.train.load import load_trained
 
 
 def generate(

@@ -62,7 +62,7 @@ def start(device: str, timeout_s: float) -> Runtime:
         ConfigError: Launcher variables are missing, or there is no GPU for this rank.
         CommError: The ranks did not find each other: port in use, unknown master, missing peers.
     """
-    place = _pick_device(device)
+    place = pick_device(device)
     if not env.threads_chosen():
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // env.local_world_size()))
@@ -105,7 +105,12 @@ def _world() -> dist.ProcessGroup:
     return group
 
 
-def _pick_device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
+    """``cpu`` | ``cuda`` | ``auto`` (the GPU of this local rank when there is one) -> device.
+
+    Raises:
+        ConfigError: There is no GPU for this rank.
+    """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

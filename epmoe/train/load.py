@@ -71,10 +71,3 @@ def load_trained(path: Path, *, device: torch.device, overrides: Sequence[str] =
     model = build_model(config, vocab_size, device=device, init=False)
     load_weights(checkpoint, model=model)
     return Trained(model=model.eval(), tokenizer=tokenizer, config=config, checkpoint=checkpoint)
-
-
-def pick_device(wanted: str) -> torch.device:
-    """``auto`` = the GPU when there is one."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
