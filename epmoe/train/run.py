@@ -84,6 +84,7 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
             _say_finished(folder.path, config, done)
         return
     write_status(folder, "running")
+    run: Run | None = None
     try:
         with runtime.watching(place, step=0, phase="start-up"):
             run = Run(folder, config, place, stop)
@@ -102,7 +103,8 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
             )
     except Preempted as error:
         end_attempt(folder)
-        write_status(folder, "stopped", exit_code=error.exit_code, message=error.what)
+        step = run.progress.step if run else None
+        write_status(folder, "stopped", exit_code=error.exit_code, step=step, message=error.what)
         raise
     except BaseException as error:
         failure = _out_of_memory(config, error) if _is_out_of_memory(error) else error
