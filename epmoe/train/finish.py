@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +76,7 @@ def finish(
         ],
         "sample": text,
     }
-    write_json(folder / SUMMARY, json.loads(json.dumps(summary)))
+    write_json(folder / SUMMARY, summary)
 
 
 def _verdict(evaluation: Evaluation, sticks: Yardsticks) -> list[str]:
