@@ -212,8 +212,14 @@ class MoEConfig(Section):
     """What a factor of 1 means: K*S/E slots (DeepSpeed, Megatron, V-MoE) or S/E slots (GShard, Switch, ST-MoE)."""
     min_capacity: Count = 4
     capacity_multiple: Positive = 1
-    dispatcher: Literal["auto", "local", "all_to_all"] = "auto"
-    """``auto``: local when one rank holds all experts, else all_to_all."""
+    dispatcher: Literal["auto", "local", "all_to_all", "padded"] = "auto"
+    """How rows reach their experts: reordered on a rank that holds all of them; exactly the kept rows between ranks;
+    or blocks of the full capacity, whose static shapes need no word from the device (one rank or several; dropless
+    passes are ragged). ``auto``: padded between CUDA ranks with a capacity factor, else local or all_to_all."""
+    save: Literal["output", "hidden"] = "output"
+    """What a layer keeps of the experts' work for the backward pass besides the rows and their pre-activation: their
+    results, or (``hidden``) nothing, because the combine weights are applied inside the experts. Less memory; with
+    experts on several ranks one more small exchange in each direction."""
     losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = {"balance": 0.01, "z": 0.001}
     """Auxiliary losses and their coefficients."""
     balance_count: Literal["auto", "top1", "all"] = "auto"

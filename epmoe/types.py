@@ -113,18 +113,21 @@ class DispatchPlan:
     demand_GE: Tensor
     """int64 active assignments before capacity."""
     assignment_N: Tensor
-    """int64: the kept entries of the routing list, ascending by expert, then by priority."""
+    """int64: the kept entries of the routing list, ascending by expert, then by priority; padded: one entry for every
+    slot, -1 where it is unfilled."""
     token_N: Tensor
-    """int64: the token of each kept entry."""
+    """int64: the token of each of these entries, -1 where there is none."""
     tokens_per_expert_E: Tensor
-    """int64: rows this rank sends to each expert."""
-    send_splits: tuple[int, ...]
+    """int64: kept entries of each expert, of this rank's tokens."""
+    padded: bool = False
+    """Every expert's block has the same size, and the fields below say nothing."""
+    send_splits: tuple[int, ...] = ()
     """Rows sent to each of the W ranks."""
-    recv_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...] = ()
     """Rows received from each of the W ranks."""
-    expert_order_R: Tensor | None
+    expert_order_R: Tensor | None = None
     """int64: received rows (rank-major) in expert-major order; None when they already are."""
-    rank_order_R: Tensor | None
+    rank_order_R: Tensor | None = None
     """int64: the inverse."""
 
 
@@ -135,7 +138,11 @@ class ExpertBatch:
 
     rows_RD: Tensor
     tokens_per_expert_L: Tensor
-    """int64."""
+    """int64; they add up to R unless ``rows_per_expert`` is given."""
+    rows_per_expert: int | None = None
+    """Padded: all experts have this many rows, R / L, zeros among them. None: the counts say it."""
+    weight_R: Tensor | None = None
+    """Combine weight of each row, differentiable, when the experts are to apply it; None: the dispatcher does."""
 
 
 @register_pytree

@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -16,15 +17,19 @@ struct RowsByToken {
 
   RowsByToken(const int64_t* token, int64_t num_rows, int64_t num_tokens)
       : start_T1(static_cast<size_t>(num_tokens) + 1), row_N(static_cast<size_t>(num_rows)) {
+    // Unfilled rows are counted in the first place, which is reset afterwards.
     for (int64_t n = 0; n < num_rows; ++n) {
       ++start_T1[token[n] + 1];
     }
+    start_T1[0] = 0;
     for (int64_t t = 0; t < num_tokens; ++t) {
       start_T1[t + 1] += start_T1[t];
     }
     std::vector<int64_t> next_T(start_T1.begin(), start_T1.end() - 1);
     for (int64_t n = 0; n < num_rows; ++n) {
-      row_N[next_T[token[n]]++] = n;
+      if (token[n] != kUnfilled) {
+        row_N[next_T[token[n]]++] = n;
+      }
     }
   }
 };
@@ -123,7 +128,7 @@ Tensor combine(
   }
   check.at_least(0, num_tokens, "num_tokens");
   const int64_t* token = token_N.const_data_ptr<int64_t>();
-  check.indices(token, num_rows, num_tokens, "token");
+  check.indices(token, num_rows, num_tokens, "token", kUnfilled);
 
   Tensor y_TD = check.fresh(rows_ND, "y", {num_tokens, width});
   if (y_TD.numel() == 0) {
@@ -157,7 +162,7 @@ std::tuple<Tensor, Tensor> combine_backward(
   const Tensor token_N = check.of(ScalarType::Long, token_in, "token", {num_rows});
   const int64_t num_tokens = d_y_TD.size(0);
   const int64_t* token = token_N.const_data_ptr<int64_t>();
-  check.indices(token, num_rows, num_tokens, "token");
+  check.indices(token, num_rows, num_tokens, "token", kUnfilled);
 
   Tensor d_rows_ND = check.fresh(rows_ND, "d_rows", {num_rows, width});
   Tensor d_weight_N = check.fresh(weight_N, "d_weight", {num_rows});
@@ -180,6 +185,12 @@ std::tuple<Tensor, Tensor> combine_backward(
         d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
       }
     });
+    for (int64_t n = 0; n < num_rows; ++n) {
+      if (token[n] == kUnfilled) {
+        std::fill_n(d_rows + n * width, width, Scalar(0));
+        d_weight[n] = 0;
+      }
+    }
   });
   return {d_rows_ND, torch::stable::to(d_weight_N, weight_in.scalar_type())};
 }

@@ -39,11 +39,23 @@ std::tuple<Tensor, Tensor> assign_slots(
     int64_t num_experts,
     int64_t capacity);
 
+Tensor permute(const Tensor& x_TD, const Tensor& token_N);
+
 Tensor combine(
     const Tensor& rows_ND, const std::optional<Tensor>& weight_N, const Tensor& token_N, int64_t num_tokens);
 
 std::tuple<Tensor, Tensor> combine_backward(
     const Tensor& d_y_TD, const Tensor& rows_ND, const Tensor& weight_N, const Tensor& token_N);
+
+Tensor activate(const Tensor& hidden_RX, const std::optional<Tensor>& weight_R, const std::string& kind);
+
+std::tuple<Tensor, Tensor, Tensor> activate_backward(
+    const Tensor& d_act_RF, const Tensor& hidden_RX, const std::optional<Tensor>& weight_R, const std::string& kind);
+
+Tensor grouped_gemm(const Tensor& rows_RD, const Tensor& weight_LDF, const Tensor& tokens_per_expert_L);
+
+Tensor grouped_gemm_weight_grad(
+    const Tensor& rows_RD, const Tensor& d_out_RF, const Tensor& tokens_per_expert_L);
 
 // Rows per task of parallel_for: enough work that waking a thread pays.
 inline int64_t grain(int64_t elements_per_row) {

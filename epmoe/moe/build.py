@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from epmoe.comm.exchange import Group
 from epmoe.config import MoEConfig
-from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import LossFunction, MoELayer
 from epmoe.moe.losses import balance_loss, first_choice_counts, z_loss
@@ -47,11 +47,31 @@ def _z(_: MoEConfig) -> LossFunction:
 
 LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {"balance": _balance, "z": _z}
 
-DISPATCHERS: dict[str, Callable[[Group], Dispatcher]] = {
-    "local": lambda _group: LocalDispatcher(),
-    "all_to_all": AllToAllDispatcher,
+DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
+    "local": lambda _group, *, local, weigh_rows: LocalDispatcher(weigh_rows=weigh_rows),
+    "all_to_all": lambda group, *, local, weigh_rows: AllToAllDispatcher(group, weigh_rows=weigh_rows),
+    "padded": PaddedDispatcher,
 }
-"""Name -> dispatcher for the ranks of a group that share the experts."""
+"""Name -> dispatcher for the ranks of a group that share the experts (``local``: this one holds all of them)."""
+
+
+def build_dispatcher(moe: MoEConfig, group: Group, *, ep_size: int, device_type: str) -> Dispatcher:
+    """The configured dispatcher for the ``ep_size`` ranks of ``group``.
+
+    Raises:
+        ValueError: ``dispatcher: local`` while the experts are spread over several ranks.
+    """
+    name = moe.dispatcher
+    if name == "local" and ep_size > 1:
+        raise ValueError(
+            f"dispatcher 'local' needs all experts on every rank, but ep_size={ep_size}; "
+            f"use 'auto', 'all_to_all' or 'padded'"
+        )
+    if name == "auto" and device_type == "cuda" and moe.capacity_factor is not None:
+        name = "padded"
+    elif name == "auto":
+        name = "all_to_all" if ep_size > 1 else "local"
+    return DISPATCHERS[name](group, local=ep_size == 1, weigh_rows=moe.save == "hidden")
 
 
 def build_moe_layer(
@@ -96,4 +116,7 @@ def build_moe_layer(
         layer=layer,
         seed=seed,
     )
-    return MoELayer(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
+    moe_layer = MoELayer(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
+    if moe.dispatcher == "padded":
+        moe_layer.dispatcher = PaddedDispatcher(None, local=True, weigh_rows=moe.save == "hidden")
+    return moe_layer

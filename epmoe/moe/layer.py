@@ -33,7 +33,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.router, self.experts = router, experts
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(weigh_rows=moe.save == "hidden")
         self.moe, self.losses = moe, dict(losses)
 
     def forward(self, x_BSD: Tensor, ctx: TokenContext | None = None) -> tuple[Tensor, RouterReport]:
@@ -78,14 +78,14 @@ def routing_metrics(routing: Routing, plan: DispatchPlan) -> dict[str, Tensor]:
     valid tokens without any kept choice. entropy: sum of the router's entropies in nats.
     """
     num_tokens = routing.valid_T.shape[0]
-    reached_T = torch.zeros(num_tokens, dtype=torch.bool, device=plan.token_N.device)
-    reached_T[plan.token_N] = True
+    kept_T = torch.zeros(num_tokens, dtype=torch.int64, device=plan.slot_A.device)
+    kept_T.index_add_(0, routing.token_A, (plan.slot_A >= 0).long())
     entropy_TE = torch.special.entr(routing.probs_TE)
     return {
         "demand_E": plan.demand_GE.sum(0),
         "kept_E": plan.tokens_per_expert_E,
         "assignments": plan.demand_GE.sum(),
-        "overflow_tokens": (routing.valid_T & ~reached_T).sum(),
+        "overflow_tokens": (routing.valid_T & (kept_T == 0)).sum(),
         "valid_tokens": routing.valid_T.sum(),
         "nonfinite_tokens": routing.nonfinite_tokens,
         "entropy": entropy_TE.sum(),

@@ -41,9 +41,9 @@ def one_rank_group(tmp_path_factory):
 
 @pytest.mark.parametrize("factor", [None, 0.7])
 @pytest.mark.parametrize("name", DISPATCHERS)
-def test_dispatch_makes_the_host_wait_once(name, factor, one_rank_group):
+def test_dispatch_makes_the_host_wait_at_most_once(name, factor, one_rank_group):
     layer = make_layer(config("gshard_random", num_experts=4, capacity_factor=factor))
-    layer.dispatcher = DISPATCHERS[name](one_rank_group)
+    layer.dispatcher = DISPATCHERS[name](one_rank_group, local=False, weigh_rows=False)
     x_BSD = tokens(2, 6)
     with HostCopies() as routed:
         routing = layer.router(x_BSD.flatten(0, 1), context(x_BSD), seq_len=6)
@@ -52,7 +52,8 @@ def test_dispatch_makes_the_host_wait_once(name, factor, one_rank_group):
         batch, plan = layer.dispatcher.dispatch(
             x_BSD.flatten(0, 1), routing, num_experts=4, group_size=6, capacity=-1 if factor is None else 2
         )
-    assert len(dispatched.calls) == 1, dispatched.calls
+    static = name == "padded" and factor is not None
+    assert len(dispatched.calls) == (0 if static else 1), dispatched.calls
     rows_RD = layer.experts(batch)
     with HostCopies() as combined:
         layer.dispatcher.combine(rows_RD, routing, plan)
