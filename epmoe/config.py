@@ -93,6 +93,11 @@ class ModelConfig(Section):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     qk_norm: bool = False
     """RMSNorm of queries and keys per head."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """``sdpa``: PyTorch's. ``flash``: flash-attn 3, 4 or 2, whichever suits the GPU; a run that cannot have it does
+    not start. ``auto``: flash-attn where it is installed and works, else sdpa; one line says which and why."""
+    norm: Literal["torch", "apex"] = "torch"
+    """Who computes RMSNorm. ``apex``: NVIDIA apex on a GPU; a run that cannot have it does not start."""
     tie_embeddings: bool = True
     """Output head shares the embedding matrix."""
     init: Literal["normal", "truncated_fan_in", "kaiming"] = "normal"
@@ -268,7 +273,9 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (fused) or SGD, learning-rate schedule, clipping."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "apex_fused_adam"] = "adamw"
+    """``apex_fused_adam``: AdamW by NVIDIA apex on a GPU, with the same state, so a run may change between the two;
+    a run that cannot have it does not start."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
