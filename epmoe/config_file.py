@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from epmoe.config import BPE_ENTRIES_BELOW, Config, choose_ep_size, profiled_steps
+from epmoe.config import BPE_ENTRIES_BELOW, Config, causality_problem, choose_ep_size, profiled_steps
 from epmoe.errors import ConfigError
 from epmoe.yaml12 import Document, KeyPath, Problem, dotted, dump_yaml
 
@@ -111,6 +111,8 @@ def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
             what = f"no layer is an MoE layer: every={moe.every}, first_dense={moe.first_dense}, "
             what += f"model.num_layers={model.num_layers}"
             yield ("moe", "every"), what, "for a dense model write moe: null"
+    if problem := causality_problem(moe):
+        yield ("moe", "router"), *problem
     if config.data.tokenizer == "bpe" and config.data.vocab_size < BPE_ENTRIES_BELOW:
         what = f"a byte-level BPE has {BPE_ENTRIES_BELOW} entries before it learns anything"
         yield ("data", "vocab_size"), what, f"{BPE_ENTRIES_BELOW} or more, or data.tokenizer: byte"

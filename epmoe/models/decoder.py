@@ -29,7 +29,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epmoe.config import ModelConfig, MoEConfig
+from epmoe.config import ModelConfig, MoEConfig, causality_problem
 from epmoe.errors import EpmoeError
 from epmoe.models.attention import Attention, AttentionInputs, KVCache, attention_inputs
 from epmoe.models.init import init_weights
@@ -97,6 +97,9 @@ class Decoder(nn.Module):
         seed: Key of the initial weights and of every draw in training.
         cross_document: False limits attention to the token's own document (``ctx.segment_BS``). RoPE depends on
             distances alone, so a document then means the same wherever it lies in the window.
+
+    Raises:
+        ValueError: The router is not causal and ``moe.allow_non_causal`` is false.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class Decoder(nn.Module):
         cross_document: bool = True,
     ) -> None:
         super().__init__()
+        if problem := causality_problem(moe):
+            raise ValueError("; ".join(problem))
         self.config, self.moe_config = model, moe
         self.vocab_size = vocab_size
         self.cross_document = cross_document

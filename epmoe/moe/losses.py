@@ -1,16 +1,45 @@
 """Auxiliary losses: pure functions, each a differentiable sum over valid tokens without its coefficient.
 
-The trainer divides every sum by the global number of tokens of the step, exactly like the task loss. With
-``group: sequence``, the default, no layout, accumulation or padding changes them. With ``group: rank`` the balance
-loss is that of each rank's micro-batch and depends on how sequences are spread over ranks and micro-batches.
+The trainer divides every sum by the global number of tokens of the step, exactly like the task loss. What may change
+a loss besides its tokens:
+
+    z; balance over groups (moe.group: sequence, the default) or sequences   nothing
+    balance over all ranks (scope global)                                   accumulation: counts of the micro-batches
+                                                                            so far stand for those of the whole step
+    balance over a micro-batch, importance, load                            ranks and micro-batches: they want balance
+                                                                            inside each rank's micro-batch
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from epmoe.types import Routing
+from epmoe.types import DispatchPlan, Routing
+
+CV_EPS = 1e-10
+"""Added to the squared mean below a squared coefficient of variation, as in tensor2tensor and V-MoE."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """What a loss of one layer and micro-batch is made from."""
+
+    routing: Routing
+    plan: DispatchPlan
+    seq_len: int
+    """Tokens per sequence, S."""
+    global_count_E: Tensor | None = None
+    """int64 assignments over all ranks, and this and earlier micro-batches of the step; for ``balance_scope:
+    global`` alone."""
+    global_tokens: Tensor | None = None
+    """int64 scalar: the valid tokens they belong to."""
+
+
+LossFunction = Callable[[LossInputs], Tensor]
 
 
 def balance_loss(probs_TE: Tensor, count_GE: Tensor, valid_T: Tensor, *, count_per_token: int) -> Tensor:
@@ -34,15 +63,66 @@ def balance_loss(probs_TE: Tensor, count_GE: Tensor, valid_T: Tensor, *, count_p
     return num_experts * (product_G / (num_valid_G * count_per_token)).sum()
 
 
-def first_choice_counts(routing: Routing, num_groups: int, num_experts: int) -> Tensor:
-    """How many valid tokens of each group have each expert as their first choice -> int64 ``[G, E]``."""
+def global_balance_loss(
+    probs_TE: Tensor, count_E: Tensor, num_tokens: Tensor, *, count_per_token: int
+) -> Tensor:
+    """Load balance against counts of more tokens than are here -> scalar: E * sum_e f_e sum_t p_te.
+
+    Summed over ranks it is ``balance_loss`` of the whole batch as one group (arXiv:2501.11873).
+
+    Args:
+        probs_TE: This rank's probabilities, zero rows for invalid tokens.
+        count_E: Assignments to each expert among all tokens.
+        num_tokens: Number of these tokens.
+        count_per_token: Assignments counted per token.
+    """
+    share_E = count_E.to(probs_TE.dtype) / (num_tokens.clamp(min=1).to(probs_TE.dtype) * count_per_token)
+    return probs_TE.shape[1] * (share_E * probs_TE.sum(0)).sum()
+
+
+def choice_counts(routing: Routing, num_groups: int, num_experts: int, *, first_only: bool) -> Tensor:
+    """Assignments of each group's valid tokens to each expert, before capacity -> int64 ``[G, E]``.
+
+    Args:
+        first_only: Count first choices alone.
+    """
     tokens_per_group = routing.valid_T.shape[0] // max(num_groups, 1)
-    first_A = routing.active_A & (routing.choice_A == 0)
+    counted_A = routing.active_A & (routing.choice_A == 0) if first_only else routing.active_A
     bin_A = routing.token_A // max(tokens_per_group, 1) * num_experts + routing.expert_A
     count_X = torch.zeros(num_groups * num_experts, dtype=torch.int64, device=bin_A.device)
-    return count_X.scatter_add_(0, bin_A, first_A.long()).view(num_groups, num_experts)
+    return count_X.scatter_add_(0, bin_A, counted_A.long()).view(num_groups, num_experts)
 
 
 def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
     """Sum over valid tokens of logsumexp(logits)^2 -> scalar. ST-MoE, arXiv:2202.08906 eq. 5."""
     return torch.where(valid_T, logits_TE.logsumexp(-1).square(), 0.0).sum()
+
+
+def squared_variation(total_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, population variance / mean^2 -> scalar; 0 when all are equal or zero."""
+    mean = total_E.mean()
+    return (total_E - mean).square().mean() / (mean.square() + CV_EPS)
+
+
+def importance(routing: Routing, num_experts: int) -> Tensor:
+    """Sum of every expert's gates over tokens, before capacity, differentiable -> ``[E]``."""
+    if routing.importance_E is not None:
+        return routing.importance_E
+    return routing.weight_A.new_zeros(num_experts).index_add(0, routing.expert_A, routing.weight_A)
+
+
+def importance_loss(importance_E: Tensor, valid_T: Tensor) -> Tensor:
+    """CV(importance)^2 of this micro-batch, once per valid token -> scalar. arXiv:1701.06538 eq. 7."""
+    return valid_T.sum() * squared_variation(importance_E)
+
+
+def load_loss(load_E: Tensor | None, demand_GE: Tensor, valid_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """CV(load)^2 of this micro-batch, once per valid token -> scalar. arXiv:1701.06538 eq. 11.
+
+    Args:
+        load_E: Smooth estimate of the load; None = what was chosen, a constant.
+        demand_GE: int64 choices.
+        dtype: Of a counted load.
+    """
+    load_E = demand_GE.sum(0).to(dtype) if load_E is None else load_E
+    return valid_T.sum() * squared_variation(load_E)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
+from epmoe.comm.exchange import sum_counts
 from epmoe.moe.build import DISPATCHERS
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer
@@ -33,6 +36,8 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
             name = "all_to_all" if mesh.ep_size > 1 else "local"
         _keep_local_experts(layer, mesh)
         layer.dispatcher = DISPATCHERS[name](mesh.ep_group)
+        if mesh.world_size > 1:
+            layer.sum_over_ranks = partial(sum_counts, group=mesh.world_group)
 
 
 def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:

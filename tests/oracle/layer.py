@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .capacity import assign_slots
 from .experts import ffn
-from .losses import balance_loss, metrics, z_loss
+from .losses import balance_loss, importance_loss, load_loss, metrics, z_loss
 from .routing import Decision
 
 Expert = Callable[[Tensor], Tensor]
@@ -62,6 +62,8 @@ def run_layer(
     losses = {
         "balance": balance_loss(decision, group_of, groups, len(experts), count=balance_count, k=k),
         "z": z_loss(decision),
+        "importance": importance_loss(decision, len(experts)),
+        "load": load_loss(decision, len(experts)),
     }
     return LayerResult(
         y_TD=combine(x_TD, decision, kept, experts),

@@ -76,3 +76,28 @@ def metrics(
         "nonfinite_tokens": decision.nonfinite,
         "entropy": entropy(decision),
     }
+
+
+def squared_variation(totals: list[Tensor]) -> Tensor:
+    """Population variance / (mean squared + 1e-10)."""
+    mean = sum(totals, zero()) / len(totals)
+    variance = sum(((value - mean) * (value - mean) for value in totals), zero()) / len(totals)
+    return variance / (mean * mean + 1e-10)
+
+
+def importance_loss(decision: Decision, experts: int) -> Tensor:
+    """CV(sum of gates)^2, once per routed token."""
+    totals = decision.importance
+    if totals is None:
+        totals = [
+            sum((a.weight for a in decision.assignments if a.expert == e), zero()) for e in range(experts)
+        ]
+    return len(decision.probs) * squared_variation(totals)
+
+
+def load_loss(decision: Decision, experts: int) -> Tensor:
+    """CV(load)^2, once per routed token."""
+    load = decision.load
+    if load is None:
+        load = [zero() + len([a for a in decision.assignments if a.expert == e]) for e in range(experts)]
+    return len(decision.probs) * squared_variation(load)

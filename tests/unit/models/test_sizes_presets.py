@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from epmoe.config import ModelConfig, MoEConfig, TopKOptions
+from epmoe.config import ModelConfig, MoEConfig
 from epmoe.config_file import load_config
+from epmoe.config_routers import TopKOptions
 from epmoe.models import presets
 from epmoe.models.decoder import Decoder
 from epmoe.models.sizes import count_parameters, flops_per_token
