@@ -115,7 +115,16 @@ class ModelConfig(Section):
 
 
 # ----------------------------------------------------------------------------------------------- MoE
-AUX_LOSSES = ("balance", "z", "importance", "load")
+AUX_LOSSES = (
+    "balance",
+    "z",
+    "importance",
+    "load",
+    "sequence_balance",
+    "device_balance",
+    "communication_balance",
+)
+GROUP_LOSSES = ("device_balance", "communication_balance")
 
 
 def _known_loss(name: str) -> str:
@@ -199,6 +208,12 @@ class MoEConfig(Section):
             raise ValueError(
                 f"losses=load needs a router that estimates its load smoothly, {router.name} only counts; "
                 f"routers that do: {_names(lambda options: options.smooth_load)}; for this one use balance"
+            )
+        by_group = [name for name in GROUP_LOSSES if name in self.losses]
+        if by_group and router.expert_groups == 1:
+            raise ValueError(
+                f"losses={by_group[0]} balances groups of experts, and router {router.name} has one group; "
+                f"set num_groups of a router that has it: {_names(lambda o: 'num_groups' in o.model_fields)}"
             )
         return self
 

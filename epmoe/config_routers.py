@@ -46,6 +46,11 @@ class RouterOptions(Section):
         """Groups of consecutive experts the family knows, which device and communication balance add up over."""
         return 1
 
+    @property
+    def group_limit(self) -> int:
+        """How many of these groups a token may reach."""
+        return self.expert_groups
+
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Raises ValueError where the options do not go with these numbers."""
 
@@ -164,6 +169,11 @@ class HierarchicalOptions(RouterOptions):
         """The groups of the first level."""
         return self.num_groups
 
+    @property
+    def group_limit(self) -> int:
+        """Those chosen per token."""
+        return self.groups_per_token
+
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Groups divide the experts, choices divide over the groups."""
         check_groups(self.num_groups, num_experts)
@@ -185,6 +195,51 @@ class HierarchicalOptions(RouterOptions):
         return 2 * (num_experts + self.num_groups) * d_model
 
 
+class DeepSeekOptions(RouterOptions):
+    """DeepSeek's routers: V1 (arXiv:2401.06066), V2 (arXiv:2405.04434), V3 (arXiv:2412.19437)."""
+
+    name: Literal["deepseek"] = "deepseek"
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What a logit becomes: ``sigmoid`` in V3, ``softmax`` over all experts in V1 and V2."""
+    num_groups: Positive = 1
+    """Groups of consecutive experts: nodes in V3, devices in V2."""
+    groups_kept: Positive | None = None
+    """Groups that a token's experts come from; null = all."""
+    group_score: Literal["top2", "max"] = "top2"
+    """Which groups those are: by the sum of their two largest biased scores (V3), or by the largest (V2)."""
+    normalize: bool | None = None
+    """True: a token's weights are rescaled to sum to 1 (V3). False: raw scores (V1, V2). null: true for k > 1."""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies every weight; 2.5 in V3, 16 in V2."""
+    bias_rate: Annotated[float, Field(ge=0)] | None = 0.001
+    """Balance without a loss (arXiv:2408.15664): how far each expert's bias moves after every optimizer step, up
+    where the expert had less than its share, down where it had more. 0 = the bias stays as it is; null = no bias."""
+    bias_steps: Positive | None = None
+    """The bias moves in the first so many steps; null = in all."""
+
+    @property
+    def expert_groups(self) -> int:
+        """Nodes or devices."""
+        return self.num_groups
+
+    @property
+    def group_limit(self) -> int:
+        """``groups_kept``."""
+        return self.groups_kept or self.num_groups
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """Groups divide the experts, and those kept have enough of them."""
+        check_groups(self.num_groups, num_experts)
+        if self.group_limit > self.num_groups:
+            raise ValueError(f"groups_kept={self.groups_kept} is larger than num_groups={self.num_groups}")
+        size = num_experts // self.num_groups
+        if self.group_limit * size < top_k:
+            raise ValueError(
+                f"groups_kept={self.groups_kept} groups of {size} experts are fewer than top_k={top_k}; "
+                f"keep at least {-(-top_k // size)}"
+            )
+
+
 def check_groups(num_groups: int, num_experts: int) -> None:
     """Raises ValueError where groups of experts would not be of equal size."""
     if num_experts % num_groups:
@@ -195,6 +250,11 @@ def check_groups(num_groups: int, num_experts: int) -> None:
 
 
 AnyRouterOptions = Annotated[
-    GShardTop2Options | SwitchOptions | TopKOptions | NoisyTopKOptions | HierarchicalOptions,
+    GShardTop2Options
+    | SwitchOptions
+    | TopKOptions
+    | NoisyTopKOptions
+    | HierarchicalOptions
+    | DeepSeekOptions,
     Field(discriminator="name"),
 ]

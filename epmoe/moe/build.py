@@ -17,16 +17,20 @@ from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.losses import (
     LossFunction,
     LossInputs,
+    affinity_counts,
     balance_loss,
     choice_counts,
+    communication_balance_loss,
+    device_balance_loss,
     global_balance_loss,
     importance,
     importance_loss,
     load_loss,
+    tokens_per_device,
     z_loss,
 )
 from epmoe.moe.router import Router
-from epmoe.moe.routers import gshard_top2, hierarchical, noisy_topk, switch, topk
+from epmoe.moe.routers import deepseek, gshard_top2, hierarchical, noisy_topk, switch, topk
 from epmoe.moe.routers.family import Family
 
 ROUTERS: dict[str, Family] = {
@@ -35,6 +39,7 @@ ROUTERS: dict[str, Family] = {
     "topk": topk.FAMILY,
     "noisy_topk": noisy_topk.FAMILY,
     "hierarchical": hierarchical.FAMILY,
+    "deepseek": deepseek.FAMILY,
 }
 
 
@@ -83,11 +88,43 @@ def _load(_: MoEConfig) -> LossFunction:
     )
 
 
+def _sequence_balance(moe: MoEConfig) -> LossFunction:
+    def loss(inputs: LossInputs) -> Tensor:
+        routing = inputs.routing
+        count_GE = affinity_counts(routing.logits_TE, routing.valid_T, _num_sequences(inputs), moe.top_k)
+        return balance_loss(routing.probs_TE, count_GE, routing.valid_T, count_per_token=moe.top_k)
+
+    return loss
+
+
+def _device_balance(moe: MoEConfig) -> LossFunction:
+    return lambda inputs: device_balance_loss(
+        inputs.routing.probs_TE,
+        inputs.plan.demand_GE.sum(0),
+        inputs.routing.valid_T,
+        num_devices=moe.router.expert_groups,
+        top_k=moe.top_k,
+    )
+
+
+def _communication_balance(moe: MoEConfig) -> LossFunction:
+    groups = moe.router.expert_groups
+    return lambda inputs: communication_balance_loss(
+        inputs.routing.probs_TE,
+        tokens_per_device(inputs.routing, groups, moe.num_experts),
+        inputs.routing.valid_T,
+        limit=min(moe.router.group_limit, moe.top_k),
+    )
+
+
 LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {
     "balance": _balance,
     "z": _z,
     "importance": _importance,
     "load": _load,
+    "sequence_balance": _sequence_balance,
+    "device_balance": _device_balance,
+    "communication_balance": _communication_balance,
 }
 
 DISPATCHERS: dict[str, Callable[[Group], Dispatcher]] = {

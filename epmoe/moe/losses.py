@@ -3,11 +3,11 @@
 The trainer divides every sum by the global number of tokens of the step, exactly like the task loss. What may change
 a loss besides its tokens:
 
-    z; balance over groups (moe.group: sequence, the default) or sequences   nothing
-    balance over all ranks (scope global)                                   accumulation: counts of the micro-batches
-                                                                            so far stand for those of the whole step
-    balance over a micro-batch, importance, load                            ranks and micro-batches: they want balance
-                                                                            inside each rank's micro-batch
+    z, sequence_balance, balance over groups (moe.group: sequence) or sequences   nothing
+    balance over all ranks (scope global)                   accumulation: counts of the micro-batches so far stand
+                                                            for those of the whole step
+    balance over a micro-batch, importance, load,           ranks and micro-batches: they want balance inside each
+    device_balance, communication_balance                   rank's micro-batch
 """
 
 from __future__ import annotations
@@ -126,3 +126,57 @@ def load_loss(load_E: Tensor | None, demand_GE: Tensor, valid_T: Tensor, dtype: 
     """
     load_E = demand_GE.sum(0).to(dtype) if load_E is None else load_E
     return valid_T.sum() * squared_variation(load_E)
+
+
+def affinity_counts(logits_TE: Tensor, valid_T: Tensor, num_groups: int, top_k: int) -> Tensor:
+    """How many valid tokens of each group have each expert among their k largest logits -> int64 ``[G, E]``.
+
+    What would be chosen without bias and limits of groups, which the sequence-wise balance loss counts.
+    """
+    num_experts = logits_TE.shape[1]
+    best_TK = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    counted_TK = valid_T.unsqueeze(1) & logits_TE.gather(1, best_TK).isfinite()
+    count_TE = torch.zeros_like(logits_TE, dtype=torch.int64).scatter(1, best_TK, counted_TK.long())
+    tokens_per_group = logits_TE.shape[0] // max(num_groups, 1)
+    return count_TE.view(num_groups, tokens_per_group, num_experts).sum(1)
+
+
+def device_balance_loss(
+    probs_TE: Tensor, count_E: Tensor, valid_T: Tensor, *, num_devices: int, top_k: int
+) -> Tensor:
+    """n * sum over devices of f'_d P'_d -> scalar; n when devices are even. arXiv:2401.06066 eq. 15 to 17.
+
+    f' is the mean over a device's experts of E * count / (k n), constant; P' the sum of their mean probabilities.
+
+    Args:
+        count_E: Assignments to each expert in this micro-batch.
+        num_devices: Groups of consecutive experts.
+    """
+    num_valid = valid_T.sum().clamp(min=1).to(probs_TE.dtype)
+    share_P = count_E.view(num_devices, -1).sum(1).to(probs_TE.dtype) / (num_valid * top_k)
+    prob_sum_P = probs_TE.sum(0).view(num_devices, -1).sum(1)
+    return num_devices * (share_P * prob_sum_P).sum()
+
+
+def tokens_per_device(routing: Routing, num_devices: int, num_experts: int) -> Tensor:
+    """How many tokens go to each group of consecutive experts, each token once -> int64 ``[P]``."""
+    num_tokens, size = routing.valid_T.shape[0], num_experts // num_devices
+    bin_A = routing.token_A * num_devices + routing.expert_A // size
+    count_X = torch.zeros(num_tokens * num_devices, dtype=torch.int64, device=bin_A.device)
+    count_X.scatter_add_(0, bin_A, routing.active_A.long())
+    return (count_X.view(num_tokens, num_devices) > 0).sum(0)
+
+
+def communication_balance_loss(probs_TE: Tensor, tokens_P: Tensor, valid_T: Tensor, *, limit: int) -> Tensor:
+    """n * sum over devices of f''_d P''_d -> scalar; n when devices are even. arXiv:2405.04434 section 2.2.3.
+
+    f'' is D / (M n) times the tokens sent to a device, constant; P'' the sum of its experts' mean probabilities.
+
+    Args:
+        tokens_P: Tokens sent to each of the D devices.
+        limit: Devices a token is sent to at most, M.
+    """
+    num_devices = tokens_P.shape[0]
+    num_valid = valid_T.sum().clamp(min=1).to(probs_TE.dtype)
+    share_P = num_devices * tokens_P.to(probs_TE.dtype) / (limit * num_valid)
+    return (share_P * probs_TE.sum(0).view(num_devices, -1).sum(1)).sum()

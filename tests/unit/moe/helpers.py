@@ -14,7 +14,7 @@ from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.plan import plan_local, plan_slots
 from epmoe.types import DispatchPlan, Routing, TokenContext
 from tests.oracle import capacity as oracle_capacity
-from tests.oracle import cases, noisy, philox, routing
+from tests.oracle import cases, deepseek, noisy, philox, routing
 from tests.oracle.layer import LayerResult, ffn_experts, router_logits, run_layer
 from tests.oracle.routing import Decision
 
@@ -45,6 +45,26 @@ ROUTERS: dict[str, dict] = {
         "top_k": 2,
         "losses": NOISY_LOSSES,
     },
+    "v2": {
+        "router": {
+            "name": "deepseek",
+            "score": "softmax",
+            "num_groups": 2,
+            "groups_kept": 1,
+            "group_score": "max",
+            "bias_rate": None,
+            "normalize": False,
+            "scale": 16.0,
+        },
+        "top_k": 2,
+        "losses": {"balance": 0.003, "device_balance": 0.05, "communication_balance": 0.02},
+    },
+    "v3": {
+        "router": {"name": "deepseek", "num_groups": 4, "groups_kept": 2, "scale": 2.5},
+        "top_k": 3,
+        "losses": {"sequence_balance": 0.0001},
+    },
+    "sigmoid1": {"router": "deepseek", "top_k": 1},
     "two_levels": {"router": "hierarchical", "top_k": 2, "losses": NOISY_LOSSES},
     "two_levels_wide": {
         "router": {"name": "hierarchical", "groups_per_token": 2},
@@ -61,6 +81,8 @@ def config(router: str, *, slot_order: str = "choice_major", **fields) -> MoECon
     options = {"name": options} if isinstance(options, str) else dict(options)
     if options["name"] == "hierarchical":
         options["num_groups"] = 1 if values.get("num_experts", 8) % 2 else 2
+    if router == "v3" and values.get("num_experts", 8) == 4:
+        options["num_groups"] = 2
     order = "choice_major" if "attempts" in options else slot_order
     values["router"] = {**options, "slot_order": order}
     return MoEConfig.model_validate(values)
@@ -78,6 +100,7 @@ class Extras:
     noise_logits_TE: Tensor | None = None
     group_logits_TP: Tensor | None = None
     group_noise_logits_TP: Tensor | None = None
+    bias_E: Tensor | None = None
 
     def fields(self) -> dict[str, Tensor]:
         """As fields of ``RouterInputs``."""
@@ -89,7 +112,7 @@ class Extras:
             "group_normal_TP": self.group_normal,
         }
         found = {key: torch.as_tensor(value).double() for key, value in numbers.items() if value is not None}
-        for key in ("noise_logits_TE", "group_logits_TP", "group_noise_logits_TP"):
+        for key in ("noise_logits_TE", "group_logits_TP", "group_noise_logits_TP", "bias_E"):
             if getattr(self, key) is not None:
                 found[key] = getattr(self, key)
         return found
@@ -97,7 +120,8 @@ class Extras:
     def rows(self, start: int, stop: int) -> Extras:
         """Those of some tokens."""
         values = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
-        return Extras(**{key: value[start:stop] for key, value in values.items() if value is not None})
+        per_token = {key: value for key, value in values.items() if value is not None and key != "bias_E"}
+        return Extras(**{key: value[start:stop] for key, value in per_token.items()}, bias_E=self.bias_E)
 
 
 def listed(numbers: Tensor | None) -> list[list[float]] | None:
@@ -139,6 +163,8 @@ def extras(moe: MoEConfig, tokens: int, seed: int = 0) -> Extras:
         learned["noise_logits_TE"] = normals(experts)
     if moe.router.name == "hierarchical":
         learned |= {"group_logits_TP": normals(groups), "group_noise_logits_TP": normals(groups)}
+    if getattr(moe.router, "bias_rate", None) is not None:
+        learned["bias_E"] = 0.3 * torch.randn(experts, generator=generator, dtype=torch.float64)
     return Extras(**{key: made[key] for key in needs(moe)}, **learned)
 
 
@@ -147,8 +173,8 @@ def make_layer(moe: MoEConfig, d_model: int = 4, d_ff: int = 3, scale: float = 1
     generator = torch.Generator().manual_seed(moe.num_experts)
     layer = build_moe_layer(moe, d_model=d_model, d_ff=d_ff, layer=LAYER, seed=SEED).double()
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
     return layer
 
 
@@ -244,6 +270,20 @@ def _decision_by_position(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, 
             slot_order=order,
         )
     normalize = k > 1 if options.normalize is None else options.normalize
+    if options.name == "deepseek":
+        return deepseek.deepseek(
+            logits_TE,
+            valid,
+            k=k,
+            score=options.score,
+            bias=[0.0] * moe.num_experts if given.bias_E is None else given.bias_E.tolist(),
+            groups=options.num_groups,
+            kept=options.group_limit,
+            group_score=options.group_score,
+            normalize=normalize,
+            scale=options.scale,
+            slot_order=order,
+        )
     return routing.topk(logits_TE, valid, k=k, normalize=normalize, scale=options.scale, slot_order=order)
 
 
@@ -291,6 +331,9 @@ def oracle_layer(x_BSD: Tensor, weights: dict[str, Tensor], moe: MoEConfig, ctx:
         slots=slots,
         k=moe.top_k,
         balance_count=balance_count(moe),
+        sequence_of=[t // seq_len for t in range(len(places))],
+        devices=moe.router.expert_groups,
+        limit=min(moe.router.group_limit, moe.top_k),
     )
 
 
@@ -332,7 +375,8 @@ def _layer_extras(
         for field, name in parts.items()
         if f"router.{name}" in weights
     }
-    return Extras(**found, **learned)
+    bias_E = weights["router.bias"].detach() if "router.bias" in weights else None
+    return Extras(**found, **learned, bias_E=bias_E)
 
 
 def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:

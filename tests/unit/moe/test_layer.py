@@ -16,7 +16,8 @@ def compare(moe, x_BSD, ctx):
     layer = make_layer(moe)
     mine = x_BSD.clone().requires_grad_()
     theirs = x_BSD.clone().requires_grad_()
-    weights = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    tensors = (*layer.named_parameters(), *layer.named_buffers())
+    weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors}
     y_BSD, report = layer(mine, ctx)
     result = oracle_layer(theirs, weights, moe, ctx)
     close(y_BSD.flatten(0, 1), result.y_TD.nan_to_num(), 1e-12)
@@ -30,7 +31,8 @@ def compare(moe, x_BSD, ctx):
     for name, loss in report.losses.items():
         assert loss.item() == pytest.approx(result.losses[name].item(), rel=1e-12, abs=1e-12), name
     upstream = torch.randn(y_BSD.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    weighted = {"balance": 0.7, "z": 0.3, "importance": 0.5, "load": 0.2}
+    weighted = {"balance": 0.7, "z": 0.3, "importance": 0.5, "load": 0.2, "sequence_balance": 0.4,
+                "device_balance": 0.6, "communication_balance": 0.8}  # fmt: skip
     total = (y_BSD * upstream).sum()
     (total + sum(weighted[name] * loss for name, loss in report.losses.items())).backward()
     total = (result.y_TD * upstream.flatten(0, 1)).sum() + theirs.sum() * 0
@@ -46,7 +48,7 @@ def compare(moe, x_BSD, ctx):
 @pytest.mark.parametrize("slot_order", ["choice_major", "token_major"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers(name, slot_order):
-    experts = 8 if name == "two_levels_wide" else 4 if name == "two_levels" else 5
+    experts = {"two_levels_wide": 8, "v3": 8, "two_levels": 4, "v2": 4}.get(name, 5)
     moe = config(name, slot_order=slot_order, num_experts=experts, capacity_factor=0.5, min_capacity=0)
     x_BSD = tokens(3, 7)
     result = compare(moe, x_BSD, context(x_BSD, "some"))

@@ -16,7 +16,7 @@ from tests.oracle import cases, philox, routing
 from tests.oracle.capacity import assign_slots, demand
 from tests.unit.moe.helpers import ROUTERS, Extras, config, extras, local_plan, oracle_decision
 
-SHAPES = [(0, 5), (1, 1), (1, 8), (7, 2), (7, 5), (24, 8)]
+SHAPES = [(0, 8), (1, 1), (1, 8), (7, 2), (7, 5), (24, 8)]
 ORDERS = ["choice_major", "token_major"]
 
 
