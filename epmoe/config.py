@@ -246,7 +246,8 @@ def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
         return None
     return (
         f"router {moe.router.name} is not causal and a decoder predicts the next token: {reason}",
-        "use priority: position and a router that docs/routers.md calls causal, or moe.allow_non_causal: true",
+        f"use priority: position and one of {_names(lambda options: options().looks_ahead is None)}, or set "
+        f"moe.allow_non_causal: true",
     )
 
 

@@ -229,6 +229,8 @@ def _unknown_key(path: KeyPath, document: Document) -> Problem:
     if not near:
         near = [elsewhere[name] for name in get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
+    if owners := _alternatives_with(key, parent, document):
+        hint = f"{key} is a key of {', '.join(owners)}; "
     where = f"keys of {dotted(parent)}" if parent else "sections and keys"
     return Problem(
         place=document.key_place(path),
@@ -252,6 +254,19 @@ def _sections_at(path: KeyPath, document: Document) -> list[type[BaseModel]]:
                 s for s in sections if s.model_fields["name"].default == value.get("name")
             ] or sections
     return sections
+
+
+def _alternatives_with(key: str, parent: KeyPath, document: Document) -> list[str]:
+    """Where a section is one of several with a ``name``: those that know the key."""
+    if not parent:
+        return []
+    outer = _sections_at(parent[:-1], document)
+    fields = [
+        section.model_fields[str(parent[-1])] for section in outer if parent[-1] in section.model_fields
+    ]
+    models = [model for field in fields for model in _models_in(field.annotation)]
+    named = [model for model in models if len(models) > 1 and "name" in model.model_fields]
+    return [str(model.model_fields["name"].default) for model in named if key in model.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -131,11 +131,21 @@ def test_a_decoder_refuses_what_looks_ahead(name, tmp_path):
         ConfigError, match=r"(?s)run.yaml:1.*moe.router.*not causal.*allow_non_causal"
     ) as caught:
         load_config(path)
-    assert "priority: position" in str(caught.value)
+    assert "priority: position and one of gshard_top2, switch," in str(caught.value)
     assert load_config(path, ["moe.allow_non_causal=true"]).moe.allow_non_causal
 
 
 # ------------------------------------------------------------------------------------------- bad input
+def test_an_option_of_another_router_names_that_router(tmp_path):
+    """Balance without a loss, asked of a router that has no bias."""
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {router: {name: switch, bias_rate: 0.001}}\n")
+    with pytest.raises(
+        ConfigError, match=r"unknown key(?s:.*)bias_rate is a key of deepseek; keys of moe.router: at"
+    ):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
