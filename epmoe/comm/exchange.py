@@ -57,6 +57,13 @@ def exchange_rows(rows_ND: Tensor, send_splits: Splits, recv_splits: Splits, gro
     return apply(rows_ND, send_splits, recv_splits, group)
 
 
+def sum_counts(count_X: Tensor, group: Group) -> Tensor:
+    """Integers added up over the ranks of ``group``: an all-reduce of a few numbers, no gradient."""
+    total_X = count_X.clone()
+    dist.all_reduce(total_X, group=group)
+    return total_X
+
+
 def exchange_counts(tokens_per_expert_E: Tensor, group: Group) -> Tensor:
     """Tells every rank how many rows each rank sends to each of its experts -> int64 ``[W, L]``."""
     received_E = torch.empty_like(tokens_per_expert_E)

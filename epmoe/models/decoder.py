@@ -29,7 +29,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epmoe.config import ModelConfig, MoEConfig
+from epmoe.config import ModelConfig, MoEConfig, causality_problem
 from epmoe.errors import ConfigError, EpmoeError
 from epmoe.models.accelerators import Accelerators
 from epmoe.models.attention import Attention, AttentionInputs, KVCache, attention_inputs
@@ -111,6 +111,7 @@ class Decoder(nn.Module):
 
     Raises:
         ConfigError: ``model`` asks for ``flash`` or ``apex`` and ``accelerators`` does not have it.
+        ValueError: The router is not causal and ``moe.allow_non_causal`` is false.
     """
 
     def __init__(
@@ -124,6 +125,8 @@ class Decoder(nn.Module):
         accelerators: Accelerators | None = None,
     ) -> None:
         super().__init__()
+        if problem := causality_problem(moe):
+            raise ValueError("; ".join(problem))
         accelerators = accelerators or Accelerators()
         _require(model, accelerators)
         self.config, self.moe_config = model, moe

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
+from epmoe.comm.exchange import sum_counts
 from epmoe.moe.build import build_dispatcher
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer
@@ -28,6 +31,8 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
         )
         _keep_local_experts(layer, mesh)
         layer.dispatcher = dispatcher
+        if mesh.world_size > 1:
+            layer.sum_over_ranks = partial(sum_counts, group=mesh.world_group)
 
 
 def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:

@@ -192,6 +192,11 @@ class Run:
             say(f"attention: {self.accelerators.note}")
         if warning := text_warning(self.prepared):
             say(f"warning: {warning}")
+        if self.trainer.num_micro > 1 and self.config.moe and self.config.moe.balance_scope == "global":
+            say(
+                f"warning: moe.balance_scope: global with {self.trainer.num_micro} micro-batches per step is an "
+                "approximation: each knows the counts of those before it, not of those after it"
+            )
         if self.config.optimizer.warmup_steps >= train.steps:
             say(
                 f"warning: {train.steps} steps end before the warm-up of {self.config.optimizer.warmup_steps} does"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from epmoe.moe.build import DISPATCHERS
+from epmoe.types import TokenContext
 from tests.unit.moe.helpers import config, context, make_layer, tokens
 
 WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "equal", "allclose"}
@@ -57,7 +58,7 @@ def test_dispatch_makes_the_host_wait_at_most_once(name, factor, one_rank_group)
     rows_RD = layer.experts(batch)
     with HostCopies() as combined:
         layer.dispatcher.combine(rows_RD, routing, plan)
-        layer.report(routing, plan)
+        layer.report(routing, plan, TokenContext(), 6)
     assert combined.calls == []
 
 
