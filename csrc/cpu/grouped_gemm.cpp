@@ -7,11 +7,12 @@
 namespace epmoe::cpu {
 namespace {
 
-// out = a @ b by torch's GEMM, whatever library that is. The tensors must be detached: worker threads track gradients.
+// out = a @ b by torch's GEMM, whatever library that is. Batches of one: measured 1 to 8% faster than mm of the same.
+// The tensors must be detached: worker threads track gradients.
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -19,6 +20,11 @@ Tensor detach(const Tensor& tensor) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Rows as the only matrix of a batch.
+Tensor as_batch(const Tensor& rows_RX) {
+  return torch::stable::unsqueeze(detach(rows_RX), 0);
 }
 
 // Consecutive blocks of rows, one for each expert.
@@ -44,8 +50,8 @@ struct Blocks {
   int64_t count(int64_t expert) const {
     return start_L1[expert + 1] - start_L1[expert];
   }
-  Tensor of(Tensor& rows, int64_t expert) const {
-    return torch::stable::narrow(rows, 0, start_L1[expert], count(expert));
+  Tensor of(Tensor& rows_1RX, int64_t expert) const {
+    return torch::stable::narrow(rows_1RX, 1, start_L1[expert], count(expert));
   }
 };
 
@@ -80,18 +86,20 @@ void for_experts(const Blocks& blocks, const Body& body) {
 
 Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor& tokens_per_expert_in) {
   const Check check{"grouped_gemm", DeviceType::CPU};
-  Tensor rows_RD = detach(check.floating(rows_in, "rows", {kAnySize, kAnySize}));
+  const Tensor rows_RD = check.floating(rows_in, "rows", {kAnySize, kAnySize});
   const Tensor tokens_per_expert_L =
       check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
   check.dtype(rows_RD.scalar_type(), weight_in, "weight");
   check.shaped(weight_in, "weight", {tokens_per_expert_L.size(0), rows_RD.size(1), kAnySize});
-  const Tensor weight_LDF = detach(weight_in);
   const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
 
-  Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_LDF.size(2)});
+  const Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_in.size(2)});
+  Tensor rows_1RD = as_batch(rows_RD);
+  Tensor out_1RF = as_batch(out_RF);
+  Tensor weight_LDF = detach(weight_in);
   for_experts(blocks, [&](int64_t expert) {
     if (blocks.count(expert) > 0) {
-      multiply(blocks.of(rows_RD, expert), torch::stable::select(weight_LDF, 0, expert), blocks.of(out_RF, expert));
+      multiply(blocks.of(rows_1RD, expert), torch::stable::narrow(weight_LDF, 0, expert, 1), blocks.of(out_1RF, expert));
     }
   });
   return out_RF;
@@ -99,21 +107,22 @@ Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor
 
 Tensor grouped_gemm_weight_grad(const Tensor& rows_in, const Tensor& d_out_in, const Tensor& tokens_per_expert_in) {
   const Check check{"grouped_gemm_weight_grad", DeviceType::CPU};
-  Tensor rows_RD = detach(check.floating(rows_in, "rows", {kAnySize, kAnySize}));
-  Tensor d_out_RF = detach(check.of(rows_RD.scalar_type(), d_out_in, "d_out", {rows_RD.size(0), kAnySize}));
+  const Tensor rows_RD = check.floating(rows_in, "rows", {kAnySize, kAnySize});
+  const Tensor d_out_RF = check.of(rows_RD.scalar_type(), d_out_in, "d_out", {rows_RD.size(0), kAnySize});
   const Tensor tokens_per_expert_L =
       check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
   const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
 
   Tensor d_weight_LDF =
       check.fresh(rows_RD, "d_weight", {blocks.num_experts(), rows_RD.size(1), d_out_RF.size(1)});
+  Tensor rows_1RD = as_batch(rows_RD);
+  Tensor d_out_1RF = as_batch(d_out_RF);
   for_experts(blocks, [&](int64_t expert) {
-    Tensor d_weight_DF = torch::stable::select(d_weight_LDF, 0, expert);
+    Tensor d_weight_1DF = torch::stable::narrow(d_weight_LDF, 0, expert, 1);
     if (blocks.count(expert) > 0) {
-      Tensor rows_nD = blocks.of(rows_RD, expert);
-      multiply(torch::stable::transpose(rows_nD, 0, 1), blocks.of(d_out_RF, expert), d_weight_DF);
+      multiply(torch::stable::transpose(blocks.of(rows_1RD, expert), 1, 2), blocks.of(d_out_1RF, expert), d_weight_1DF);
     } else {
-      torch::stable::zero_(d_weight_DF);
+      torch::stable::zero_(d_weight_1DF);
     }
   });
   return d_weight_LDF;

@@ -98,7 +98,8 @@ class Router(nn.Module):
             x_TD = self._jitter(x_TD.to(dtype), draws)
             # A row that is not finite is left out of the product, whose backward would put 0 * NaN into the weight's
             # gradient; its logits are NaN, so that the token is seen and counted as broken.
-            finite_T1 = x_TD.isfinite().all(-1, keepdim=True)
+            # One pass: NaN and infinities survive a sum, and where finite numbers overflow it, the logits would too.
+            finite_T1 = x_TD.detach().sum(-1, keepdim=True).isfinite()
             x_TD = torch.where(finite_T1, x_TD, 0.0)
             fields: dict[str, Any] = {part.field: self._field(part, x_TD) for part in self.parts}
             inputs = RouterInputs(
