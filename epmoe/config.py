@@ -229,20 +229,20 @@ class MoEConfig(Section):
         return self
 
 
-def _router_classes() -> dict[str, type[RouterOptions]]:
+def router_classes() -> dict[str, type[RouterOptions]]:
     """The options class of every router family, by its name."""
     classes: tuple[type[RouterOptions], ...] = get_args(get_args(AnyRouterOptions)[0])
     return {cls.model_fields["name"].default: cls for cls in classes}
 
 
 def _names(wanted: Callable[[type[RouterOptions]], bool]) -> str:
-    return ", ".join(name for name, cls in _router_classes().items() if wanted(cls))
+    return ", ".join(name for name, cls in router_classes().items() if wanted(cls))
 
 
 def _fixed_top_k(router: Any) -> int | None:
     """Experts per token of a router that is still a mapping, or already options."""
     if isinstance(router, dict):
-        router = _router_classes().get(str(router.get("name")))
+        router = router_classes().get(str(router.get("name")))
     return getattr(router, "fixed_top_k", None)
 
 

@@ -60,6 +60,12 @@ def test_a_closed_group_never_wins_against_negative_scores():
     assert sorted(routed.expert_A.tolist()) == [0, 1]
 
 
+def test_a_group_is_worth_its_available_experts():
+    """Expert 1 is not available; expert 0 alone is worth more than the two of the other group."""
+    _, routed = decide([[5.0, -torch.inf, 0.0, 0.1]], [-0.4] * 4, 2, num_groups=2, groups_kept=1)
+    assert routed.expert_A[routed.active_A].tolist() == [0]
+
+
 def test_group_scores():
     """The best single expert is in the second group, the best pair in the first."""
     logits = [[1.0, 0.9, 1.5, -2.0]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
-from epmoe.config import Config, ModelConfig, MoEConfig, causality_problem
+import epmoe
+from epmoe.config import Config, ModelConfig, MoEConfig, causality_problem, router_classes
 from epmoe.config_file import load_config
 from epmoe.config_routers import RouterOptions
 from epmoe.errors import ConfigError
@@ -133,6 +136,23 @@ def test_a_decoder_refuses_what_looks_ahead(name, tmp_path):
         load_config(path)
     assert "priority: position and one of gshard_top2, switch," in str(caught.value)
     assert load_config(path, ["moe.allow_non_causal=true"]).moe.allow_non_causal
+
+
+# ------------------------------------------------------------------------------------------- documentation
+def test_the_page_of_routers_has_them_all_and_its_examples_load(tmp_path):
+    text = (Path(epmoe.__file__).parents[1] / "docs" / "routers.md").read_text()
+    for name in (*build.ROUTERS, *build.LOSSES):
+        assert f"| `{name}` |" in text, name
+    for name, options in router_classes().items():
+        assert f"### {name}\n" in text
+        assert (options().looks_ahead is None) == (
+            "| yes" in text.partition(f"| `{name}` |")[2].partition("\n")[0]
+        )
+    examples = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) > len(build.ROUTERS)
+    for example in examples:
+        (tmp_path / "example.yaml").write_text(example)
+        load_config(tmp_path / "example.yaml")
 
 
 # ------------------------------------------------------------------------------------------- bad input

@@ -124,7 +124,7 @@ def test_no_tokens(name, group, shape):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["gshard_random", "switch", "top2"])
+@pytest.mark.parametrize("name", ["gshard_random", "switch", "top2", "noisy2", "two_levels", "v3"])
 def test_a_broken_token_hurts_nobody_else(name, value):
     """It counts as padding: the others' output, losses and counts are those of a batch where it is padding."""
     moe = config(name, num_experts=4, capacity_factor=1.0, min_capacity=0)

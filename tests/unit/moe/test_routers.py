@@ -16,7 +16,7 @@ from tests.oracle import cases, philox, routing
 from tests.oracle.capacity import assign_slots, demand
 from tests.unit.moe.helpers import ROUTERS, Extras, config, extras, local_plan, oracle_decision
 
-SHAPES = [(0, 8), (1, 1), (1, 8), (7, 2), (7, 5), (24, 8)]
+SHAPES = [(0, 8), (1, 1), (1, 8), (7, 2), (5, 4), (7, 5), (24, 8)]
 ORDERS = ["choice_major", "token_major"]
 
 
@@ -206,7 +206,7 @@ def test_top2_of_one_expert_is_refused():
         config("gshard_all", num_experts=1)
 
 
-@pytest.mark.parametrize("name", ["gshard_all", "gshard_threshold", "top2", "top3_raw", "switch"])
+@pytest.mark.parametrize("name", ["gshard_all", "gshard_relative", "top2_by_gate", "top3_raw", "switch"])
 def test_renaming_experts_renames_the_decision(name):
     logits, valid = cases.logits_and_valid("random", 32, 8)
     permutation = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])  # new expert j is old expert permutation[j]
