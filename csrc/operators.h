@@ -156,6 +156,22 @@ struct AssignSlots {
   }
 };
 
+struct Permute {
+  Tensor x_TD, token_N;
+  int64_t num_tokens, num_rows, width;
+  Tensor rows_ND;
+
+  Permute(DeviceType device, const Tensor& x_in, const Tensor& token_in) {
+    const Check check("permute", device, x_in);
+    x_TD = check.floating(x_in, "x", {kAnySize, kAnySize});
+    token_N = check.of(ScalarType::Long, token_in, "token", {kAnySize});
+    num_tokens = x_TD.size(0);
+    num_rows = token_N.size(0);
+    width = x_TD.size(1);
+    rows_ND = check.fresh(x_TD, "rows", {num_rows, width});
+  }
+};
+
 struct Combine {
   Tensor rows_ND, token_N;
   std::optional<Tensor> weight_N;
