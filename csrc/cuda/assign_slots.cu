@@ -8,8 +8,8 @@ namespace {
 
 constexpr int64_t kSlotThreads = 128;
 constexpr int64_t kWarpsPerBlock = kSlotThreads / kWarp;
-constexpr int64_t kTile = 256;                    // short enough for many warps on an ordinary list
-constexpr int64_t kMostCounts = int64_t{1} << 21;  // 16 MiB; with more bins the tiles are longer and fewer
+constexpr int64_t kTile = 256;                      // short enough for many warps on an ordinary list
+constexpr int64_t kMostCounts = EPMOE_MOST_COUNTS;  // 16 MiB; with more bins the tiles are longer and fewer
 
 }  // namespace
 

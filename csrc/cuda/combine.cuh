@@ -12,8 +12,9 @@
 namespace epmoe::cuda {
 
 constexpr int64_t kListed = kWarp;  // rows of a token that are listed; a token with more of them looks for all itself
-constexpr int kGroup = 4;           // rows a thread has under way at a time
+constexpr int kGroup = 2;           // rows a thread has under way at a time
 constexpr int kMaxRowWarps = 8;
+constexpr int kRowBlocks = 4;  // that share a multiprocessor: enough loads under way to fill its memory channel
 
 template <class Scalar, int kCount>
 struct alignas(sizeof(Scalar) * kCount) Pack {
@@ -81,14 +82,17 @@ class TokenRows {
   // body(group) for all of them, ascending.
   template <class Body>
   __device__ void each(const Body& body) const {
-    if (listed_) {
-      groups(row_, lanes_, body);
-      return;
-    }
-    for (int64_t base = 0; base < lists_.num_rows; base += kWarp) {
-      const int64_t n = base + lane_;
-      const bool mine = n < lists_.num_rows && lists_.token_N[n] == t_;
-      groups(n, __ballot_sync(kAllLanes, mine), body);
+    const int64_t end = listed_ ? kWarp : lists_.num_rows;
+    for (int64_t base = 0; base < end; base += kWarp) {
+      int64_t row = row_;
+      unsigned lanes = lanes_;
+      if (!listed_) {
+        row = base + lane_;
+        lanes = __ballot_sync(kAllLanes, row < lists_.num_rows && lists_.token_N[row] == t_);
+      }
+      while (lanes != 0) {
+        body(take_group(row, lanes));
+      }
     }
   }
 
@@ -108,20 +112,18 @@ class TokenRows {
     return result;
   }
 
-  template <class Body>
-  __device__ static void groups(int64_t row, unsigned lanes, const Body& body) {
-    while (lanes != 0) {
-      RowGroup group{{}, 0};
+  // The next rows of the lanes that have one, which is then struck out.
+  __device__ static RowGroup take_group(int64_t row, unsigned& lanes) {
+    RowGroup group{{}, 0};
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        if (lanes != 0) {
-          group.row[j] = __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(lanes)) - 1);
-          group.count = j + 1;
-          lanes &= lanes - 1;
-        }
+    for (int j = 0; j < kGroup; ++j) {
+      if (lanes != 0) {
+        group.row[j] = __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(lanes)) - 1);
+        group.count = j + 1;
+        lanes &= lanes - 1;
       }
-      body(group);
     }
+    return group;
   }
 
   const RowLists& lists_;
@@ -167,7 +169,7 @@ __global__ void spread_rows_kernel(RowLists lists, int64_t vectors, const Vector
 }
 
 template <class Scalar, int kCount>
-__global__ void __launch_bounds__(kMaxRowWarps * kWarp) combine_kernel(
+__global__ void __launch_bounds__(kMaxRowWarps * kWarp, kRowBlocks) combine_kernel(
     RowLists lists,
     int64_t vectors,
     const Pack<Scalar, kCount>* rows_NV,
@@ -254,7 +256,7 @@ __device__ void scale_and_dot(
 }
 
 template <class Scalar, int kCount>
-__global__ void __launch_bounds__(kMaxRowWarps * kWarp) combine_backward_kernel(
+__global__ void __launch_bounds__(kMaxRowWarps * kWarp, kRowBlocks) combine_backward_kernel(
     RowLists lists,
     int64_t vectors,
     const Pack<Scalar, kCount>* d_y_TV,
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(kMaxRowWarps * kWarp) combine_backward_kernel(
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        if (threadIdx.x == j && j < group.count) {
+        if (warp == 0 && lane == j && j < group.count) {
           Wide sum{0};
           for (int other = 0; other < static_cast<int>(blockDim.x / kWarp); ++other) {
             sum += dot_of_warp[other][j];

@@ -14,6 +14,7 @@
 #ifndef EPMOE_EMULATED
 #define EPMOE_KERNEL_DEVICE CUDA
 #define EPMOE_MAX_BLOCKS (int64_t{1} << 16)
+#define EPMOE_MOST_COUNTS (int64_t{1} << 21)
 #define EPMOE_CACHE_BYTES (int64_t{1} << 25)
 #endif
 
