@@ -1,9 +1,10 @@
 // Stands in for CUDA's header of this name and runs kernels in host memory: enough of CUDA for csrc/cuda, no more.
 //
-// Blocks run one after the other. A thread is a fibre that runs until it has to wait for others: at a barrier, or where
-// the lanes of its warp exchange values. Every other block wakes its threads in falling order and every other launch
-// takes its blocks in falling order, so that code which needs an order it did not ask for gives a wrong result.
-// Threads that would wait forever, or meet in different places, are an exception.
+// Blocks run one after the other, and in a block each warp as far as it comes without the others. A thread is a fibre
+// that runs until it has to wait: at a barrier, or where the lanes of its warp exchange values. Every other block wakes
+// its threads in falling order and every other launch takes its blocks in falling order, so that code which needs an
+// order it did not ask for gives a wrong result. Threads that would wait forever, or meet in different places, are an
+// exception. What cannot be seen here: an exchange of values orders memory like a barrier, which CUDA does not promise.
 #pragma once
 
 #include <setjmp.h>
@@ -16,6 +17,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -129,6 +131,25 @@ inline const uint64_t* meet(unsigned mask, uint64_t value, const char* place) {
   return warp.shown;
 }
 
+// Runs a warp as far as it comes without the others; whether some of it is left.
+inline bool run_warp(unsigned warp, bool falling) {
+  for (;;) {
+    bool alive = false;
+    const unsigned long before = machine.steps;
+    for (unsigned i = 0; i < kLanes; ++i) {
+      threadIdx.x = warp * kLanes + (falling ? kLanes - 1 - i : i);
+      Fibre& fibre = machine.fibres[threadIdx.x];
+      if (!fibre.done) {
+        resume(fibre);
+        alive = alive || !fibre.done;
+      }
+    }
+    if (!alive || machine.steps == before || !machine.mistake.empty()) {
+      return alive;
+    }
+  }
+}
+
 inline void run_block() {
   const bool falling = blockIdx.x % 2 != 0;
   const auto count = static_cast<unsigned>(machine.warps.size()) * kLanes;
@@ -138,13 +159,8 @@ inline void run_block() {
   for (bool alive = true; alive;) {
     alive = false;
     const unsigned long before = machine.steps;
-    for (unsigned i = 0; i < count; ++i) {
-      threadIdx.x = falling ? count - 1 - i : i;
-      Fibre& fibre = machine.fibres[threadIdx.x];
-      if (!fibre.done) {
-        resume(fibre);
-        alive = alive || !fibre.done;
-      }
+    for (unsigned warp = 0; warp < count / kLanes; ++warp) {
+      alive = run_warp(falling ? count / kLanes - 1 - warp : warp, falling) || alive;
     }
     if (alive && machine.steps == before && machine.mistake.empty()) {
       machine.mistake = "threads of block " + std::to_string(blockIdx.x) + " wait for each other forever";

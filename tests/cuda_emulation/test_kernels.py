@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import epmoe
-from epmoe.ops import reference
 from tests.oracle import cases
 from tests.unit.ops import twins
 from tests.unit.ops.twins import FLOATING, WIDE, randint, randn
@@ -124,18 +123,8 @@ def test_draws_equal_the_reference(call):
     twins.check_draws(call, 2000)
 
 
-def test_an_expert_out_of_range_gets_no_gradient(call):
-    d_probs, d_weights, probs = randn(0, 3, 4), randn(1, 3, 2), randn(2, 3, 4).softmax(-1)
-    ids, chosen, active = torch.tensor([[0, 3]] * 3), randn(3, 3, 2), torch.ones(3, 2, dtype=torch.bool)
-    for normalize in (True, False):
-        arguments = (d_probs, d_weights, probs, ids, chosen, active, normalize)
-        wanted = reference.route_topk_backward(*arguments)
-        for wrong in (4, -1, 2**62):
-            ids_TK = ids.clone()
-            ids_TK[1, 1] = wrong
-            got = call("route_topk_backward", d_probs, d_weights, probs, ids_TK, chosen, active, normalize)
-            twins.assert_near(got[[0, 2]], wanted[[0, 2]])
-            assert got[1].isfinite().all()
+def test_experts_out_of_range(call):
+    twins.check_experts_out_of_range(call)
 
 
 # --------------------------------------------------------------------------------------------- slots
@@ -146,33 +135,14 @@ def test_slots_equal_the_reference(call, kind, size):
         twins.check_slots(call, kind, size, groups, experts)
 
 
-def test_entries_out_of_range_take_no_slot(call):
-    expert = torch.tensor([0, 4, 0, -1, 2**62, 0, 3])
-    group = torch.tensor([0, 0, 2, 0, 0, -1, 1])
-    active = torch.ones(7, dtype=torch.bool)
-    slot_A, demand_GE = call("assign_slots", expert, group, active, 2, 4, -1)
-    assert slot_A.tolist() == [0, -1, -1, -1, -1, -1, 0]
-    assert demand_GE.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
-    assert call("assign_slots", expert, group, active, 0, 4, -1)[0].tolist() == [-1] * 7
+def test_entries_out_of_range(call):
+    twins.check_entries_out_of_range(call)
 
 
 # ---------------------------------------------------------------------------------------------- rows
-def row_cases():
-    """Also rows of several warps, and tokens with 31 to 65 rows: more than a list holds."""
-    yield from twins.row_cases()
-    yield 5, 1032, randint(1, 5, 12)
-    yield (
-        9,
-        24,
-        torch.arange(9).repeat_interleave(torch.tensor([31, 0, 32, 1, 33, 0, 64, 65, 2]))[
-            torch.randperm(228, generator=torch.Generator().manual_seed(0))
-        ],
-    )
-
-
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_rows_equal_the_reference(call, dtype):
-    for case in row_cases():
+    for case in [*twins.row_cases(), *twins.long_row_cases()]:
         twins.check_permute(call, *case, dtype)
         for weight_dtype in (torch.float32, dtype, None):
             twins.check_combine(call, *case, dtype, weight_dtype)
@@ -189,39 +159,11 @@ def test_strides_do_not_matter(call):
     twins.check_strides(call)
 
 
-@pytest.mark.parametrize(
-    "tokens", [4, 40]
-)  # few: rows read their tokens; many: tokens are written to their rows
-def test_memory_that_is_not_aligned(call, tokens):
-    token_N = randint(0, tokens, 60)
-    x_TD, rows_ND = randn(1, tokens * 32 + 1)[1:].view(tokens, 32), randn(2, 60 * 32 + 1)[1:].view(60, 32)
-    twins.assert_same_bits(call("permute", x_TD, token_N), reference.permute(x_TD, token_N))
-    twins.assert_same_bits(
-        call("combine", rows_ND, None, token_N, tokens), reference.combine(rows_ND, None, token_N, tokens)
-    )
-
-
+# Few tokens are read by their rows, many are written to them.
 @pytest.mark.parametrize("tokens", [4, 40])
-def test_rows_of_tokens_out_of_range_are_left_out(call, tokens):
-    token_N = randint(0, tokens, 60)
-    wrong = torch.tensor([0, 17, 18, 59])
-    token_N[wrong] = torch.tensor([-1, tokens, 2**62, -(2**62)])
-    right = torch.tensor([n for n in range(60) if n not in wrong])
-    x_TD, rows_ND, weight_N = randn(1, tokens, 24), randn(2, 60, 24), randn(3, 60)
-    for got, wanted in (
-        (call("permute", x_TD, token_N), reference.permute(x_TD, token_N[right])),
-        *zip(
-            call("combine_backward", x_TD, rows_ND, weight_N, token_N),
-            reference.combine_backward(x_TD, rows_ND[right], weight_N[right], token_N[right]),
-            strict=True,
-        ),
-    ):
-        twins.assert_near(got[right], wanted)
-        assert (got[wrong] == 0).all()
-    twins.assert_same_bits(
-        call("combine", rows_ND, weight_N, token_N, tokens),
-        reference.combine(rows_ND[right], weight_N[right], token_N[right], tokens),
-    )
+def test_alignment_and_rows_out_of_range(call, tokens):
+    twins.check_alignment(call, tokens)
+    twins.check_rows_out_of_range(call, tokens)
 
 
 # ------------------------------------------------------------------------------------------- the whole

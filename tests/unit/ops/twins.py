@@ -105,6 +105,21 @@ def check_draws(call: Call, count):
     assert not active((draw_T - 2.0**-25).clamp_min(2.0**-30))[below].any()
 
 
+def check_experts_out_of_range(call: Call):
+    """They get no gradient, and disturb no other token."""
+    d_probs, d_weights, probs = randn(0, 3, 4), randn(1, 3, 2), randn(2, 3, 4).softmax(-1)
+    ids, chosen, active = torch.tensor([[0, 3]] * 3), randn(3, 3, 2), torch.ones(3, 2, dtype=torch.bool)
+    for normalize in (True, False):
+        arguments = (d_probs, d_weights, probs, ids, chosen, active, normalize)
+        wanted = reference.route_topk_backward(*arguments)
+        for wrong in (4, -1, 2**62):
+            ids_TK = ids.clone()
+            ids_TK[1, 1] = wrong
+            got = call("route_topk_backward", d_probs, d_weights, probs, ids_TK, chosen, active, normalize)
+            assert_near(got[[0, 2]], wanted[[0, 2]])
+            assert got[1].isfinite().all()
+
+
 # --------------------------------------------------------------------------------------------- slots
 SLOT_KINDS = ("random", "all_to_one", "none_active")
 
@@ -119,6 +134,17 @@ def check_slots(call: Call, kind, size, groups, experts):
             assert_near(mine, wanted)
 
 
+def check_entries_out_of_range(call: Call):
+    """They take no slot."""
+    expert = torch.tensor([0, 4, 0, -1, 2**62, 0, 3])
+    group = torch.tensor([0, 0, 2, 0, 0, -1, 1])
+    active = torch.ones(7, dtype=torch.bool)
+    slot_A, demand_GE = call("assign_slots", expert, group, active, 2, 4, -1)
+    assert slot_A.tolist() == [0, -1, -1, -1, -1, -1, 0]
+    assert demand_GE.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert call("assign_slots", expert, group, active, 0, 4, -1)[0].tolist() == [-1] * 7
+
+
 # ---------------------------------------------------------------------------------------------- rows
 def row_cases(seed=0):
     """Tokens, width, and the token of each row: none, one, many, all the same, some without rows."""
@@ -129,6 +155,18 @@ def row_cases(seed=0):
     yield 6, 33, torch.tensor([5, 0, 0, 5, 2, 0])
     yield 2, 64, torch.tensor([1] * 50)
     yield 300, 100, randint(seed, 300, 700)
+
+
+def long_row_cases():
+    """Rows of several warps, and tokens with 31 to 65 rows: more than a CUDA kernel lists."""
+    yield 5, 1032, randint(1, 5, 12)
+    yield (
+        9,
+        24,
+        torch.arange(9).repeat_interleave(torch.tensor([31, 0, 32, 1, 33, 0, 64, 65, 2]))[
+            torch.randperm(228, generator=torch.Generator().manual_seed(0))
+        ],
+    )
 
 
 def check_permute(call: Call, tokens, width, token_N, dtype):
@@ -183,3 +221,36 @@ def check_strides(call: Call):
         call("route_topk", *strided), call("route_topk", logits, valid, *rest), strict=True
     ):
         assert torch.equal(one, other)
+
+
+def check_alignment(call: Call, tokens):
+    """Rows of whole vectors that do not begin where vectors may begin."""
+    token_N = randint(0, tokens, 60)
+    x_TD, rows_ND = randn(1, tokens * 32 + 1)[1:].view(tokens, 32), randn(2, 60 * 32 + 1)[1:].view(60, 32)
+    assert_same_bits(call("permute", x_TD, token_N), reference.permute(x_TD, token_N))
+    assert_same_bits(
+        call("combine", rows_ND, None, token_N, tokens), reference.combine(rows_ND, None, token_N, tokens)
+    )
+
+
+def check_rows_out_of_range(call: Call, tokens):
+    """Rows of tokens that do not exist are left out of sums; what would have come from the token is zero."""
+    token_N = randint(0, tokens, 60)
+    wrong = torch.tensor([0, 17, 18, 59])
+    token_N[wrong] = torch.tensor([-1, tokens, 2**62, -(2**62)])
+    right = torch.tensor([n for n in range(60) if n not in wrong])
+    x_TD, rows_ND, weight_N = randn(1, tokens, 24), randn(2, 60, 24), randn(3, 60)
+    for got, wanted in (
+        (call("permute", x_TD, token_N), reference.permute(x_TD, token_N[right])),
+        *zip(
+            call("combine_backward", x_TD, rows_ND, weight_N, token_N),
+            reference.combine_backward(x_TD, rows_ND[right], weight_N[right], token_N[right]),
+            strict=True,
+        ),
+    ):
+        assert_near(got[right], wanted)
+        assert (got[wrong] == 0).all()
+    assert_same_bits(
+        call("combine", rows_ND, weight_N, token_N, tokens),
+        reference.combine(rows_ND[right], weight_N[right], token_N[right], tokens),
+    )
