@@ -118,7 +118,12 @@ def missing_cuda() -> str | None:
 
 def cuda_runtime() -> Path | None:
     """The CUDA runtime library to link with: of the toolkit, or of the packages that torch came with."""
-    toolkit = Path(str(nvcc())).resolve().parent.parent
+    # nvcc on the path may be a script that calls the real one, which says where it lives.
+    told = subprocess.run(
+        [str(nvcc()), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    toolkit = Path(top[1]).resolve() if top else Path(str(nvcc())).resolve().parent.parent
     packages = torch_folder().parent / "nvidia"
     folders = [toolkit / "lib64", *toolkit.glob("targets/*/lib"), *packages.glob("cu*/lib")]
     found = (library for folder in folders for library in sorted(folder.glob("libcudart.so*")))

@@ -14,12 +14,10 @@ from tests.oracle import cases
 from tests.unit.ops import twins
 from tests.unit.ops.twins import FLOATING, WIDE, randint, randn
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-    pytest.mark.skipif(
-        "CUDA" not in ops.kernel_status()[1], reason=f"no CUDA kernels: {ops.kernel_status()[1]}"
-    ),
-]
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA GPU", allow_module_level=True)
+if "CUDA" not in ops.kernel_status()[1]:
+    pytest.skip(f"no CUDA kernels: {ops.kernel_status()[1]}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,6 +294,18 @@ def test_what_cannot_be_loaded_is_told(monkeypatch, found, running, reason):
 
 
 @needs_native
-def test_the_extension_says_which_torch_it_was_built_for():
-    built_for = native.import_module("epmoe._C").torch_version
-    assert f"CPU kernels, built for torch {built_for}" == REASON
+def test_the_extension_says_what_it_was_built_for():
+    extension = native.import_module("epmoe._C")
+    assert REASON.startswith(
+        "CPU and CUDA kernels (for " if extension.cuda_architectures else "CPU kernels, "
+    )
+    assert REASON.endswith(f"built for torch {extension.torch_version}")
+
+
+def test_cuda_kernels_are_told(monkeypatch):
+    extension = SimpleNamespace(torch_version="2.13.0", cuda_architectures="9.0 10.0+PTX")
+    monkeypatch.delenv("EPMOE_KERNELS", raising=False)
+    monkeypatch.setattr(native, "find_spec", lambda _: "a file")
+    monkeypatch.setattr(native, "import_module", lambda _: extension)
+    told = "CPU and CUDA kernels (for 9.0 10.0+PTX), built for torch 2.13.0"
+    assert native.load_kernels() == ("native", told)
