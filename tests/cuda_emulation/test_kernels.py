@@ -35,6 +35,7 @@ COMPILE = [
         "-Wextra",
     ),
     *("-Werror", "-Wno-unknown-pragmas"),
+    "-Wl,-Bsymbolic",  # the functions for streams and guards are kernels.cpp's own, where torch has some too
     "-U_FORTIFY_SOURCE",  # it takes a jump from one fibre's stack to another's for an accident
     *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
 ]
