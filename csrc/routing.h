@@ -40,7 +40,8 @@ struct Draws {
 
 // In float64 and without contraction (a compiler option everywhere), so that every device decides alike. The exp of
 // two devices may differ in its last bit; a draw has 24 bits, so the chance that it falls in between is 2^-52.
-EPMOE_HOST_DEVICE inline bool second_is_used(SecondPolicy policy, double first, double second, double tau, double draw) {
+EPMOE_HOST_DEVICE inline bool second_is_used(
+    SecondPolicy policy, double first, double second, double tau, double draw) {
   if (policy == SecondPolicy::none) {
     return false;
   }

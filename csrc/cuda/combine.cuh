@@ -137,7 +137,12 @@ class TokenRows {
 // Expert-major: each row reads its token's.
 template <class Vector>
 __global__ void gather_rows_kernel(
-    int64_t num_rows, int64_t num_tokens, int64_t vectors, const Vector* x_TV, const int64_t* token_N, Vector* rows_NV) {
+    int64_t num_rows,
+    int64_t num_tokens,
+    int64_t vectors,
+    const Vector* x_TV,
+    const int64_t* token_N,
+    Vector* rows_NV) {
   for (int64_t n = blockIdx.x; n < num_rows; n += gridDim.x) {
     const int64_t t = token_N[n];
     const bool known = t >= 0 && t < num_tokens;
