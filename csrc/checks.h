@@ -24,6 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kAnySize = -1;
+constexpr int64_t kUnfilled = -1;  // in a list of tokens: a row that belongs to none
 
 template <class... Parts>
 std::string message(const Parts&... parts) {
@@ -84,12 +85,22 @@ struct Check {
   }
 
   Tensor of(ScalarType wanted, const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
-    const ScalarType dtype = tensor.scalar_type();
-    EPMOE_CHECK(dtype == wanted, op, ": ", name, " must be ", wanted, ", got ", dtype);
+    dtype(wanted, tensor, name);
     return placed(tensor, name, sizes);
   }
 
+  void dtype(ScalarType wanted, const Tensor& tensor, const char* name) const {
+    const ScalarType actual = tensor.scalar_type();
+    EPMOE_CHECK(actual == wanted, op, ": ", name, " must be ", wanted, ", got ", actual);
+  }
+
   Tensor placed(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    shaped(tensor, name, sizes);
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+  // Device and sizes only: for what torch itself will read, whatever its strides.
+  void shaped(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     EPMOE_CHECK(
         tensor.device().type() == device && (device == DeviceType::CPU || tensor.get_device_index() == device_index),
         op, ": ", name, " must be on the same device as the other tensors");
@@ -101,7 +112,6 @@ struct Check {
     }
     EPMOE_CHECK(
         fits, op, ": ", name, " must have shape ", in_brackets(sizes), ", got ", in_brackets(actual));
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }
 
   // Memory for a result, not filled. The stable ABI does not tell why torch could not give it; at these sizes there is
@@ -138,17 +148,18 @@ struct Check {
 
 // Of host memory: a kernel of another device treats an index out of range as though its entry were not there. One cheap
 // pass; the culprit is looked for only when there is one.
-inline void check_indices(const char* op, const Tensor& indices, int64_t bound, const char* name) {
+inline void check_indices(
+    const char* op, const Tensor& indices, int64_t bound, const char* name, int64_t least = 0) {
   const int64_t* values = indices.const_data_ptr<int64_t>();
   const int64_t count = indices.numel();
   bool bad = false;
   for (int64_t i = 0; i < count; ++i) {
-    bad |= static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(bound);
+    bad |= values[i] < least || values[i] >= bound;
   }
   for (int64_t i = 0; bad && i < count; ++i) {
     EPMOE_CHECK(
-        values[i] >= 0 && values[i] < bound,
-        op, ": ", name, "[", i, "]=", values[i], " must be in [0, ", bound, ")");
+        values[i] >= least && values[i] < bound,
+        op, ": ", name, "[", i, "]=", values[i], " must be in [", least, ", ", bound, ")");
   }
 }
 

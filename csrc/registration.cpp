@@ -9,8 +9,13 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe, CPU, library) {
   library.impl("route_topk", TORCH_BOX(&epmoe::cpu::route_topk));
   library.impl("route_topk_backward", TORCH_BOX(&epmoe::cpu::route_topk_backward));
   library.impl("assign_slots", TORCH_BOX(&epmoe::cpu::assign_slots));
+  library.impl("permute", TORCH_BOX(&epmoe::cpu::permute));
   library.impl("combine", TORCH_BOX(&epmoe::cpu::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cpu::combine_backward));
+  library.impl("activate", TORCH_BOX(&epmoe::cpu::activate));
+  library.impl("activate_backward", TORCH_BOX(&epmoe::cpu::activate_backward));
+  library.impl("grouped_gemm", TORCH_BOX(&epmoe::cpu::grouped_gemm));
+  library.impl("grouped_gemm_weight_grad", TORCH_BOX(&epmoe::cpu::grouped_gemm_weight_grad));
 }
 
 #ifdef EPMOE_CUDA

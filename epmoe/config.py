@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+from epmoe.config_routers import AnyRouterOptions, GShardTop2Options, RouterOptions
+from epmoe.section import Beta, Count, Fraction, Positive, Section, Seed
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -93,6 +84,11 @@ class ModelConfig(Section):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     qk_norm: bool = False
     """RMSNorm of queries and keys per head."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """``sdpa``: PyTorch's. ``flash``: flash-attn 3, 4 or 2, whichever suits the GPU; a run that cannot have it does
+    not start. ``auto``: flash-attn where it is installed and works, else sdpa; one line says which and why."""
+    norm: Literal["torch", "apex"] = "torch"
+    """Who computes RMSNorm. ``apex``: NVIDIA apex on a GPU; a run that cannot have it does not start."""
     tie_embeddings: bool = True
     """Output head shares the embedding matrix."""
     init: Literal["normal", "truncated_fan_in", "kaiming"] = "normal"
@@ -124,58 +120,16 @@ class ModelConfig(Section):
 
 
 # ----------------------------------------------------------------------------------------------- MoE
-class RouterOptions(Section):
-    """Options every router of the top-k family has."""
-
-    slot_order: Literal["choice_major", "token_major"] = "choice_major"
-    """Who gets an expert's slots first: all first choices (the GShard paper; a later token may take an earlier
-    token's second slot) or token by token (causal)."""
-    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """In training the router's own input is multiplied by uniform noise in [1-jitter, 1+jitter)."""
-
-
-class GShardTop2Options(RouterOptions):
-    """GShard's top-2 router, arXiv:2006.16668 Algorithm 1."""
-
-    name: Literal["gshard_top2"] = "gshard_top2"
-    second_policy: Literal["all", "random", "threshold", "none"] = "random"
-    """When the second expert is used in training: always, with probability min(1, a2/tau), if a2 > tau, never."""
-    second_policy_eval: Literal["all", "threshold", "none"] = "all"
-    """The same in evaluation and generation."""
-    tau: Annotated[float, Field(gt=0)] = 0.5
-    """Scale of the random policy (0.5 is the paper's) and limit of the threshold policy (below 0.5)."""
-
-    @model_validator(mode="after")
-    def _threshold_can_be_passed(self) -> GShardTop2Options:
-        if "threshold" in (self.second_policy, self.second_policy_eval) and self.tau >= 0.5:
-            raise ValueError(
-                f"the threshold policy uses the second expert if a2 > tau, but a2, the smaller of two shares, is at "
-                f"most 0.5: tau={self.tau:g} would never let it through; set tau below 0.5, or use policy none"
-            )
-        return self
-
-
-class SwitchOptions(RouterOptions):
-    """Switch's top-1 router, arXiv:2101.03961: the gate is the raw probability."""
-
-    name: Literal["switch"] = "switch"
-    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """The paper's jitter of the router input."""
-
-
-class TopKOptions(RouterOptions):
-    """Plain top-k routing."""
-
-    name: Literal["topk"] = "topk"
-    normalize: bool | None = None
-    """True: weights are a softmax over the chosen logits (Mixtral). False: raw probabilities (OLMoE).
-    null: normalised for k > 1, raw for k = 1, where a normalised weight would not train the router."""
-
-
-AnyRouterOptions = Annotated[GShardTop2Options | SwitchOptions | TopKOptions, Field(discriminator="name")]
-ROUTER_TOP_K = {"gshard_top2": 2, "switch": 1}
-"""Routers whose number of experts per token is part of their definition."""
-AUX_LOSSES = ("balance", "z")
+AUX_LOSSES = (
+    "balance",
+    "z",
+    "importance",
+    "load",
+    "sequence_balance",
+    "device_balance",
+    "communication_balance",
+)
+GROUP_LOSSES = ("device_balance", "communication_balance")
 
 
 def _known_loss(name: str) -> str:
@@ -212,12 +166,27 @@ class MoEConfig(Section):
     """What a factor of 1 means: K*S/E slots (DeepSpeed, Megatron, V-MoE) or S/E slots (GShard, Switch, ST-MoE)."""
     min_capacity: Count = 4
     capacity_multiple: Positive = 1
-    dispatcher: Literal["auto", "local", "all_to_all"] = "auto"
-    """``auto``: local when one rank holds all experts, else all_to_all."""
-    losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = {"balance": 0.01, "z": 0.001}
+    dispatcher: Literal["auto", "local", "all_to_all", "padded"] = "auto"
+    """How rows reach their experts: reordered on a rank that holds all of them; exactly the kept rows between ranks;
+    or blocks of the full capacity, whose static shapes need no word from the device (one rank or several; dropless
+    passes are ragged). ``auto``: padded between CUDA ranks with a capacity factor, else local or all_to_all."""
+    save: Literal["output", "hidden"] = "output"
+    """What a layer keeps of the experts' work for the backward pass besides the rows and their pre-activation: their
+    results, or (``hidden``) nothing, because the combine weights are applied inside the experts. Less memory; with
+    experts on several ranks one more small exchange in each direction."""
+    losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = Field(
+        default={"balance": 0.01, "z": 0.001}
+    )
     """Auxiliary losses and their coefficients."""
     balance_count: Literal["auto", "top1", "all"] = "auto"
-    """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for topk."""
+    """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for the others."""
+    balance_scope: Literal["group", "sequence", "micro_batch", "global"] = "group"
+    """Over which tokens the balance loss wants balance: those that share a capacity (``group``), a sequence, a
+    rank's micro-batch, or the tokens of all ranks. ``global`` adds one all-reduce of counts per layer and
+    micro-batch; with accumulation it knows the micro-batches so far."""
+    allow_non_causal: bool = False
+    """Allow a decoder a router whose choices or slots depend on later tokens; its loss may then be better than the
+    text it can write."""
 
     @model_validator(mode="before")
     @classmethod
@@ -230,22 +199,67 @@ class MoEConfig(Section):
             values["router"] = router = {"name": router}
         if isinstance(router, dict):
             values["router"] = router = {"name": "gshard_top2", **router}
-        name = router.get("name") if isinstance(router, dict) else getattr(router, "name", None)
-        if isinstance(name, str) and name in ROUTER_TOP_K:
-            values.setdefault("top_k", ROUTER_TOP_K[name])
+        fixed = _fixed_top_k(router)
+        if fixed is not None:
+            values.setdefault("top_k", fixed)
         return values
 
     @model_validator(mode="after")
     def _consistent(self) -> MoEConfig:
-        fixed = ROUTER_TOP_K.get(self.router.name)
-        if fixed not in (None, self.top_k):
+        router = self.router
+        if router.fixed_top_k not in (None, self.top_k):
             raise ValueError(
-                f"router {self.router.name} sends every token to {fixed} expert(s), got top_k={self.top_k}; "
+                f"router {router.name} sends every token to {router.fixed_top_k} expert(s), got top_k={self.top_k}; "
                 f"leave top_k out, or use router: topk"
             )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}")
+        router.check(num_experts=self.num_experts, top_k=self.top_k)
+        if "load" in self.losses and not router.smooth_load:
+            raise ValueError(
+                f"losses=load needs a router that estimates its load smoothly, {router.name} only counts; "
+                f"routers that do: {_names(lambda options: options.smooth_load)}; for this one use balance"
+            )
+        by_group = [name for name in GROUP_LOSSES if name in self.losses]
+        if by_group and router.expert_groups == 1:
+            raise ValueError(
+                f"losses={by_group[0]} balances groups of experts, and router {router.name} has one group; "
+                f"set num_groups of a router that has it: {_names(lambda o: 'num_groups' in o.model_fields)}"
+            )
         return self
+
+
+def _router_classes() -> dict[str, type[RouterOptions]]:
+    """The options class of every router family, by its name."""
+    classes: tuple[type[RouterOptions], ...] = get_args(get_args(AnyRouterOptions)[0])
+    return {cls.model_fields["name"].default: cls for cls in classes}
+
+
+def _names(wanted: Callable[[type[RouterOptions]], bool]) -> str:
+    return ", ".join(name for name, cls in _router_classes().items() if wanted(cls))
+
+
+def _fixed_top_k(router: Any) -> int | None:
+    """Experts per token of a router that is still a mapping, or already options."""
+    if isinstance(router, dict):
+        router = _router_classes().get(str(router.get("name")))
+    return getattr(router, "fixed_top_k", None)
+
+
+def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
+    """Why a decoder must not have this MoE section, and what it may have instead; None if it may.
+
+    Slots in ``choice_major`` order are not in question here: they look at later tokens only where capacity drops
+    something, and evaluation is dropless unless it is told otherwise.
+    """
+    reason = None if moe is None or moe.allow_non_causal else moe.router.looks_ahead
+    if moe is None or reason is None:
+        return None
+    return (
+        f"router {moe.router.name} is not causal and a decoder predicts the next token: {reason}",
+        f"use priority: position and one of {_names(lambda options: options().looks_ahead is None)}, or set "
+        f"moe.allow_non_causal: true",
+    )
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -262,7 +276,9 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (fused) or SGD, learning-rate schedule, clipping."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "apex_fused_adam"] = "adamw"
+    """``apex_fused_adam``: AdamW by NVIDIA apex on a GPU, with the same state, so a run may change between the two;
+    a run that cannot have it does not start."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from epmoe.config import BPE_ENTRIES_BELOW, Config, choose_ep_size, profiled_steps
+from epmoe.config import BPE_ENTRIES_BELOW, Config, causality_problem, choose_ep_size, profiled_steps
 from epmoe.errors import ConfigError
 from epmoe.yaml12 import Document, KeyPath, Problem, dotted, dump_yaml
 
@@ -111,6 +111,8 @@ def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
             what = f"no layer is an MoE layer: every={moe.every}, first_dense={moe.first_dense}, "
             what += f"model.num_layers={model.num_layers}"
             yield ("moe", "every"), what, "for a dense model write moe: null"
+    if problem := causality_problem(moe):
+        yield ("moe", "router"), *problem
     if config.data.tokenizer == "bpe" and config.data.vocab_size < BPE_ENTRIES_BELOW:
         what = f"a byte-level BPE has {BPE_ENTRIES_BELOW} entries before it learns anything"
         yield ("data", "vocab_size"), what, f"{BPE_ENTRIES_BELOW} or more, or data.tokenizer: byte"
@@ -227,6 +229,8 @@ def _unknown_key(path: KeyPath, document: Document) -> Problem:
     if not near:
         near = [elsewhere[name] for name in get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
+    if owners := _alternatives_with(key, parent, document):
+        hint = f"{key} is a key of {', '.join(owners)}; "
     where = f"keys of {dotted(parent)}" if parent else "sections and keys"
     return Problem(
         place=document.key_place(path),
@@ -250,6 +254,19 @@ def _sections_at(path: KeyPath, document: Document) -> list[type[BaseModel]]:
                 s for s in sections if s.model_fields["name"].default == value.get("name")
             ] or sections
     return sections
+
+
+def _alternatives_with(key: str, parent: KeyPath, document: Document) -> list[str]:
+    """Where a section is one of several with a ``name``: those that know the key."""
+    if not parent:
+        return []
+    outer = _sections_at(parent[:-1], document)
+    fields = [
+        section.model_fields[str(parent[-1])] for section in outer if parent[-1] in section.model_fields
+    ]
+    models = [model for field in fields for model in _models_in(field.annotation)]
+    named = [model for model in models if len(models) > 1 and "name" in model.model_fields]
+    return [str(model.model_fields["name"].default) for model in named if key in model.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -8,6 +8,7 @@ Letters (a tensor's suffix names its logical dimensions, in order):
     D  model width                                  A  assignments: (token, expert) pairs
     F  hidden width of an expert                    N  kept assignments, N <= A
     C  capacity per expert and group                R  rows received by this rank
+    P  groups of experts                            M  micro-batches of an optimizer step
     W  ranks that share the experts (ep_size)       H  heads      V  vocabulary
 """
 
@@ -42,6 +43,9 @@ class TokenContext:
     """int64 token ids."""
     segment_BS: Tensor | None = None
     """int64 document number inside the window."""
+    counted: dict[int, tuple[Tensor, Tensor]] | None = None
+    """By number of the layer: what this rank's earlier micro-batches of the optimizer step sent to each expert, and
+    their valid tokens. For ``balance_scope: global``; None = this is the first."""
 
 
 @register_pytree
@@ -71,7 +75,33 @@ class RouterInputs:
     draws: Draws | None = None
     """Counters from which random policies draw,"""
     uniform_T: Tensor | None = None
-    """or their numbers in [0, 1) themselves (tests, replayed examples). Never both."""
+    """or their numbers themselves (tests, replayed examples), never both: in [0, 1), for the random second expert;"""
+    uniform_TE: Tensor | None = None
+    """in [0, 1), for the sampled second expert;"""
+    order_T: Tensor | None = None
+    """in [0, 1), for ``priority: random``: who draws less comes first;"""
+    normal_TE: Tensor | None = None
+    """standard normal, for the noise of the logits;"""
+    group_normal_TP: Tensor | None = None
+    """and for that of the group logits."""
+    group_size: int = 0
+    """Tokens per capacity group; consecutive tokens form a group. 0 = all of them."""
+    capacity: int = -1
+    """Slots per expert and group; -1 = no limit."""
+    token_T: Tensor | None = None
+    """int64 token ids."""
+    segment_T: Tensor | None = None
+    """int64 document of each token, different in different sequences."""
+    noise_logits_TE: Tensor | None = None
+    """Scale of the noise before softplus."""
+    bias_E: Tensor | None = None
+    """Added to scores for the selection, not for the weights."""
+    threshold_E: Tensor | None = None
+    """Learned limits of each expert's score."""
+    group_logits_TP: Tensor | None = None
+    """Logits of groups of experts."""
+    group_noise_logits_TP: Tensor | None = None
+    """Scale of their noise before softplus."""
 
 
 @register_pytree
@@ -94,13 +124,18 @@ class Routing:
     choice_A: Tensor
     """int64 in [0, K): 0 = the token's first choice."""
     probs_TE: Tensor
-    """softmax of the logits, differentiable; zero rows for invalid tokens."""
+    """What the router thinks of every expert, summing to 1, differentiable (softmax of the logits in most families);
+    zero rows for invalid tokens."""
     logits_TE: Tensor
     """The logits the decision was made on, differentiable; zero rows for invalid tokens."""
     valid_T: Tensor
     """bool: real tokens whose logits are usable."""
     nonfinite_tokens: Tensor
     """int64 scalar: real tokens treated as padding because their vector is not finite or a logit is NaN or +inf."""
+    load_E: Tensor | None = None
+    """Differentiable estimate of how many tokens choose each expert; None = the family only counts."""
+    importance_E: Tensor | None = None
+    """Differentiable sum over tokens of each expert's gate, where that is not the sum of its weights."""
 
 
 @register_pytree
@@ -113,18 +148,21 @@ class DispatchPlan:
     demand_GE: Tensor
     """int64 active assignments before capacity."""
     assignment_N: Tensor
-    """int64: the kept entries of the routing list, ascending by expert, then by priority."""
+    """int64: the kept entries of the routing list, ascending by expert, then by priority; padded: one entry for every
+    slot, -1 where it is unfilled."""
     token_N: Tensor
-    """int64: the token of each kept entry."""
+    """int64: the token of each of these entries, -1 where there is none."""
     tokens_per_expert_E: Tensor
-    """int64: rows this rank sends to each expert."""
-    send_splits: tuple[int, ...]
+    """int64: kept entries of each expert, of this rank's tokens."""
+    padded: bool = False
+    """Every expert's block has the same size, and the fields below say nothing."""
+    send_splits: tuple[int, ...] = ()
     """Rows sent to each of the W ranks."""
-    recv_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...] = ()
     """Rows received from each of the W ranks."""
-    expert_order_R: Tensor | None
+    expert_order_R: Tensor | None = None
     """int64: received rows (rank-major) in expert-major order; None when they already are."""
-    rank_order_R: Tensor | None
+    rank_order_R: Tensor | None = None
     """int64: the inverse."""
 
 
@@ -135,7 +173,11 @@ class ExpertBatch:
 
     rows_RD: Tensor
     tokens_per_expert_L: Tensor
-    """int64."""
+    """int64; they add up to R unless ``rows_per_expert`` is given."""
+    rows_per_expert: int | None = None
+    """Padded: all experts have this many rows, R / L, zeros among them. None: the counts say it."""
+    weight_R: Tensor | None = None
+    """Combine weight of each row, differentiable, when the experts are to apply it; None: the dispatcher does."""
 
 
 @register_pytree

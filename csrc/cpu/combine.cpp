@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -17,15 +18,19 @@ struct RowsByToken {
 
   RowsByToken(const int64_t* token, int64_t num_rows, int64_t num_tokens)
       : start_T1(static_cast<size_t>(num_tokens) + 1), row_N(static_cast<size_t>(num_rows)) {
+    // Unfilled rows are counted in the first place, which is reset afterwards.
     for (int64_t n = 0; n < num_rows; ++n) {
       ++start_T1[token[n] + 1];
     }
+    start_T1[0] = 0;
     for (int64_t t = 0; t < num_tokens; ++t) {
       start_T1[t + 1] += start_T1[t];
     }
     std::vector<int64_t> next_T(start_T1.begin(), start_T1.end() - 1);
     for (int64_t n = 0; n < num_rows; ++n) {
-      row_N[next_T[token[n]]++] = n;
+      if (token[n] != kUnfilled) {
+        row_N[next_T[token[n]]++] = n;
+      }
     }
   }
 };
@@ -113,7 +118,7 @@ EPMOE_ROW_LOOPS(Half)
 Tensor combine(
     const Tensor& rows_in, const std::optional<Tensor>& weight_in, const Tensor& token_in, int64_t num_tokens) {
   const Combine given(DeviceType::CPU, rows_in, weight_in, token_in, num_tokens);
-  check_indices("combine", given.token_N, num_tokens, "token");
+  check_indices("combine", given.token_N, num_tokens, "token", kUnfilled);
   if (given.y_TD.numel() == 0) {
     return given.y_TD;
   }
@@ -137,7 +142,7 @@ Tensor combine(
 std::tuple<Tensor, Tensor> combine_backward(
     const Tensor& d_y_in, const Tensor& rows_in, const Tensor& weight_in, const Tensor& token_in) {
   const CombineBackward given(DeviceType::CPU, d_y_in, rows_in, weight_in, token_in);
-  check_indices("combine_backward", given.token_N, given.num_tokens, "token");
+  check_indices("combine_backward", given.token_N, given.num_tokens, "token", kUnfilled);
   if (given.num_rows != 0) {
     const int64_t width = given.width;
     const int64_t* token = given.token_N.const_data_ptr<int64_t>();
@@ -158,6 +163,12 @@ std::tuple<Tensor, Tensor> combine_backward(
           d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
         }
       });
+      for (int64_t n = 0; n < given.num_rows; ++n) {
+        if (token[n] == kUnfilled) {
+          std::fill_n(d_rows + n * width, width, Scalar(0));
+          d_weight[n] = 0;
+        }
+      }
     });
   }
   return {given.d_rows_ND, torch::stable::to(given.d_weight_N, weight_in.scalar_type())};

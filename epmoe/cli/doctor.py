@@ -28,6 +28,7 @@ from epmoe.observe.health import RouterHistory
 from epmoe.observe.record import read_records, record_to_json
 
 GIB = 2**30
+NOT_NEEDED = "not installed, not needed"
 Status = Literal["ok", "note", "warning", "failure"]
 
 
@@ -207,28 +208,54 @@ def _storage() -> Iterator[Finding]:
 
 # ----------------------------------------------------------------------------------- optional packages
 def _optional_packages() -> Iterator[Finding]:
-    """Looks without importing: some of these take seconds to load or compile things when imported."""
-    for name, module in (("deepspeed", "deepspeed"), ("flash-attn", "flash_attn")):
-        found = (_installed(name) or "installed") if find_spec(module) else "not installed, not needed"
-        yield Finding(part="optional", name=name, value=found, status="note")
+    """Imports only what could run here: some of these take seconds to load or compile things."""
+    found = (_installed("deepspeed") or "installed") if find_spec("deepspeed") else NOT_NEEDED
+    yield Finding(part="optional", name="deepspeed", value=found, status="note")
+    yield flash_finding()
     yield apex_finding()
 
 
+def flash_finding() -> Finding:
+    """What ``model.attention=auto`` would take here for heads of 128 in bfloat16, and why."""
+    import torch
+
+    from epmoe.config import ModelConfig
+    from epmoe.models.accelerators import choose_accelerators, compute_capability, flash_is_installed
+
+    if not flash_is_installed():
+        return Finding(part="optional", name="flash-attn", value=NOT_NEEDED, status="note")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = choose_accelerators(ModelConfig(head_dim=128), device=device, dtype=torch.bfloat16)
+    unusable = found.attend is None and compute_capability(device) is not None
+    value = f"{_installed('flash-attn') or 'installed'}; attention: {found.note}"
+    return Finding(part="optional", name="flash-attn", value=value, status="warning" if unusable else "note")
+
+
 def apex_finding() -> Finding:
-    """Tells NVIDIA's apex from the web toolkit of that name on PyPI, by its files."""
-    spec = find_spec("apex")
-    if spec is None:
-        return Finding(part="optional", name="apex", value="not installed, not needed", status="note")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        return Finding(part="optional", name="apex", value=_installed("apex") or "installed", status="note")
-    return Finding(
-        part="optional",
-        name="apex",
-        value="the installed 'apex' is an unrelated web toolkit",
-        status="warning",
-        fix="pip uninstall apex; NVIDIA's apex is not needed: torch's fused AdamW is the default",
-    )
+    """Which package called apex is there, and whether NVIDIA's works."""
+    import torch
+
+    from epmoe.models.accelerators import compute_capability, find_apex
+    from epmoe.train.optimizer import load_fused_adam
+
+    kind = find_apex()
+    if kind == "missing":
+        return Finding(part="optional", name="apex", value=NOT_NEEDED, status="note")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        load_fused_adam(device, torch.float32)
+    except ConfigError as error:
+        unusable = kind == "unrelated" or compute_capability(device) is not None
+        return Finding(
+            part="optional",
+            name="apex",
+            value=error.why or error.what,
+            status="warning" if unusable else "note",
+            fix="pip uninstall apex; NVIDIA's apex is not needed: torch's fused AdamW is the default"
+            if kind == "unrelated"
+            else None,
+        )
+    return Finding(part="optional", name="apex", value="NVIDIA's, its FusedAdam works", status="note")
 
 
 def _installed(package: str) -> str | None:

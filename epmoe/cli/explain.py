@@ -22,7 +22,7 @@ def explain(config: Config, world_size: int) -> str:
     counts = count_parameters(config.model, moe, vocab_size)
     ep_size = choose_ep_size(config.parallel.ep_size, world_size, moe.num_experts if moe else 1)
     local = counts.dense + counts.expert // ep_size
-    moments = 2 if config.optimizer.name == "adamw" else 0
+    moments = 0 if config.optimizer.name == "sgd" else 2
     state = STATE_BYTES[train.precision]
     master = state if train.precision == "bf16_params" else 0
     per_rank = local * (PARAMETER_BYTES[train.precision] + master + state * (1 + moments))

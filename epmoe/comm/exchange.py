@@ -16,6 +16,11 @@ Group = dist.ProcessGroup | None
 Splits = tuple[int, ...]
 
 
+def num_ranks(group: Group) -> int:
+    """Ranks in the group, W."""
+    return dist.get_world_size(group)
+
+
 class _ExchangeRows(torch.autograd.Function):
     """All-to-all of ragged blocks of rows; its backward is itself with the splits swapped."""
 
@@ -52,9 +57,15 @@ def exchange_rows(rows_ND: Tensor, send_splits: Splits, recv_splits: Splits, gro
     return apply(rows_ND, send_splits, recv_splits, group)
 
 
+def sum_counts(count_X: Tensor, group: Group) -> Tensor:
+    """Integers added up over the ranks of ``group``: an all-reduce of a few numbers, no gradient."""
+    total_X = count_X.clone()
+    dist.all_reduce(total_X, group=group)
+    return total_X
+
+
 def exchange_counts(tokens_per_expert_E: Tensor, group: Group) -> Tensor:
     """Tells every rank how many rows each rank sends to each of its experts -> int64 ``[W, L]``."""
-    num_ranks = dist.get_world_size(group)
     received_E = torch.empty_like(tokens_per_expert_E)
     dist.all_to_all_single(received_E, tokens_per_expert_E.contiguous(), group=group)
-    return received_E.view(num_ranks, -1)
+    return received_E.view(num_ranks(group), -1)

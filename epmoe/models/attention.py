@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from epmoe.config import ModelConfig
 from epmoe.errors import EpmoeError
+from epmoe.models.accelerators import HALF, Accelerators
 from epmoe.models.layers import Linear, RMSNorm
 from epmoe.types import compute_dtype
 
@@ -137,17 +138,22 @@ class Attention(nn.Module):
     With ``qk_norm`` the queries and keys of every head pass an RMSNorm before they are turned (Qwen3).
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, *, layer: int, accelerators: Accelerators | None = None) -> None:
         super().__init__()
+        accelerators = accelerators or Accelerators()
         self.layer = layer
+        self.attend = accelerators.attend
         self.head_size = config.head_size
         self.grouped = config.kv_heads != config.num_heads
         self.q_proj = Linear(config.d_model, config.num_heads * config.head_size)
         self.k_proj = Linear(config.d_model, config.kv_heads * config.head_size)
         self.v_proj = Linear(config.d_model, config.kv_heads * config.head_size)
         self.o_proj = Linear(config.num_heads * config.head_size, config.d_model)
-        self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.norm_eps, accelerators.rms_norm)
+            self.k_norm = RMSNorm(config.head_size, config.norm_eps, accelerators.rms_norm)
 
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> Tensor:
         """x ``[B, S, D]`` -> ``[B, S, D]``."""
@@ -158,15 +164,18 @@ class Attention(nn.Module):
         key_BJMP = apply_rotary(key_BJMP, inputs.cos_QP, inputs.sin_QP)
         if cache is not None:
             key_BJMP, value_BJMP = cache.extend(self.layer, key_BJMP, value_BJMP)
-        # Every kernel behind this call keeps the softmax's maximum and sum in float32 or better.
-        mixed_BHQP = F.scaled_dot_product_attention(
-            query_BHQP,
-            key_BJMP,
-            value_BJMP,
-            attn_mask=inputs.mask_QM,
-            is_causal=inputs.mask_QM is None and query_BHQP.size(2) > 1,
-            enable_gqa=self.grouped,
-        )
+        # Every kernel behind these calls keeps the softmax's maximum and sum in float32 or better.
+        if self.attend and cache is None and inputs.mask_QM is None and query_BHQP.dtype in HALF:
+            mixed_BHQP = self.attend(query_BHQP, key_BJMP, value_BJMP)
+        else:
+            mixed_BHQP = F.scaled_dot_product_attention(
+                query_BHQP,
+                key_BJMP,
+                value_BJMP,
+                attn_mask=inputs.mask_QM,
+                is_causal=inputs.mask_QM is None and query_BHQP.size(2) > 1,
+                enable_gqa=self.grouped,
+            )
         out_BSD: Tensor = self.o_proj(mixed_BHQP.transpose(1, 2).flatten(2))
         return out_BSD
 

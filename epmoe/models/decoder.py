@@ -29,8 +29,9 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epmoe.config import ModelConfig, MoEConfig
-from epmoe.errors import EpmoeError
+from epmoe.config import ModelConfig, MoEConfig, causality_problem
+from epmoe.errors import ConfigError, EpmoeError
+from epmoe.models.accelerators import Accelerators
 from epmoe.models.attention import Attention, AttentionInputs, KVCache, attention_inputs
 from epmoe.models.init import init_weights
 from epmoe.models.layers import Embedding, KeyedDropout, Linear, RMSNorm, SwiGLU
@@ -47,12 +48,20 @@ class Block(nn.Module):
     experts, ``shared`` with weight 1.
     """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig | None, *, layer: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig | None,
+        *,
+        layer: int,
+        seed: int,
+        accelerators: Accelerators,
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps)
-        self.attention = Attention(model, layer=layer)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, accelerators.rms_norm)
+        self.attention = Attention(model, layer=layer, accelerators=accelerators)
         self.attention_dropout = KeyedDropout(model.dropout, site=2 * layer + 1, seed=seed)
-        self.ffn_norm = RMSNorm(model.d_model, model.norm_eps)
+        self.ffn_norm = RMSNorm(model.d_model, model.norm_eps, accelerators.rms_norm)
         self.ffn: SwiGLU | None = None
         self.moe: MoELayer | None = None
         self.shared: SwiGLU | None = None
@@ -97,6 +106,12 @@ class Decoder(nn.Module):
         seed: Key of the initial weights and of every draw in training.
         cross_document: False limits attention to the token's own document (``ctx.segment_BS``). RoPE depends on
             distances alone, so a document then means the same wherever it lies in the window.
+        accelerators: From ``choose_accelerators``, which reads ``model.attention`` and ``model.norm``; parameters
+            and their names are the same with and without. None = PyTorch alone.
+
+    Raises:
+        ConfigError: ``model`` asks for ``flash`` or ``apex`` and ``accelerators`` does not have it.
+        ValueError: The router is not causal and ``moe.allow_non_causal`` is false.
     """
 
     def __init__(
@@ -107,15 +122,22 @@ class Decoder(nn.Module):
         vocab_size: int,
         seed: int,
         cross_document: bool = True,
+        accelerators: Accelerators | None = None,
     ) -> None:
         super().__init__()
+        if problem := causality_problem(moe):
+            raise ValueError("; ".join(problem))
+        accelerators = accelerators or Accelerators()
+        _require(model, accelerators)
         self.config, self.moe_config = model, moe
         self.vocab_size = vocab_size
         self.cross_document = cross_document
         self.embed = Embedding(vocab_size, model.d_model)
         self.embed_dropout = KeyedDropout(model.dropout, site=0, seed=seed)
-        self.blocks = nn.ModuleList(Block(model, moe, layer=i, seed=seed) for i in range(model.num_layers))
-        self.norm = RMSNorm(model.d_model, model.norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(model, moe, layer=i, seed=seed, accelerators=accelerators) for i in range(model.num_layers)
+        )
+        self.norm = RMSNorm(model.d_model, model.norm_eps, accelerators.rms_norm)
         self.head = None if model.tie_embeddings else Linear(model.d_model, vocab_size)
         if not self.embed.weight.is_meta:
             init_weights(self, seed)
@@ -160,3 +182,19 @@ class Decoder(nn.Module):
         for block in self.blocks:
             if isinstance(block, Block) and block.moe is not None:
                 yield block.moe
+
+
+def _require(model: ModelConfig, accelerators: Accelerators) -> None:
+    missing = [
+        key
+        for key, lacks in (
+            ("attention=flash", model.attention == "flash" and accelerators.attend is None),
+            ("norm=apex", model.norm == "apex" and accelerators.rms_norm is None),
+        )
+        if lacks
+    ]
+    if missing:
+        raise ConfigError(
+            f"the model is to have {' and '.join(missing)}, but was given no such kernel",
+            fix="Decoder(..., accelerators=choose_accelerators(model, device=..., dtype=...))",
+        )

@@ -13,6 +13,7 @@ from torch import nn
 from epmoe.config import ModelConfig
 from epmoe.errors import EpmoeError
 from epmoe.moe.experts import FFNExperts
+from epmoe.moe.router import Router
 
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.w_out")
 """Ends of the names of matrices whose result is added to the residual stream."""
@@ -22,7 +23,8 @@ FloatArray = npt.NDArray[np.float32]
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Sets every parameter of a decoder, following ``ModelConfig.init``; norm weights become 1.
+    """Sets every parameter of a decoder, following ``ModelConfig.init``; norm weights become 1. Tensors of a router
+    whose family has a law of its own, buffers among them, follow that.
 
     A matrix is drawn in float32 on the CPU from a generator of its own, keyed by the seed and the parameter's
     name, then rounded to the parameter's dtype and sent to its device. Stacked experts are drawn one by one, with
@@ -44,7 +46,9 @@ def init_weights(model: nn.Module, seed: int) -> None:
     if not isinstance(config, ModelConfig):
         raise TypeError(f"init_weights needs a Decoder, got {type(model).__name__}")
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
+        laws = module.initial_laws() if isinstance(module, Router) else {}
+        buffers = module.named_buffers(recurse=False) if isinstance(module, Router) else ()
+        for leaf, parameter in (*module.named_parameters(recurse=False), *buffers):
             name = f"{path}.{leaf}"
             if parameter.is_meta:
                 raise EpmoeError(
@@ -52,7 +56,10 @@ def init_weights(model: nn.Module, seed: int) -> None:
                     why="the model was built on the meta device",
                     fix="call model.to_empty(device=...) before init_weights",
                 )
-            if parameter.ndim == 1:
+            if leaf in laws:
+                values = laws[leaf](_generator(f"{seed}/{name}"), tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(values))
+            elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             elif isinstance(module, FFNExperts):
                 for i in range(module.num_local):
@@ -66,16 +73,20 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
 def _draw(config: ModelConfig, name: str, key: str, shape: tuple[int, ...]) -> FloatArray:
     """One matrix of the configured law."""
-    # numpy's generator takes the whole digest and fills arrays the same way on every CPU; torch's would keep only
-    # 32 bits of a seed, so that two of a large model's many expert matrices could well start out equal.
-    digest = hashlib.sha256(key.encode()).digest()
-    rng = np.random.Generator(np.random.PCG64DXSM(int.from_bytes(digest, "little")))
+    rng = _generator(key)
     values = rng.standard_normal(shape, dtype=np.float32)
     if config.init == "truncated_fan_in":
         while (far := np.abs(values) > 2).any():
             values[far] = rng.standard_normal(int(far.sum()), dtype=np.float32)
     values *= np.float32(_std(config, name, _fan_in(name, shape)))
     return values
+
+
+def _generator(key: str) -> np.random.Generator:
+    # numpy's generator takes the whole digest and fills arrays the same way on every CPU; torch's would keep only
+    # 32 bits of a seed, so that two of a large model's many expert matrices could well start out equal.
+    digest = hashlib.sha256(key.encode()).digest()
+    return np.random.Generator(np.random.PCG64DXSM(int.from_bytes(digest, "little")))
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epmoe.errors import EpmoeError
+from epmoe.models.accelerators import RMSNormFunction
 from epmoe.ops import philox
 from epmoe.types import TokenContext, compute_dtype
 
@@ -32,15 +33,22 @@ class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in at least float32. arXiv:1910.07467.
 
     The result has the dtype of ``x``.
+
+    Args:
+        width: D.
+        eps: Added to the mean square.
+        function: Another package's kernel for the same; None = PyTorch's.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, function: RMSNormFunction | None = None) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.function = eps, function
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x_D: Tensor) -> Tensor:
         """x ``[..., D]`` -> ``[..., D]``."""
+        if self.function is not None:
+            return self.function(x_D, self.weight, self.eps)
         dtype = compute_dtype(x_D.dtype)
         return F.rms_norm(x_D.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x_D.dtype)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from epmoe.config import ModelConfig, MoEConfig, TopKOptions
+from epmoe.config import ModelConfig, MoEConfig
+from epmoe.config_routers import TopKOptions
 
 
 def quickstart() -> tuple[ModelConfig, MoEConfig | None]:

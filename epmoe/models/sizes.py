@@ -85,5 +85,6 @@ def _dense_matrices(model: ModelConfig, moe: MoEConfig | None) -> int:
     weights = model.num_layers * attention + (model.num_layers - sparse) * 3 * model.d_model * model.d_ff
     if moe is not None:
         shared = 3 * model.d_model * expert_width(model, moe) * moe.shared_experts
-        weights += sparse * (moe.num_experts * model.d_model + shared)
+        router = moe.router.num_weights(d_model=model.d_model, num_experts=moe.num_experts)
+        weights += sparse * (router + shared)
     return weights

@@ -11,47 +11,147 @@ from torch import Tensor, nn
 
 from epmoe.comm.exchange import Group
 from epmoe.config import MoEConfig
-from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
 from epmoe.moe.experts import FFNExperts
-from epmoe.moe.layer import LossFunction, MoELayer
-from epmoe.moe.losses import balance_loss, first_choice_counts, z_loss
-from epmoe.moe.router import RouteFunction, Router
-from epmoe.moe.routers import gshard_top2, switch, topk
-from epmoe.types import DispatchPlan, Routing
+from epmoe.moe.layer import MoELayer, balance_count
+from epmoe.moe.losses import (
+    LossFunction,
+    LossInputs,
+    affinity_counts,
+    balance_loss,
+    choice_counts,
+    communication_balance_loss,
+    device_balance_loss,
+    global_balance_loss,
+    importance,
+    importance_loss,
+    load_loss,
+    tokens_per_device,
+    z_loss,
+)
+from epmoe.moe.router import Router
+from epmoe.moe.routers import deepseek, gshard_top2, hierarchical, noisy_topk, switch, topk
+from epmoe.moe.routers.family import Family
 
-ROUTERS: dict[str, RouteFunction] = {
-    "gshard_top2": gshard_top2.route,
-    "switch": switch.route,
-    "topk": topk.route,
+ROUTERS: dict[str, Family] = {
+    "gshard_top2": gshard_top2.FAMILY,
+    "switch": switch.FAMILY,
+    "topk": topk.FAMILY,
+    "noisy_topk": noisy_topk.FAMILY,
+    "hierarchical": hierarchical.FAMILY,
+    "deepseek": deepseek.FAMILY,
 }
 
 
 def _balance(moe: MoEConfig) -> LossFunction:
-    count = moe.balance_count
-    if count == "auto":
-        count = "all" if moe.router.name == "topk" else "top1"
+    first_only = balance_count(moe) == "top1"
+    count_per_token = 1 if first_only else moe.top_k
 
-    def all_choices(routing: Routing, plan: DispatchPlan) -> Tensor:
-        return balance_loss(routing.probs_TE, plan.demand_GE, routing.valid_T, count_per_token=moe.top_k)
+    def over_groups(inputs: LossInputs, num_groups: int) -> Tensor:
+        routing, count_GE = inputs.routing, inputs.plan.demand_GE
+        if first_only or num_groups != count_GE.shape[0]:
+            count_GE = choice_counts(routing, num_groups, moe.num_experts, first_only=first_only)
+        return balance_loss(routing.probs_TE, count_GE, routing.valid_T, count_per_token=count_per_token)
 
-    def first_choices(routing: Routing, plan: DispatchPlan) -> Tensor:
-        first_GE = first_choice_counts(routing, *plan.demand_GE.shape)
-        return balance_loss(routing.probs_TE, first_GE, routing.valid_T, count_per_token=1)
+    def over_all(inputs: LossInputs) -> Tensor:
+        count_E, num_tokens = inputs.global_count_E, inputs.global_tokens
+        assert count_E is not None  # the layer counts for this scope
+        assert num_tokens is not None
+        return global_balance_loss(
+            inputs.routing.probs_TE, count_E, num_tokens, count_per_token=count_per_token
+        )
 
-    return all_choices if count == "all" else first_choices
+    scopes: dict[str, LossFunction] = {
+        "group": lambda inputs: over_groups(inputs, inputs.plan.demand_GE.shape[0]),
+        "sequence": lambda inputs: over_groups(inputs, _num_sequences(inputs)),
+        "micro_batch": lambda inputs: over_groups(inputs, 1),
+        "global": over_all,
+    }
+    return scopes[moe.balance_scope]
+
+
+def _num_sequences(inputs: LossInputs) -> int:
+    return inputs.routing.valid_T.shape[0] // max(inputs.seq_len, 1)
 
 
 def _z(_: MoEConfig) -> LossFunction:
-    return lambda routing, plan: z_loss(routing.logits_TE, routing.valid_T)
+    return lambda inputs: z_loss(inputs.routing.logits_TE, inputs.routing.valid_T)
 
 
-LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {"balance": _balance, "z": _z}
+def _importance(moe: MoEConfig) -> LossFunction:
+    return lambda inputs: importance_loss(importance(inputs.routing, moe.num_experts), inputs.routing.valid_T)
 
-DISPATCHERS: dict[str, Callable[[Group], Dispatcher]] = {
-    "local": lambda _group: LocalDispatcher(),
-    "all_to_all": AllToAllDispatcher,
+
+def _load(_: MoEConfig) -> LossFunction:
+    return lambda inputs: load_loss(
+        inputs.routing.load_E, inputs.plan.demand_GE, inputs.routing.valid_T, inputs.routing.probs_TE.dtype
+    )
+
+
+def _sequence_balance(moe: MoEConfig) -> LossFunction:
+    def loss(inputs: LossInputs) -> Tensor:
+        routing = inputs.routing
+        count_GE = affinity_counts(routing.logits_TE, routing.valid_T, _num_sequences(inputs), moe.top_k)
+        return balance_loss(routing.probs_TE, count_GE, routing.valid_T, count_per_token=moe.top_k)
+
+    return loss
+
+
+def _device_balance(moe: MoEConfig) -> LossFunction:
+    return lambda inputs: device_balance_loss(
+        inputs.routing.probs_TE,
+        inputs.plan.demand_GE.sum(0),
+        inputs.routing.valid_T,
+        num_devices=moe.router.expert_groups,
+        top_k=moe.top_k,
+    )
+
+
+def _communication_balance(moe: MoEConfig) -> LossFunction:
+    groups = moe.router.expert_groups
+    return lambda inputs: communication_balance_loss(
+        inputs.routing.probs_TE,
+        tokens_per_device(inputs.routing, groups, moe.num_experts),
+        inputs.routing.valid_T,
+        limit=min(moe.router.group_limit, moe.top_k),
+    )
+
+
+LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {
+    "balance": _balance,
+    "z": _z,
+    "importance": _importance,
+    "load": _load,
+    "sequence_balance": _sequence_balance,
+    "device_balance": _device_balance,
+    "communication_balance": _communication_balance,
 }
-"""Name -> dispatcher for the ranks of a group that share the experts."""
+
+DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
+    "local": lambda _group, *, local, weigh_rows: LocalDispatcher(weigh_rows=weigh_rows),
+    "all_to_all": lambda group, *, local, weigh_rows: AllToAllDispatcher(group, weigh_rows=weigh_rows),
+    "padded": PaddedDispatcher,
+}
+"""Name -> dispatcher for the ranks of a group that share the experts (``local``: this one holds all of them)."""
+
+
+def build_dispatcher(moe: MoEConfig, group: Group, *, ep_size: int, device_type: str) -> Dispatcher:
+    """The configured dispatcher for the ``ep_size`` ranks of ``group``.
+
+    Raises:
+        ValueError: ``dispatcher: local`` while the experts are spread over several ranks.
+    """
+    name = moe.dispatcher
+    if name == "local" and ep_size > 1:
+        raise ValueError(
+            f"dispatcher 'local' needs all experts on every rank, but ep_size={ep_size}; "
+            f"use 'auto', 'all_to_all' or 'padded'"
+        )
+    if name == "auto" and device_type == "cuda" and moe.capacity_factor is not None:
+        name = "padded"
+    elif name == "auto":
+        name = "all_to_all" if ep_size > 1 else "local"
+    return DISPATCHERS[name](group, local=ep_size == 1, weigh_rows=moe.save == "hidden")
 
 
 def build_moe_layer(
@@ -91,9 +191,12 @@ def build_moe_layer(
         d_model,
         moe.num_experts,
         top_k=moe.top_k,
-        route=ROUTERS[moe.router.name],
+        family=ROUTERS[moe.router.name],
         options=moe.router,
         layer=layer,
         seed=seed,
     )
-    return MoELayer(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
+    moe_layer = MoELayer(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
+    if moe.dispatcher == "padded":
+        moe_layer.dispatcher = PaddedDispatcher(None, local=True, weigh_rows=moe.save == "hidden")
+    return moe_layer

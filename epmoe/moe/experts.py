@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epmoe.ops import grouped_gemm
+from epmoe.ops import expert_ffn
 from epmoe.types import ExpertBatch
-
-
-def swiglu(hidden_RF: Tensor) -> Tensor:
-    """silu(gate) * up, where the first half of the columns is the gate -> ``[R, F]`` from ``[R, 2F]``."""
-    gate_RF, up_RF = hidden_RF.chunk(2, dim=-1)
-    return F.silu(gate_RF) * up_RF
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": F.gelu, "relu": F.relu}
 
 
 class FFNExperts(nn.Module):
@@ -37,7 +27,7 @@ class FFNExperts(nn.Module):
         self.num_experts = num_experts
         self.first_expert = 0
         """Global id of local expert 0."""
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.w_in = nn.Parameter(torch.empty(num_experts, d_model, width_in))
         self.w_out = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.reset_parameters()
@@ -60,9 +50,17 @@ class FFNExperts(nn.Module):
             self.w_out = nn.Parameter(self.w_out[first : first + count].clone())
 
     def forward(self, batch: ExpertBatch) -> Tensor:
-        """Each row through its expert -> ``[R, D]``."""
-        hidden_RF = grouped_gemm(batch.rows_RD, self.w_in, batch.tokens_per_expert_L)
-        return grouped_gemm(self.activation(hidden_RF), self.w_out, batch.tokens_per_expert_L)
+        """Each row through its expert, times its weight if it has one -> ``[R, D]``."""
+        y_RD, _ = expert_ffn(
+            batch.rows_RD,
+            batch.weight_R,
+            self.w_in,
+            self.w_out,
+            batch.tokens_per_expert_L,
+            batch.rows_per_expert,
+            self.activation,
+        )
+        return y_RD
 
 
 class ModuleExperts(nn.Module):
@@ -88,15 +86,20 @@ class ModuleExperts(nn.Module):
         return len(self.experts)
 
     def forward(self, batch: ExpertBatch) -> Tensor:
-        """Each block of rows through its module -> ``[R, D]``."""
-        counts = batch.tokens_per_expert_L.tolist()  # a host sync on CUDA
-        blocks = batch.rows_RD.split(counts)
+        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, D]``."""
+        if batch.rows_per_expert is None:
+            blocks = batch.rows_RD.split(batch.tokens_per_expert_L.tolist())  # a host sync on CUDA
+        else:
+            blocks = batch.rows_RD.split(batch.rows_per_expert)
         outputs = [
             module(block) if block.shape[0] else _touch(module, block)
             for module, block in zip(self.experts.values(), blocks, strict=True)
         ]
         # One dtype whatever autocast made of each block: ranks that exchange the rows must agree on it.
-        return torch.cat([rows_RD.to(batch.rows_RD.dtype) for rows_RD in outputs])
+        rows_RD = torch.cat([rows_nD.to(batch.rows_RD.dtype) for rows_nD in outputs])
+        if batch.weight_R is None:
+            return rows_RD
+        return (rows_RD * batch.weight_R.unsqueeze(1)).to(rows_RD.dtype)
 
 
 def _touch(module: nn.Module, empty_rows_RD: Tensor) -> Tensor:

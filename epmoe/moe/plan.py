@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from epmoe.config import MoEConfig
-from epmoe.ops import DROPLESS, assign_slots
+from epmoe.ops import DROPLESS, UNFILLED, assign_slots
 from epmoe.types import DispatchPlan, Routing
 
 
+@torch.compiler.assume_constant_result  # plain numbers in and out: nothing for a compiler to look into
 def expert_capacity(moe: MoEConfig, group_size: int, *, training: bool) -> int:
     """Slots per expert and group, C; ``DROPLESS`` (-1) where there is no limit.
 
@@ -51,6 +52,27 @@ class Slots:
     """int64: kept assignments of each expert."""
 
 
+def _assign(
+    routing: Routing, num_experts: int, group_size: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each assignment's slot and group, and the demand before capacity."""
+    num_tokens = routing.valid_T.shape[0]
+    num_groups = num_tokens // group_size if group_size else 0
+    group_A = routing.token_A // max(group_size, 1)
+    slot_A, demand_GE = assign_slots(
+        routing.expert_A, group_A, routing.active_A, num_groups, num_experts, capacity
+    )
+    return slot_A, group_A, demand_GE
+
+
+def _kept_per_expert(routing: Routing, slot_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Expert of each kept assignment (E where dropped), and how many each expert has."""
+    bin_A = torch.where(slot_A >= 0, routing.expert_A, num_experts)
+    tokens_per_expert_X = torch.zeros(num_experts + 1, dtype=torch.int64, device=bin_A.device)
+    tokens_per_expert_X.scatter_add_(0, bin_A, torch.ones_like(bin_A))
+    return bin_A, tokens_per_expert_X[:num_experts]
+
+
 def plan_slots(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> Slots:
     """Slots for every assignment, and the order in which the kept ones are sent.
 
@@ -58,20 +80,42 @@ def plan_slots(routing: Routing, *, num_experts: int, group_size: int, capacity:
         group_size: Tokens per group; consecutive tokens form a group.
         capacity: Slots per expert and group, or ``DROPLESS``.
     """
-    num_tokens = routing.valid_T.shape[0]
-    num_groups = num_tokens // group_size if group_size else 0
-    group_A = routing.token_A // max(group_size, 1)
-    slot_A, demand_GE = assign_slots(
-        routing.expert_A, group_A, routing.active_A, num_groups, num_experts, capacity
-    )
-    bin_A = torch.where(slot_A >= 0, routing.expert_A, num_experts)
-    tokens_per_expert_X = torch.zeros(num_experts + 1, dtype=torch.int64, device=bin_A.device)
-    tokens_per_expert_X.scatter_add_(0, bin_A, torch.ones_like(bin_A))
+    slot_A, _, demand_GE = _assign(routing, num_experts, group_size, capacity)
+    bin_A, tokens_per_expert_E = _kept_per_expert(routing, slot_A, num_experts)
     return Slots(
         slot_A=slot_A,
         demand_GE=demand_GE,
         order_A=bin_A.argsort(stable=True),
-        tokens_per_expert_E=tokens_per_expert_X[:num_experts],
+        tokens_per_expert_E=tokens_per_expert_E,
+    )
+
+
+def plan_padded(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:
+    """The plan of padded dispatch: E blocks of G*C rows, slot c of group g at row g*C + c of its expert's block.
+
+    Nothing here depends on a number that only the device knows. ``capacity`` must not be ``DROPLESS``.
+    """
+    slot_A, group_A, demand_GE = _assign(routing, num_experts, group_size, capacity)
+    _, tokens_per_expert_E = _kept_per_expert(routing, slot_A, num_experts)
+    num_groups = demand_GE.shape[0]
+    num_rows = num_experts * num_groups * capacity
+    row_A = (routing.expert_A * num_groups + group_A) * capacity + slot_A
+    # Dropped assignments meet in one more row, which is cut off.
+    row_A = torch.where(slot_A >= 0, row_A, num_rows)
+    assignment_X = torch.full((num_rows + 1,), UNFILLED, dtype=torch.int64, device=row_A.device)
+    assignment_X.scatter_(0, row_A, torch.arange(row_A.numel(), device=row_A.device))
+    assignment_N = assignment_X[:num_rows]
+    if row_A.numel():
+        token_N = routing.token_A[assignment_N.clamp_min(0)].where(assignment_N >= 0, UNFILLED)
+    else:
+        token_N = assignment_N
+    return DispatchPlan(
+        slot_A=slot_A,
+        demand_GE=demand_GE,
+        assignment_N=assignment_N,
+        token_N=token_N,
+        tokens_per_expert_E=tokens_per_expert_E,
+        padded=True,
     )
 
 

@@ -1,25 +1,33 @@
 """The operators: pure tensor functions with reference kernels, autograd and autocast rules.
 
-``route_topk``, ``assign_slots``, ``permute``, ``combine``, ``grouped_gemm``: meaning in ``epmoe.ops.reference``.
+``route_topk``, ``assign_slots``, ``permute``, ``combine``, ``activate``, ``grouped_gemm``: meaning in
+``epmoe.ops.reference``; ``expert_ffn``: in ``epmoe.ops.ffn``.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from epmoe.ops.reference import DROPLESS
+from epmoe.ops.ffn import ACTIVATIONS
+from epmoe.ops.reference import DROPLESS, UNFILLED
 from epmoe.ops.registration import kernel_status, ops
 
 route_topk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = ops.route_topk
 assign_slots: Callable[[Tensor, Tensor, Tensor, int, int, int], tuple[Tensor, Tensor]] = ops.assign_slots
 permute: Callable[[Tensor, Tensor], Tensor] = ops.permute
 combine: Callable[[Tensor, Tensor | None, Tensor, int], Tensor] = ops.combine
+activate: Callable[[Tensor, Tensor | None, str], Tensor] = ops.activate
+expert_ffn: Callable[..., tuple[Tensor, Tensor]] = ops.expert_ffn
 grouped_gemm: Callable[[Tensor, Tensor, Tensor], Tensor] = ops.grouped_gemm
 
 __all__ = [
+    "ACTIVATIONS",
     "DROPLESS",
+    "UNFILLED",
+    "activate",
     "assign_slots",
     "combine",
+    "expert_ffn",
     "grouped_gemm",
     "kernel_status",
     "permute",

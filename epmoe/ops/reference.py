@@ -6,7 +6,10 @@ compute dtype (at least float32).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from epmoe.ops import philox
@@ -14,6 +17,9 @@ from epmoe.types import compute_dtype
 
 DROPLESS = -1
 """Capacity that drops nothing."""
+
+UNFILLED = -1
+"""In a list of tokens: a row that belongs to none."""
 
 
 def usable_rows(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
@@ -136,57 +142,117 @@ def assign_slots(
 
 
 def permute(x_TD: Tensor, token_N: Tensor) -> Tensor:
-    """Row n of the result is row ``token_N[n]`` of x -> ``[N, D]``."""
-    return x_TD.index_select(0, token_N)
+    """Row n of the result is row ``token_N[n]`` of x, or zeros where that is ``UNFILLED`` -> ``[N, D]``."""
+    unfilled_N1 = (token_N == UNFILLED).unsqueeze(1)
+    if x_TD.shape[0] == 0:  # there is no row to stand in for the unfilled ones
+        return x_TD.new_zeros(token_N.shape[0], x_TD.shape[1])
+    return x_TD.index_select(0, token_N.masked_fill(unfilled_N1[:, 0], 0)).masked_fill_(unfilled_N1, 0.0)
 
 
 def combine(rows_ND: Tensor, weight_N: Tensor | None, token_N: Tensor, num_tokens: int) -> Tensor:
     """Each token's weighted sum of its rows (weight None = 1), zero where it has none -> ``[T, D]``.
 
-    Sums in the compute dtype of the rows, in row order; the result has the rows' dtype.
+    Sums in the compute dtype of the rows, in row order; the result has the rows' dtype. Rows whose token is
+    ``UNFILLED`` belong to nobody.
     """
     wide_ND = rows_ND.to(compute_dtype(rows_ND.dtype))
     if weight_N is not None:
         wide_ND = wide_ND * weight_N.unsqueeze(1).to(wide_ND.dtype)
-    y_TD = wide_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add_(0, token_N, wide_ND)
-    return y_TD.to(rows_ND.dtype)
+    # One more token for the unfilled rows, and then without it.
+    owner_N = torch.where(token_N == UNFILLED, num_tokens, token_N)
+    y_XD = wide_ND.new_zeros(num_tokens + 1, rows_ND.shape[1]).index_add_(0, owner_N, wide_ND)
+    return y_XD[:num_tokens].to(rows_ND.dtype, copy=True)
 
 
 def combine_backward(
     d_y_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, token_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``combine`` with respect to rows and weights."""
-    d_y_ND = d_y_TD.index_select(0, token_N).to(compute_dtype(rows_ND.dtype))
-    d_weight_N = (d_y_ND * rows_ND).sum(-1).to(weight_N.dtype)
+    """Gradients of ``combine`` with respect to rows and weights; zero for unfilled rows."""
+    d_y_ND = permute(d_y_TD, token_N).to(compute_dtype(rows_ND.dtype))
+    # An unfilled row may hold anything, and 0 * NaN is NaN.
+    d_weight_N = (d_y_ND * rows_ND).sum(-1).masked_fill_(token_N == UNFILLED, 0.0).to(weight_N.dtype)
     d_rows_ND = d_y_ND * weight_N.unsqueeze(1).to(d_y_ND.dtype)
+    d_rows_ND.masked_fill_((token_N == UNFILLED).unsqueeze(1), 0.0)
     return d_rows_ND.to(rows_ND.dtype), d_weight_N
 
 
+def activate(hidden_RX: Tensor, weight_R: Tensor | None, kind: str) -> Tensor:
+    """The activation between an expert's two matrices, times each row's weight (None = 1) -> ``[R, F]``.
+
+    Args:
+        hidden_RX: ``[R, 2F]`` for ``swiglu``, silu(first half) * second half; ``[R, F]`` for ``gelu`` (exact) and
+            ``relu``.
+
+    Computes in the compute dtype of the hidden rows; the result has their dtype.
+    """
+    act_RF = _activation(hidden_RX.to(compute_dtype(hidden_RX.dtype)), kind)
+    if weight_R is not None:
+        act_RF = act_RF * weight_R.unsqueeze(1).to(act_RF.dtype)
+    return act_RF.to(hidden_RX.dtype)
+
+
+def _activation(hidden_RX: Tensor, kind: str) -> Tensor:
+    if kind == "swiglu":
+        gate_RF, up_RF = hidden_RX.chunk(2, dim=-1)
+        return F.silu(gate_RF) * up_RF
+    return F.gelu(hidden_RX) if kind == "gelu" else F.relu(hidden_RX)
+
+
+def activate_backward(
+    d_act_RF: Tensor, hidden_RX: Tensor, weight_R: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``activate`` with respect to hidden rows and weights, and its result once more.
+
+    Returns:
+        d_hidden_RX, act_RF and d_weight_R (in the compute dtype).
+    """
+    dtype = compute_dtype(hidden_RX.dtype)
+    wide_RX, d_wide_RF = hidden_RX.to(dtype), d_act_RF.to(dtype)
+    weight_R1 = 1.0 if weight_R is None else weight_R.unsqueeze(1).to(dtype)
+    act_RF = _activation(wide_RX, kind)
+    d_weight_R = (d_wide_RF * act_RF).sum(-1)
+    d_wide_RF = d_wide_RF * weight_R1
+    if kind == "swiglu":
+        gate_RF, up_RF = wide_RX.chunk(2, dim=-1)
+        share_RF = gate_RF.sigmoid()
+        silu_RF = gate_RF * share_RF
+        d_gate_RF = d_wide_RF * up_RF * (share_RF + silu_RF * (1.0 - share_RF))
+        d_hidden_RX = torch.cat((d_gate_RF, d_wide_RF * silu_RF), dim=-1)
+    elif kind == "gelu":
+        d_hidden_RX = torch.ops.aten.gelu_backward(d_wide_RF, wide_RX)
+    else:
+        d_hidden_RX = d_wide_RF * (wide_RX > 0)
+    return d_hidden_RX.to(hidden_RX.dtype), (act_RF * weight_R1).to(hidden_RX.dtype), d_weight_R
+
+
 def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
-    """Consecutive blocks of rows, each times its expert's matrix -> ``[R, F]``; rows beyond the counts give 0.
+    """Consecutive blocks of rows, each times its expert's matrix -> ``[R, F]``.
+
+    Args:
+        tokens_per_expert_L: Rows of each expert; they add up to R.
 
     Copies the counts to the host, which on CUDA waits for the device.
     """
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
-    start = 0
-    for expert, count in enumerate(tokens_per_expert_L.tolist()):  # a host sync on CUDA
-        if count:
-            torch.mm(rows_RD[start : start + count], weight_LDF[expert], out=out_RF[start : start + count])
-        start += count
-    out_RF[start:].zero_()
+    blocks = _blocks(rows_RD, tokens_per_expert_L), _blocks(out_RF, tokens_per_expert_L)
+    for weight_DF, rows_nD, out_nF in zip(weight_LDF, *blocks, strict=True):
+        torch.mm(rows_nD, weight_DF, out=out_nF)
     return out_RF
 
 
 def grouped_gemm_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
     """Gradient of ``grouped_gemm`` with respect to the weights -> ``[L, D, F]``; zero for experts without rows."""
-    num_local = tokens_per_expert_L.shape[0]
-    d_weight_LDF = rows_RD.new_empty(num_local, rows_RD.shape[1], d_out_RF.shape[1])
-    start = 0
-    for expert, count in enumerate(tokens_per_expert_L.tolist()):  # a host sync on CUDA
-        if count:
-            block = slice(start, start + count)
-            torch.mm(rows_RD[block].t(), d_out_RF[block], out=d_weight_LDF[expert])
-        else:
-            d_weight_LDF[expert].zero_()
-        start += count
+    d_weight_LDF = rows_RD.new_empty(tokens_per_expert_L.shape[0], rows_RD.shape[1], d_out_RF.shape[1])
+    blocks = _blocks(rows_RD, tokens_per_expert_L), _blocks(d_out_RF, tokens_per_expert_L)
+    for d_weight_DF, rows_nD, d_out_nF in zip(d_weight_LDF, *blocks, strict=True):
+        torch.mm(rows_nD.t(), d_out_nF, out=d_weight_DF)
     return d_weight_LDF
+
+
+def _blocks(rows_RX: Tensor, tokens_per_expert_L: Tensor) -> Sequence[Tensor]:
+    """Views of each expert's rows."""
+    counts = tokens_per_expert_L.tolist()  # a host sync on CUDA
+    if sum(counts) != rows_RX.shape[0] or min(counts, default=0) < 0:
+        raise ValueError(f"tokens_per_expert={counts} must add up to the {rows_RX.shape[0]} rows")
+    blocks: Sequence[Tensor] = rows_RX.split(counts)
+    return blocks

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmoe.ops import native, reference
+from epmoe.ops import ffn, gemm, native, reference
+from epmoe.types import compute_dtype
 
 _LIBRARY = torch.library.Library("epmoe", "DEF")
 
@@ -25,6 +26,8 @@ _SCHEMAS = {
     "permute": "(Tensor x, Tensor token) -> Tensor",
     "combine": "(Tensor rows, Tensor? weight, Tensor token, SymInt num_tokens) -> Tensor",
     "combine_backward": "(Tensor d_y, Tensor rows, Tensor weight, Tensor token) -> (Tensor, Tensor)",
+    "activate": "(Tensor hidden, Tensor? weight, str kind) -> Tensor",
+    "activate_backward": "(Tensor d_act, Tensor hidden, Tensor? weight, str kind) -> (Tensor, Tensor, Tensor)",
     "grouped_gemm": "(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor",
     "grouped_gemm_weight_grad": "(Tensor rows, Tensor d_out, Tensor tokens_per_expert) -> Tensor",
 }
@@ -32,6 +35,16 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+# Made of operators, so that it has no kernels of its own.
+_LIBRARY.define(
+    "expert_ffn(Tensor rows, Tensor? weight, Tensor w_in, Tensor w_out, Tensor tokens_per_expert, "
+    "SymInt? rows_per_expert, str activation) -> (Tensor, Tensor)"
+)
+_LIBRARY.impl("expert_ffn", ffn.expert_ffn, "CompositeExplicitAutograd")
+
+_LIBRARY.impl("grouped_gemm", gemm.cuda_grouped_gemm, "CUDA")
+_LIBRARY.impl("grouped_gemm_weight_grad", gemm.cuda_grouped_gemm_weight_grad, "CUDA")
 
 _STATUS = native.load_kernels()
 
@@ -78,6 +91,22 @@ def _(rows: Tensor, weight: Tensor | None, token: Tensor, num_tokens: int) -> Te
 @torch.library.register_fake("epmoe::combine_backward", lib=_LIBRARY)
 def _(d_y: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> Any:
     return torch.empty_like(rows), torch.empty_like(weight)
+
+
+@torch.library.register_fake("epmoe::activate", lib=_LIBRARY)
+def _(hidden: Tensor, weight: Tensor | None, kind: str) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], hidden.shape[1] // (2 if kind == "swiglu" else 1))
+
+
+@torch.library.register_fake("epmoe::activate_backward", lib=_LIBRARY)
+def _(d_act: Tensor, hidden: Tensor, weight: Tensor | None, kind: str) -> Any:
+    d_weight = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+    return torch.empty_like(hidden), torch.empty_like(d_act), d_weight
+
+
+@torch.library.register_fake("epmoe::expert_ffn", lib=_LIBRARY)
+def _(rows: Tensor, weight: Any, w_in: Tensor, w_out: Tensor, *_: Any) -> Any:
+    return rows.new_empty(rows.shape[0], w_out.shape[2]), rows.new_empty(rows.shape[0], w_in.shape[2])
 
 
 @torch.library.register_fake("epmoe::grouped_gemm", lib=_LIBRARY)
@@ -128,6 +157,17 @@ def _combine_backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
     return d_rows, d_weight, None, None
 
 
+def _save_activate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, ctx.kind = inputs
+    ctx.save_for_backward(hidden, weight)
+
+
+def _activate_backward(ctx: Any, d_act: Tensor) -> tuple[Any, ...]:
+    hidden, weight = ctx.saved_tensors
+    d_hidden, _, d_weight = ops.activate_backward(d_act.contiguous(), hidden, weight, ctx.kind)
+    return d_hidden, None if weight is None else d_weight.to(weight.dtype), None
+
+
 def _save_grouped_gemm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -144,27 +184,29 @@ for _name, _backward, _save in (
     ("route_topk", _route_topk_backward, _save_route_topk),
     ("permute", _permute_backward, _save_permute),
     ("combine", _combine_backward, _save_combine),
+    ("activate", _activate_backward, _save_activate),
     ("grouped_gemm", _grouped_gemm_backward, _save_grouped_gemm),
+    ("expert_ffn", ffn.expert_ffn_backward, ffn.save_expert_ffn),
 ):
     torch.library.register_autograd(f"epmoe::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
 
 
 # ------------------------------------------------------------------------------------------ autocast
-def _register_autocast(device_type: str) -> None:
-    """Under autocast the expert GEMM runs in the autocast dtype, like ``torch.mm``; nothing else is cast."""
+def _autocast(name: str, matrices: tuple[int, ...], device_type: str) -> None:
+    """Under autocast the expert GEMMs run in the autocast dtype, like ``torch.mm``; nothing else is cast."""
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def cast(*inputs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             wanted = torch.get_autocast_dtype(device_type)
-            if rows.dtype != torch.float64:
-                rows, weight = rows.to(wanted), weight.to(wanted)
-            out: Tensor = ops.grouped_gemm(rows, weight, tokens_per_expert)
-            return out
+            if inputs[0].dtype != torch.float64:
+                inputs = tuple(x.to(wanted) if i in matrices else x for i, x in enumerate(inputs))
+            return getattr(ops, name)(*inputs)
 
-    _LIBRARY.impl("grouped_gemm", cast, key)
+    _LIBRARY.impl(name, cast, key)
 
 
 for _device_type in ("cpu", "cuda"):
-    _register_autocast(_device_type)
+    _autocast("grouped_gemm", (0, 1), _device_type)
+    _autocast("expert_ffn", (0, 2, 3), _device_type)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
-from epmoe.moe.build import DISPATCHERS
+from epmoe.comm.exchange import sum_counts
+from epmoe.moe.build import build_dispatcher
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
@@ -23,16 +26,13 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
-        name = layer.moe.dispatcher
-        if name == "local" and mesh.ep_size > 1:
-            raise ValueError(
-                f"dispatcher 'local' needs all experts on every rank, but ep_size={mesh.ep_size}; "
-                f"use 'auto' or 'all_to_all'"
-            )
-        if name == "auto":
-            name = "all_to_all" if mesh.ep_size > 1 else "local"
+        dispatcher = build_dispatcher(
+            layer.moe, mesh.ep_group, ep_size=mesh.ep_size, device_type=mesh.device_mesh.device_type
+        )
         _keep_local_experts(layer, mesh)
-        layer.dispatcher = DISPATCHERS[name](mesh.ep_group)
+        layer.dispatcher = dispatcher
+        if mesh.world_size > 1:
+            layer.sum_over_ranks = partial(sum_counts, group=mesh.world_group)
 
 
 def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:

@@ -31,7 +31,7 @@ class Trained:
 
 
 def load_trained(path: Path, *, device: torch.device, overrides: Sequence[str] = ()) -> Trained:
-    """Loads a run's newest good checkpoint, or a named one, with all experts on one device.
+    """Loads a run's newest good checkpoint, or a named one, with all experts on one device, to compute with PyTorch.
 
     Args:
         path: Run folder, its ``ckpt`` folder, or one checkpoint.
@@ -52,6 +52,9 @@ def load_trained(path: Path, *, device: torch.device, overrides: Sequence[str] =
             why=str(error.errors()[0]["msg"]),
             fix="use the version of epmoe that wrote it",
         ) from None
+    # How the run computed is no request to this machine: the weights are the same with PyTorch's own kernels.
+    plain = config.model.model_copy(update={"attention": "sdpa", "norm": "torch"})
+    config = config.model_copy(update={"model": plain})
     if overrides:
         config = override_config(config, overrides)
     # Resolved: the name may be relative to the checkpoints' folder, and "step_..." alone has no parents.

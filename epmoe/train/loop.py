@@ -20,7 +20,7 @@ from epmoe.parallel.runtime import Agreed, Runtime, raise_together
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
 from epmoe.train.optimizer import Optimizer, learning_rate
 from epmoe.train.signals import StopFlag
-from epmoe.train.step import micro_step
+from epmoe.train.step import micro_step, with_counts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class Trainer:
         for batch in batches:
             sums = micro_step(
                 self.model,
-                batch.to(self.runtime.device),
+                with_counts(batch.to(self.runtime.device), self.model, local),
                 num_tokens=max(num_tokens, 1),
                 coefficients=self.config.moe.losses if self.config.moe else {},
                 precision=self.config.train.precision,
@@ -182,6 +182,8 @@ class Trainer:
             if clip != 1.0:
                 scale(self.gradients.flats, coefficient)
             self.optimizer.step(lr)
+            for index, layer in enumerate(self.model.moe_layers()):
+                layer.router.after_step(sums[f"{index}.demand_E"], progress.step)
             progress.skipped_in_a_row = 0
         progress.step += 1
         progress.samples += self.config.train.global_batch_size

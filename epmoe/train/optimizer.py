@@ -1,4 +1,4 @@
-"""AdamW or SGD over the gradient buffers, float32 masters, and learning rates as functions of the step.
+"""AdamW (torch's or apex's) or SGD over the gradient buffers, float32 masters, learning rates by step.
 
 State is reached by fully qualified parameter name, because that is what a checkpoint is keyed by.
 """
@@ -6,11 +6,14 @@ State is reached by fully qualified parameter name, because that is what a check
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from epmoe.config import OptimizerConfig
+from epmoe.errors import ConfigError
+from epmoe.models.accelerators import load_apex
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import is_expert, split_expert_id
 
@@ -59,7 +62,7 @@ def decays(name: str, parameter: Tensor, embeddings: set[int]) -> bool:
 
 
 class Optimizer:
-    """torch's fused AdamW or SGD with state by name.
+    """torch's fused AdamW or SGD, or apex's FusedAdam, with state by name.
 
     Parameters in bfloat16 or float16 get a float32 master: the master is updated and checkpointed, the parameter is
     a rounded copy. State exists before the first step, so that a checkpoint can be read into it.
@@ -86,7 +89,7 @@ class Optimizer:
             tensor.grad = view
             self._trained[name] = tensor
         self._torch = _build(config, model, self._trained)
-        if config.name == "adamw":
+        if config.name != "sgd":
             self._fill_state()
 
     def _fill_state(self) -> None:
@@ -138,4 +141,55 @@ def _build(config: OptimizerConfig, model: nn.Module, trained: dict[str, Tensor]
     ]
     if config.name == "sgd":
         return torch.optim.SGD(settings, lr=config.lr, fused=True)
+    if config.name == "apex_fused_adam":
+        return _fused_adam(config, settings)
     return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+# ------------------------------------------------------------------------------------------- apex
+def load_fused_adam(device: torch.device, dtype: torch.dtype) -> Any:
+    """The class ``apex.optimizers.FusedAdam``, tried out on one parameter.
+
+    Args:
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ConfigError: It cannot be had.
+    """
+    asked, instead = "optimizer.name=apex_fused_adam", "optimizer.name=adamw"
+    if dtype == torch.float64:
+        raise ConfigError(f"{asked} cannot be had", why="NVIDIA apex has no kernel for float64", fix=instead)
+
+    def example(kind: Any) -> None:
+        weight = torch.ones(8, device=device)
+        weight.grad = torch.ones_like(weight)
+        kind([weight], lr=1e-3, adam_w_mode=True).step()
+        float(weight.sum())  # waits for the kernel
+
+    return load_apex("optimizers", "FusedAdam", example, device=device, asked=asked, instead=instead)
+
+
+def _fused_adam(config: OptimizerConfig, settings: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """apex's FusedAdam with the state of torch's AdamW.
+
+    Moments have the same names in both. The step is a number of the group in apex and a tensor of each parameter in
+    AdamW, and in checkpoints; the two hooks translate.
+    """
+    first: Tensor = settings[0]["params"][0]
+    kind = load_fused_adam(first.device, first.dtype)
+    optimizer: torch.optim.Optimizer = kind(
+        settings, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True
+    )
+    optimizer.register_step_pre_hook(_steps_to_groups)
+    optimizer.register_step_post_hook(_count_steps)
+    return optimizer
+
+
+def _steps_to_groups(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        group["step"] = int(optimizer.state[group["params"][0]]["step"])  # one device-to-host sync per group
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    torch._foreach_add_([state["step"] for state in optimizer.state.values()], 1)

@@ -41,7 +41,7 @@ from epmoe.train.run_folder import (
     open_run_folder,
     write_status,
 )
-from epmoe.train.setup import build_model
+from epmoe.train.setup import agree_on_accelerators, build_model
 from epmoe.train.signals import StopFlag, stop_on_signals
 
 METRICS = "metrics.jsonl"
@@ -160,6 +160,8 @@ class Run:
 
     def __init__(self, folder: RunFolder, config: Config, place: Runtime, stop: StopFlag) -> None:
         self.config, self.place, self.folder, self.stop = config, place, folder, stop
+        # First: what cannot be had is known before minutes of data preparation.
+        self.accelerators = agree_on_accelerators(config, place.device)
         self.prepared = _prepare(config, place, stop)
         # The embedded corpus is each node's own Python: other versions hold other text.
         runtime.require_equal("prepared data", self.prepared.fingerprint)
@@ -167,7 +169,9 @@ class Run:
         num_experts = config.moe.num_experts if config.moe else 1
         mesh = build_mesh(place, choose_ep_size(config.parallel.ep_size, place.world_size, num_experts))
         vocab_size = self.prepared.padded_vocab_size
-        model = build_model(config, vocab_size, device=place.device, mesh=mesh)
+        model = build_model(
+            config, vocab_size, device=place.device, mesh=mesh, accelerators=self.accelerators
+        )
         self.trainer = Trainer(config, place, mesh, model=model, data=data, stop=stop)
         self.validation = validation_sets(self.prepared, config.data)
         seconds = resume(folder, self.trainer, data, self.prepared)
@@ -184,8 +188,15 @@ class Run:
         (path / RESOLVED).write_text(dump_config(self.config), encoding="utf-8")
         self.prepared.tokenizer.save(path / TOKENIZER_FOLDER)
         say(_layout(self.config, self.trainer))
+        if self.accelerators.note:
+            say(f"attention: {self.accelerators.note}")
         if warning := text_warning(self.prepared):
             say(f"warning: {warning}")
+        if self.trainer.num_micro > 1 and self.config.moe and self.config.moe.balance_scope == "global":
+            say(
+                f"warning: moe.balance_scope: global with {self.trainer.num_micro} micro-batches per step is an "
+                "approximation: each knows the counts of those before it, not of those after it"
+            )
         if self.config.optimizer.warmup_steps >= train.steps:
             say(
                 f"warning: {train.steps} steps end before the warm-up of {self.config.optimizer.warmup_steps} does"

@@ -1,15 +1,22 @@
-"""From a configuration to a model on this rank."""
+"""From a configuration to a model on this rank, and the optional kernels it computes with."""
 
 from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
 
 import torch
 
 from epmoe.config import Config
+from epmoe.errors import ConfigError
+from epmoe.models.accelerators import Accelerators, choose_accelerators
 from epmoe.models.decoder import Decoder
 from epmoe.models.init import init_weights
 from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.parallelize import shard_experts
+from epmoe.parallel.runtime import gather_text, raise_together
+from epmoe.train.optimizer import load_fused_adam
 
 PARAMETER_DTYPE = {
     "fp32": torch.float32,
@@ -20,6 +27,43 @@ PARAMETER_DTYPE = {
 """Dtype of the parameters for each ``train.precision``; routers keep at least float32."""
 
 
+def find_accelerators(config: Config, device: torch.device) -> Accelerators:
+    """The kernels of other packages that the model will compute with on this rank.
+
+    Raises:
+        ConfigError: The configuration asks for one that cannot be had.
+    """
+    half = config.train.precision in ("bf16_autocast", "bf16_params")
+    return choose_accelerators(
+        config.model,
+        device=device,
+        dtype=torch.bfloat16 if half else PARAMETER_DTYPE[config.train.precision],
+        cross_document=config.data.cross_document,
+    )
+
+
+def agree_on_accelerators(config: Config, device: torch.device) -> Accelerators:
+    """``find_accelerators`` and a look for the optimizer's, with one note that speaks for all ranks. A collective.
+
+    Ranks may differ where their GPUs or packages do: each takes the best it has, and the note counts them.
+
+    Raises:
+        ConfigError: On every rank, when any of them cannot have what the configuration asks for.
+    """
+    found, error = Accelerators(), None
+    try:
+        found = find_accelerators(config, device)
+        if config.optimizer.name == "apex_fused_adam":
+            load_fused_adam(device, PARAMETER_DTYPE[config.train.precision])
+    except ConfigError as caught:
+        error = caught
+    raise_together(error)
+    notes = Counter(gather_text(found.note))
+    if len(notes) == 1:
+        return found
+    return replace(found, note="; ".join(f"{count} rank(s): {note}" for note, count in notes.items()))
+
+
 def build_model(
     config: Config,
     vocab_size: int,
@@ -27,6 +71,7 @@ def build_model(
     device: torch.device,
     mesh: ExpertMesh | None = None,
     init: bool = True,
+    accelerators: Accelerators | None = None,
 ) -> Decoder:
     """The decoder with this rank's experts, in the configured precision.
 
@@ -37,7 +82,13 @@ def build_model(
         vocab_size: Padded vocabulary, V.
         mesh: The ranks that share the experts; None = this process holds them all.
         init: False leaves the weights unset, for a checkpoint to fill.
+        accelerators: None = what ``find_accelerators`` finds.
+
+    Raises:
+        ConfigError: The configuration asks for a kernel that cannot be had.
     """
+    if accelerators is None:
+        accelerators = find_accelerators(config, device)
     dtype = PARAMETER_DTYPE[config.train.precision]
     with torch.device("meta"):
         model = Decoder(
@@ -46,6 +97,7 @@ def build_model(
             vocab_size=vocab_size,
             seed=config.seed,
             cross_document=config.data.cross_document,
+            accelerators=accelerators,
         )
         if mesh is not None:
             shard_experts(model, mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,23 @@ def micro_step(
             objective = objective + coefficients[name] * value
     (objective / num_tokens).backward()
     return {"loss": loss.detach(), **report_sums(reports)}
+
+
+def with_counts(batch: Batch, model: Decoder, sums: Sums) -> Batch:
+    """The batch, told what this rank's earlier micro-batches of the step sent to each expert (``balance_scope:
+    global``; otherwise nothing was counted and it is unchanged).
+
+    Args:
+        sums: ``<layer>.counted_E`` and ``<layer>.valid_tokens`` so far; empty before the first micro-batch.
+    """
+    counted = {
+        layer.router.layer: (sums[f"{index}.counted_E"].long(), sums[f"{index}.valid_tokens"].long().view(1))
+        for index, layer in enumerate(model.moe_layers())
+        if f"{index}.counted_E" in sums
+    }
+    if not counted:
+        return batch
+    return replace(batch, context=replace(batch.context, counted=counted))
 
 
 def report_sums(reports: list[RouterReport]) -> Sums:

@@ -21,9 +21,19 @@ from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
 from epmoe.types import TokenContext
 from tests.distributed.harness import run_ranks
+from tests.oracle.deepseek import moved_bias
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
-STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5}
+STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "noisy_topk": {"router": {"name": "noisy_topk", "jitter": 0.05}},
+    "deepseek": {
+        "router": {"name": "deepseek", "num_groups": 4, "groups_kept": 3, "bias_rate": 0.02, "scale": 2.0},
+        "losses": {"sequence_balance": 0.05},
+    },
+    "global_balance": {"router": "topk", "balance_scope": "global"},
+}
+"""The MoE section of routers that are more than a name."""
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (2, 4)}
 """World size -> ep sizes."""
 
@@ -61,6 +71,7 @@ def config(router: str, precision: str, accumulation: int, world_size: int) -> C
         "min_capacity": 1,
         "shared_experts": 1,
         "losses": {"balance": 0.05, "z": 0.01},
+        **ROUTERS.get(router, {}),
     }
     return Config.model_validate(
         {
@@ -87,18 +98,19 @@ def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation:
     cfg = config(router, precision, accumulation, place.world_size)
     model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
     trainer = Trainer(cfg, place, mesh, model=model, data=Samples(), stop=StopFlag())  # type: ignore[arg-type]
-    losses, norms, clips, gradients, counts = [], [], [], {}, []
+    losses, norms, clips, gradients, counts, demands = [], [], [], {}, [], []
     for step in range(STEPS[router]):
         result = trainer.step()
         losses.append(float(result.sums["loss"]) / result.num_tokens)
         norms.append(result.grad_norm)
         clips.append(result.clip)
         counts.append({k: v for k, v in result.sums.items() if k.endswith("kept_E")})
+        demands.append([result.sums[f"{layer}.demand_E"].tolist() for layer in (0, 1)])
         if step == 0:
             gradients = {name: view.clone() for name, view in trainer.gradients.views.items()}
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return {"losses": losses, "norms": norms, "clips": clips, "gradients": gradients, "counts": counts,
-            "weights": weights, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip
+            "demands": demands, "weights": weights, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip
 
 
 def local_part(name: str, whole: Tensor, result: dict[str, Any]) -> Tensor:
@@ -132,6 +144,10 @@ CELLS = [
         ("switch", "fp64", 1),
         ("topk", "fp32", 1),
     )
+] + [
+    (world, ep, router, "fp64", accumulation if world > 1 else 1)
+    for world, ep in ((1, 1), (2, 2))
+    for router, accumulation in (("noisy_topk", 1), ("deepseek", 2), ("global_balance", 1))
 ]
 
 
@@ -181,3 +197,18 @@ def test_weights_after_training_agree(results: dict[tuple[Any, ...], list[dict[s
     for (_, _, router, precision, _), ranks in results.items():
         if (router, precision) == ("gshard_top2", "fp64"):
             assert all(worst_error("weights", rank, reference)[0] <= 1e-9 for rank in ranks)
+
+
+def test_every_layout_moves_the_bias_alike(results: dict[tuple[Any, ...], list[dict[str, Any]]]) -> None:
+    """Once per optimizer step, by the counts of all ranks and micro-batches: the same bits, and those of the oracle."""
+    cells = [ranks for cell, ranks in results.items() if cell[2] == "deepseek"]
+    [reference] = results[(1, 1, "deepseek", "fp64", 1)]
+    for block in (0, 1):
+        name = f"blocks.{block}.moe.router.bias"
+        bias = [0.0] * NUM_EXPERTS
+        for counts in reference["demands"]:
+            bias = moved_bias(bias, counts[block], 0.02)
+        assert any(bias)
+        for ranks in cells:
+            assert all(rank["weights"][name].tolist() == pytest.approx(bias, abs=1e-15) for rank in ranks)
+            assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks)

@@ -73,6 +73,13 @@ VARIANTS = {
     "accumulation": ["train.micro_batch_size=1"],
     "dense": ["moe=null"],
     "ep1": ["parallel.ep_size=1", "moe.router=switch", "moe.top_k=1", "moe.shared_experts=1"],
+    "bias": ["train.precision=bf16_params", "moe.router={name: deepseek, bias_rate: 0.125}", "moe.losses={}"],
+    "noisy": [
+        "moe.router=noisy_topk",
+        "moe.losses={balance: 0.01, importance: 0.1, load: 0.1}",
+        "moe.balance_scope=global",
+        "train.micro_batch_size=1",
+    ],
 }
 
 
@@ -110,6 +117,12 @@ def test_variants_are_what_their_names_say(variants: dict[str, tuple[Path, Path]
     assert not any(":optim." in key for key in stored["sgd"])
     assert not any("experts" in key for key in stored["dense"])
     assert history(variants["dense"][0])[0]["layers"] == {}
+    midway = tensors(variants["bias"][1], 3)  # after an odd number of steps up or down
+    [bias_E] = [value for key, value in midway.items() if key.endswith(".moe.router.bias")]
+    assert bias_E.dtype == torch.float32, "a buffer is as wide as the router"
+    assert 0 < bias_E.abs().max() <= 3 * 0.125
+    assert not (bias_E / 0.125).frac().any()
+    assert [value.any() for key, value in stored["noisy"].items() if key.endswith(".router.noise_weight")]
     first = [history(variants[name][0])[0]["loss"] for name in ("fp64", "bf16_autocast", "bf16_params")]
     assert len(set(first)) == 3
 

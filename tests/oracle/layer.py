@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .capacity import assign_slots
 from .experts import ffn
-from .losses import balance_loss, metrics, z_loss
+from .losses import (
+    balance_loss,
+    communication_balance_loss,
+    device_balance_loss,
+    importance_loss,
+    load_loss,
+    metrics,
+    sequence_balance_loss,
+    z_loss,
+)
 from .routing import Decision
 
 Expert = Callable[[Tensor], Tensor]
@@ -56,12 +65,23 @@ def run_layer(
     slots: int | None,
     k: int,
     balance_count: str,
+    sequence_of: list[int] | None = None,
+    devices: int = 1,
+    limit: int = 1,
 ) -> LayerResult:
     """Output, losses and metrics of one MoE layer for a router's decision."""
     kept = assign_slots(decision.assignments, group_of, slots)
+    sequence_of, E = sequence_of or group_of, len(experts)
     losses = {
         "balance": balance_loss(decision, group_of, groups, len(experts), count=balance_count, k=k),
         "z": z_loss(decision),
+        "importance": importance_loss(decision, len(experts)),
+        "load": load_loss(decision, len(experts)),
+        "sequence_balance": sequence_balance_loss(
+            decision, sequence_of, max(sequence_of, default=-1) + 1, E, k
+        ),
+        "device_balance": device_balance_loss(decision, E, devices, k),
+        "communication_balance": communication_balance_loss(decision, E, devices, limit),
     }
     return LayerResult(
         y_TD=combine(x_TD, decision, kept, experts),

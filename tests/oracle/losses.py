@@ -76,3 +76,71 @@ def metrics(
         "nonfinite_tokens": decision.nonfinite,
         "entropy": entropy(decision),
     }
+
+
+def squared_variation(totals: list[Tensor]) -> Tensor:
+    """Population variance / (mean squared + 1e-10)."""
+    mean = sum(totals, zero()) / len(totals)
+    variance = sum(((value - mean) * (value - mean) for value in totals), zero()) / len(totals)
+    return variance / (mean * mean + 1e-10)
+
+
+def importance_loss(decision: Decision, experts: int) -> Tensor:
+    """CV(sum of gates)^2, once per routed token."""
+    totals = decision.importance
+    if totals is None:
+        totals = [
+            sum((a.weight for a in decision.assignments if a.expert == e), zero()) for e in range(experts)
+        ]
+    return len(decision.probs) * squared_variation(totals)
+
+
+def load_loss(decision: Decision, experts: int) -> Tensor:
+    """CV(load)^2, once per routed token."""
+    load = decision.load
+    if load is None:
+        load = [zero() + len([a for a in decision.assignments if a.expert == e]) for e in range(experts)]
+    return len(decision.probs) * squared_variation(load)
+
+
+def sequence_balance_loss(
+    decision: Decision, sequence_of: list[int], sequences: int, experts: int, k: int
+) -> Tensor:
+    """sum over sequences of n * sum_e f_e P_e; f counts the k largest logits, whatever was chosen."""
+    total = zero()
+    for sequence in range(sequences):
+        tokens = [t for t in decision.probs if sequence_of[t] == sequence]
+        n = max(len(tokens), 1)
+        count = [0] * experts
+        for token in tokens:
+            row = [h.item() for h in decision.logits[token]]
+            available = [e for e in range(experts) if row[e] > -math.inf]
+            for expert in sorted(available, key=lambda e: (-row[e], e))[:k]:
+                count[expert] += 1
+        for expert in range(experts):
+            mean = sum((decision.probs[t][expert] for t in tokens), zero()) / n
+            total = total + len(tokens) * experts / (k * n) * count[expert] * mean
+    return total
+
+
+def device_balance_loss(decision: Decision, experts: int, devices: int, k: int) -> Tensor:
+    """n * sum_d (mean of f_e in d) * (sum of P_e in d)."""
+    n, size, total = max(len(decision.probs), 1), experts // devices, zero()
+    for device in range(devices):
+        mine = range(device * size, (device + 1) * size)
+        f = [experts / (k * n) * len([a for a in decision.assignments if a.expert == e]) for e in mine]
+        p = sum((row[e] for row in decision.probs.values() for e in mine), zero()) / n
+        total = total + len(decision.probs) * sum(f) / size * p
+    return total
+
+
+def communication_balance_loss(decision: Decision, experts: int, devices: int, limit: int) -> Tensor:
+    """n * sum_d D / (M n) * (tokens sent to d) * (sum of P_e in d)."""
+    n, size, total = max(len(decision.probs), 1), experts // devices, zero()
+    for device in range(devices):
+        sent = {a.token for a in decision.assignments if a.expert // size == device}
+        p = sum(
+            (sum(row[device * size : (device + 1) * size], zero()) for row in decision.probs.values()), zero()
+        )
+        total = total + len(decision.probs) * devices / (limit * n) * len(sent) * p / n
+    return total

@@ -1,13 +1,31 @@
-"""What the routers of the top-k family share."""
+"""What router families share: choosing, random numbers, and the way from choices to a list of assignments."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from epmoe.config import RouterOptions
-from epmoe.ops import route_topk
+from epmoe.config_routers import RouterOptions
+from epmoe.ops import philox, route_topk
 from epmoe.types import RouterInputs, Routing
+
+PRIORITY_STEPS = 2**30
+"""Probabilities are compared for priority in steps of this fraction: equal ones tie whatever their last bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """Up to K experts per token, best first, before they become a list in slot order."""
+
+    probs_TE: Tensor
+    ids_TK: Tensor
+    """int64, valid ids also where inactive."""
+    weights_TK: Tensor
+    """0 where inactive."""
+    active_TK: Tensor
+    """bool; a token that can be routed uses its first choice."""
 
 
 def missing_draws(policy: str) -> ValueError:
@@ -18,28 +36,70 @@ def missing_draws(policy: str) -> ValueError:
     )
 
 
-def route_by_logits(
+def numbers_given(inputs: RouterInputs, name: str, shape: tuple[int, ...], policy: str) -> Tensor | None:
+    """The random numbers in the field ``name``; None when they are to be drawn from ``inputs.draws``.
+
+    Raises:
+        ValueError: Neither numbers nor counters, or both, or numbers of another shape.
+    """
+    given: Tensor | None = getattr(inputs, name)
+    if given is None and inputs.draws is None:
+        raise missing_draws(policy)
+    if given is not None and inputs.draws is not None:
+        raise ValueError(f"give a random policy either counters (draws) or numbers ({name}), not both")
+    if given is not None and given.shape != shape:
+        raise ValueError(
+            f"{name} needs one number per token{' and column' if len(shape) > 1 else ''}, shape {shape}, "
+            f"got {tuple(given.shape)}"
+        )
+    return given
+
+
+def drawn_uniform(inputs: RouterInputs, stream: int, num_lanes: int) -> Tensor:
+    """Draws in [0, 1) -> float32 ``[T, num_lanes]``, from counters that are known to be there."""
+    draws = inputs.draws
+    assert draws is not None
+    return philox.uniform(draws.seed, stream, draws.layer, draws.sample_T, draws.position_T, num_lanes)
+
+
+def drawn_normal(inputs: RouterInputs, stream: int, num_lanes: int) -> Tensor:
+    """Standard normal draws -> ``[T, num_lanes]`` in the dtype of the logits, from counters that are there."""
+    draws = inputs.draws
+    assert draws is not None
+    normal = philox.normal(draws.seed, stream, draws.layer, draws.sample_T, draws.position_T, num_lanes)
+    return normal.to(inputs.logits_TE.dtype)
+
+
+def top_ids(scores_TX: Tensor, k: int) -> Tensor:
+    """The k best of each row, at equal scores the lowest first -> int64 ``[T, k]``."""
+    return scores_TX.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
+def choose(
     inputs: RouterInputs,
-    options: RouterOptions,
     top_k: int,
     *,
     normalize: bool,
+    logits_TE: Tensor | None = None,
     second_policy: str = "all",
     tau: float = 0.5,
-) -> Routing:
-    """Top-k of the logits as a flat list of assignments in the order of ``options.slot_order``.
+) -> Choices:
+    """Top-k of the logits by the fused operator.
+
+    Args:
+        logits_TE: Chosen from instead of ``inputs.logits_TE``.
+        normalize: Weights are a softmax over the chosen logits; else raw probabilities.
+        second_policy: ``all`` | ``random`` | ``threshold`` | ``none``, see ``epmoe.ops.reference.route_topk``.
 
     Raises:
         ValueError: ``second_policy="random"`` without draws or with both kinds, or draws of the wrong shape.
     """
-    draws, uniform_T = inputs.draws, inputs.uniform_T
+    draws, uniform_T = inputs.draws, None
     if second_policy == "random":
-        _check_draws(inputs)
-    sample_T, position_T = (
-        (None, None) if draws is None or uniform_T is not None else (draws.sample_T, draws.position_T)
-    )
+        uniform_T = numbers_given(inputs, "uniform_T", tuple(inputs.valid_T.shape), "random")
+    sample_T, position_T = (None, None) if draws is None else (draws.sample_T, draws.position_T)
     probs_TE, ids_TK, weights_TK, active_TK = route_topk(
-        inputs.logits_TE,
+        inputs.logits_TE if logits_TE is None else logits_TE,
         inputs.valid_T,
         uniform_T,
         sample_T,
@@ -51,37 +111,66 @@ def route_by_logits(
         draws.seed if draws else 0,
         draws.layer if draws else 0,
     )
-    usable_T = active_TK[:, 0]  # a token that can be routed uses its first choice
+    return Choices(probs_TE=probs_TE, ids_TK=ids_TK, weights_TK=weights_TK, active_TK=active_TK)
+
+
+def token_order(inputs: RouterInputs, options: RouterOptions, probs_TE: Tensor) -> Tensor | None:
+    """Tokens in the order in which they ask for slots -> int64 ``[T]``; None = as they stand.
+
+    Batch-prioritised: largest probability first, earlier tokens first among equals (V-MoE, arXiv:2106.05974).
+    """
+    if options.priority == "batch_prioritized":
+        score_T = (probs_TE.double().amax(-1) * PRIORITY_STEPS).round().long()
+        return score_T.argsort(descending=True, stable=True)
+    if options.priority == "random" and inputs.training:
+        shape = tuple(inputs.valid_T.shape)
+        given_T = numbers_given(inputs, "order_T", shape, "priority: random")
+        uniform_T = drawn_uniform(inputs, philox.PRIORITY, 1)[:, 0] if given_T is None else given_T
+        return uniform_T.argsort(stable=True)
+    return None
+
+
+def as_routing(
+    inputs: RouterInputs,
+    options: RouterOptions,
+    choices: Choices,
+    *,
+    logits_TE: Tensor | None = None,
+    load_E: Tensor | None = None,
+    importance_E: Tensor | None = None,
+) -> Routing:
+    """Choices as a flat list in the order of ``options.slot_order`` and ``options.priority``.
+
+    Args:
+        logits_TE: What the decision was made on, if not ``inputs.logits_TE``.
+        load_E, importance_E: As in ``Routing``.
+    """
+    logits_TE = inputs.logits_TE if logits_TE is None else logits_TE
+    active_TK = choices.active_TK
+    num_tokens, width = active_TK.shape
+    usable_T = active_TK[:, 0]
     unusable_T = ~usable_T
-    num_tokens, device = usable_T.shape[0], usable_T.device
-    token_TK = torch.arange(num_tokens, device=device).unsqueeze(1).expand(num_tokens, top_k)
-    choice_TK = torch.arange(top_k, device=device).expand(num_tokens, top_k)
+    token_T = torch.arange(num_tokens, device=active_TK.device)
+    choice_TK = torch.arange(width, device=active_TK.device).expand(num_tokens, width)
+    order_T = token_order(inputs, options, choices.probs_TE)
     # Logits that are all -inf say that no expert is available: nothing is broken.
-    broken_T = inputs.valid_T & unusable_T & (inputs.logits_TE != -torch.inf).any(-1)
+    broken_T = inputs.valid_T & unusable_T & (logits_TE != -torch.inf).any(-1)
 
     def listed(values_TK: Tensor) -> Tensor:
+        if order_T is not None:
+            values_TK = values_TK.index_select(0, order_T)
         return (values_TK.t() if options.slot_order == "choice_major" else values_TK).reshape(-1)
 
     return Routing(
-        token_A=listed(token_TK),
-        expert_A=listed(ids_TK),
-        weight_A=listed(weights_TK),
+        token_A=listed(token_T.unsqueeze(1).expand(num_tokens, width)),
+        expert_A=listed(choices.ids_TK),
+        weight_A=listed(choices.weights_TK),
         active_A=listed(active_TK),
         choice_A=listed(choice_TK),
-        probs_TE=probs_TE,
-        logits_TE=inputs.logits_TE.masked_fill(unusable_T.unsqueeze(1), 0.0),
+        probs_TE=choices.probs_TE,
+        logits_TE=logits_TE.masked_fill(unusable_T.unsqueeze(1), 0.0),
         valid_T=usable_T,
         nonfinite_tokens=broken_T.sum(),
+        load_E=load_E,
+        importance_E=importance_E,
     )
-
-
-def _check_draws(inputs: RouterInputs) -> None:
-    if inputs.draws is None and inputs.uniform_T is None:
-        raise missing_draws("random")
-    if inputs.draws is not None and inputs.uniform_T is not None:
-        raise ValueError("give a random policy either counters (draws) or numbers (uniform_T), not both")
-    if inputs.uniform_T is not None and inputs.uniform_T.shape != inputs.valid_T.shape:
-        raise ValueError(
-            f"uniform_T needs one number per token, shape {tuple(inputs.valid_T.shape)}, "
-            f"got {tuple(inputs.uniform_T.shape)}"
-        )

@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
-from epmoe.config import SwitchOptions
-from epmoe.moe.routers.common import route_by_logits
+import torch
+
+from epmoe.config_routers import SwitchOptions
+from epmoe.moe.routers.common import Choices, as_routing, choose, token_order
+from epmoe.moe.routers.family import Family
+from epmoe.ops import DROPLESS, assign_slots
 from epmoe.types import RouterInputs, Routing
 
 
 def route(inputs: RouterInputs, options: SwitchOptions, top_k: int = 1) -> Routing:
-    """One expert per token, weighted by its raw probability (normalised it would be 1 and train nothing)."""
-    return route_by_logits(inputs, options, top_k, normalize=False)
+    """One expert per token, weighted by its raw probability (normalised it would be 1 and train nothing).
+
+    With ``attempts`` > 1 a token that finds its expert full goes to its next best one: no token left behind.
+    """
+    choices = choose(inputs, max(top_k, options.attempts), normalize=False)
+    if options.attempts > 1:
+        choices = _until_there_is_room(inputs, options, choices)
+    return as_routing(inputs, options, choices)
+
+
+def _until_there_is_room(inputs: RouterInputs, options: SwitchOptions, choices: Choices) -> Choices:
+    """Choice i is active where the choices before it found no slot.
+
+    The paper's appendix B: attempt i of all tokens comes after attempt i-1 of all, counters go on. The planner, which
+    takes the list in the same order, gives the same slots again.
+    """
+    num_tokens, num_experts = choices.probs_TE.shape
+    group_size = inputs.group_size or num_tokens
+    num_groups = num_tokens // max(group_size, 1)
+    order_T = token_order(inputs, options, choices.probs_TE)
+    if order_T is None:
+        order_T = torch.arange(num_tokens, device=choices.ids_TK.device)
+    group_T = order_T // max(group_size, 1)
+    ids_TK, usable_TK = choices.ids_TK[order_T], choices.active_TK[order_T]
+    full_GE = torch.zeros(num_groups, num_experts, dtype=torch.int64, device=order_T.device)
+    waiting_T = torch.ones_like(usable_TK[:, 0])
+    tried = []
+    for attempt in range(options.attempts):
+        expert_T = ids_TK[:, attempt]
+        trying_T = waiting_T & usable_TK[:, attempt]
+        slot_T, demand_GE = assign_slots(expert_T, group_T, trying_T, num_groups, num_experts, DROPLESS)
+        slot_T = slot_T + full_GE[group_T, expert_T]
+        if inputs.capacity != DROPLESS:
+            waiting_T = waiting_T & ~(trying_T & (slot_T < inputs.capacity))
+        else:
+            waiting_T = waiting_T & ~trying_T
+        full_GE = full_GE + demand_GE
+        tried.append(trying_T)
+    active_TK = torch.empty_like(usable_TK).index_copy(0, order_T, torch.stack(tried, dim=1))
+    return Choices(
+        probs_TE=choices.probs_TE,
+        ids_TK=choices.ids_TK,
+        weights_TK=choices.weights_TK * active_TK,
+        active_TK=active_TK,
+    )
+
+
+FAMILY = Family(route=route)

@@ -16,15 +16,14 @@ from epmoe.config import (
     AUX_LOSSES,
     Config,
     DataConfig,
-    GShardTop2Options,
     MoEConfig,
     ParallelConfig,
     SourceConfig,
-    SwitchOptions,
     TrainConfig,
     choose_ep_size,
 )
 from epmoe.config_file import check_layout, dump_config, load_config, override_config
+from epmoe.config_routers import GShardTop2Options, SwitchOptions
 from epmoe.errors import ConfigError
 from epmoe.moe.build import DISPATCHERS, LOSSES, ROUTERS
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 import typer
 
 from epmoe.cli import doctor as module
-from epmoe.cli.doctor import apex_finding, doctor, examine
+from epmoe.cli.doctor import apex_finding, doctor, examine, flash_finding
 from epmoe.errors import ConfigError
 from epmoe.observe.record import LayerHealth, StepRecord, record_to_json
+from tests.unit.packages import Packages, pretend
 
 
 def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]):
@@ -43,21 +43,41 @@ def test_a_look_that_fails_is_a_finding_and_the_exit_code_is_1(
     assert "2 problem(s)" in capsys.readouterr().out
 
 
+IMPORTED = "raise SystemExit('it was imported')"
+
+
 @pytest.mark.parametrize("kind", ["toolkit", "nvidia"])
-def test_the_two_packages_called_apex_are_told_apart_without_importing_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-):
-    folder = tmp_path / "apex"
-    (folder / "optimizers").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise SystemExit('apex was imported')")
+def test_the_two_packages_called_apex_are_told_apart_without_importing_them(packages: Packages, kind: str):
+    packages.toolkit()
     if kind == "nvidia":
-        (folder / "optimizers" / "fused_adam.py").touch()
-    spec = PathFinder.find_spec("apex", [str(tmp_path)])
-    monkeypatch.setattr(module, "find_spec", lambda name: spec)
+        packages.apex(fused_adam=IMPORTED)
     finding = apex_finding()
-    assert "apex" not in sys.modules
+    assert "apex.optimizers" not in sys.modules
     assert (finding.status == "warning") == (kind == "toolkit")
     assert ("unrelated" in finding.value) == (kind == "toolkit")
+    assert ("pip uninstall apex" in (finding.fix or "")) == (kind == "toolkit")
+
+
+def test_accelerators_that_are_not_there_are_not_needed(packages: Packages):
+    assert [flash_finding().value, apex_finding().value] == ["not installed, not needed"] * 2
+
+
+def test_accelerators_are_tried_where_there_is_a_gpu(packages: Packages, monkeypatch: pytest.MonkeyPatch):
+    packages.flash(2)
+    packages.apex()
+    assert "flash-attn needs a GPU" in flash_finding().value
+    pretend(monkeypatch, (8, 0))
+    assert flash_finding().value.endswith("attention: flash-attn 2")
+    assert apex_finding().value == "NVIDIA's, its FusedAdam works"
+
+
+def test_accelerators_that_do_not_work_say_why(packages: Packages, monkeypatch: pytest.MonkeyPatch):
+    packages.broken_flash(2, "raise ImportError('libcudart.so.12: cannot open')")
+    packages.apex(fused_adam="import amp_C")
+    pretend(monkeypatch, (8, 0))
+    findings = [flash_finding(), apex_finding()]
+    assert "ImportError: libcudart.so.12: cannot open" in findings[0].value
+    assert "No module named 'amp_C'" in findings[1].value
 
 
 def test_a_run_is_reported_with_its_status_last_step_and_routers(

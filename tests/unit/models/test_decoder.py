@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epmoe.config import GShardTop2Options, ModelConfig, MoEConfig, TopKOptions
+from epmoe.config import ModelConfig, MoEConfig
+from epmoe.config_routers import GShardTop2Options, TopKOptions
 from epmoe.errors import EpmoeError
 from epmoe.models import presets
 from epmoe.models.attention import KVCache

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from epmoe.config import GShardTop2Options, ModelConfig, MoEConfig
+from epmoe.config import ModelConfig, MoEConfig
+from epmoe.config_routers import GShardTop2Options
 from epmoe.errors import ConfigError, NumericsError
 from epmoe.models.decoder import Decoder
 from epmoe.train.generate import choose, generate

@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from epmoe.config import ModelConfig, MoEConfig, TopKOptions
+from epmoe.config import ModelConfig, MoEConfig
 from epmoe.config_file import load_config
+from epmoe.config_routers import TopKOptions
 from epmoe.models import presets
 from epmoe.models.decoder import Decoder
 from epmoe.models.sizes import count_parameters, flops_per_token
@@ -57,6 +58,12 @@ def weight_grad_flops(rows: torch.Size, d_out: torch.Size, _counts: torch.Size, 
     return 2 * rows[0] * rows[1] * d_out[1]
 
 
+def ffn_flops(
+    rows: torch.Size, _: object, w_in: torch.Size, w_out: torch.Size, *__: object, **___: object
+) -> int:
+    return 2 * rows[0] * (w_in[1] * w_in[2] + w_out[1] * w_out[2])
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 def test_arithmetic_is_what_torch_counts(activation: str) -> None:
     config = ModelConfig(d_model=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=10, d_ff=56)
@@ -72,6 +79,7 @@ def test_arithmetic_is_what_torch_counts(activation: str) -> None:
     model = Decoder(config, moe, vocab_size=97, seed=0)
     length = 16
     mapping = {
+        torch.ops.epmoe.expert_ffn: ffn_flops,
         torch.ops.epmoe.grouped_gemm: grouped_flops,
         torch.ops.epmoe.grouped_gemm_weight_grad: weight_grad_flops,
     }

@@ -2,42 +2,170 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+
 import torch
 from torch import Tensor
 
 from epmoe.config import MoEConfig
 from epmoe.moe.build import build_moe_layer
-from epmoe.moe.layer import MoELayer
+from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.plan import plan_local, plan_slots
 from epmoe.types import DispatchPlan, Routing, TokenContext
 from tests.oracle import capacity as oracle_capacity
-from tests.oracle import philox, routing
+from tests.oracle import cases, deepseek, noisy, philox, routing
 from tests.oracle.layer import LayerResult, ffn_experts, router_logits, run_layer
 from tests.oracle.routing import Decision
 
 SEED, LAYER = 2**33 + 5, 3
-SECOND_EXPERT, JITTER = 0, 1
+SECOND_EXPERT, JITTER, NOISE, GUMBEL, _, PRIORITY = range(6)
 
+NOISY_LOSSES = {"balance": 0.01, "z": 0.001, "importance": 0.1, "load": 0.1}
 ROUTERS: dict[str, dict] = {
     "gshard_all": {"router": {"name": "gshard_top2", "second_policy": "all"}},
     "gshard_random": {"router": {"name": "gshard_top2", "second_policy": "random", "tau": 0.4}},
     "gshard_threshold": {"router": {"name": "gshard_top2", "second_policy": "threshold", "tau": 0.3}},
     "gshard_none": {"router": {"name": "gshard_top2", "second_policy": "none"}},
+    "gshard_sampling": {"router": {"name": "gshard_top2", "second_policy": "sampling"}},
+    "gshard_relative": {"router": {"name": "gshard_top2", "second_policy": "relative", "ratio": 0.4}},
+    "gshard_literal": {"router": {"name": "gshard_top2", "literal_alg1": True}},
     "switch": {"router": {"name": "switch", "jitter": 0.2}},
+    "switch_retry": {"router": {"name": "switch", "jitter": 0.0, "attempts": 3}},
     "top1": {"router": "topk", "top_k": 1},
     "top1_normalized": {"router": {"name": "topk", "normalize": True}, "top_k": 1},
     "top2": {"router": "topk", "top_k": 2},
-    "top3_raw": {"router": {"name": "topk", "normalize": False}, "top_k": 3},
+    "top2_by_gate": {"router": {"name": "topk", "priority": "batch_prioritized"}, "top_k": 2},
+    "top2_shuffled": {"router": {"name": "topk", "priority": "random"}, "top_k": 2},
+    "top3_raw": {"router": {"name": "topk", "normalize": False, "scale": 2.5}, "top_k": 3},
+    "noisy1": {"router": {"name": "noisy_topk", "noise_floor": 0.01}, "top_k": 1, "losses": NOISY_LOSSES},
+    "noisy2": {"router": "noisy_topk", "top_k": 2, "losses": NOISY_LOSSES},
+    "vmoe2": {
+        "router": {"name": "noisy_topk", "load_estimator": "vmoe", "priority": "batch_prioritized"},
+        "top_k": 2,
+        "losses": NOISY_LOSSES,
+    },
+    "v2": {
+        "router": {
+            "name": "deepseek",
+            "score": "softmax",
+            "num_groups": 2,
+            "groups_kept": 1,
+            "group_score": "max",
+            "bias_rate": None,
+            "normalize": False,
+            "scale": 16.0,
+        },
+        "top_k": 2,
+        "losses": {"balance": 0.003, "device_balance": 0.05, "communication_balance": 0.02},
+    },
+    "v3": {
+        "router": {"name": "deepseek", "num_groups": 4, "groups_kept": 2, "scale": 2.5},
+        "top_k": 3,
+        "losses": {"sequence_balance": 0.0001},
+    },
+    "sigmoid1": {"router": "deepseek", "top_k": 1},
+    "two_levels": {"router": "hierarchical", "top_k": 2, "losses": NOISY_LOSSES},
+    "two_levels_wide": {
+        "router": {"name": "hierarchical", "groups_per_token": 2},
+        "top_k": 4,
+        "losses": NOISY_LOSSES,
+    },
 }
 
 
 def config(router: str, *, slot_order: str = "choice_major", **fields) -> MoEConfig:
-    """The MoE section of a named router."""
+    """The MoE section of a named router. Retries know one slot order only; groups are as even as E allows."""
     values = {**ROUTERS[router], **fields}
     options = values["router"]
     options = {"name": options} if isinstance(options, str) else dict(options)
-    values["router"] = {**options, "slot_order": slot_order}
+    if options["name"] == "hierarchical":
+        options["num_groups"] = 1 if values.get("num_experts", 8) % 2 else 2
+    if router == "v3" and values.get("num_experts", 8) == 4:
+        options["num_groups"] = 2
+    order = "choice_major" if "attempts" in options else slot_order
+    values["router"] = {**options, "slot_order": order}
     return MoEConfig.model_validate(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a router gets besides logits: random numbers, and the products of the learned extra parts."""
+
+    uniform: list[float] | None = None
+    gumbel: Tensor | None = None
+    order: list[float] | None = None
+    normal: Tensor | None = None
+    group_normal: Tensor | None = None
+    noise_logits_TE: Tensor | None = None
+    group_logits_TP: Tensor | None = None
+    group_noise_logits_TP: Tensor | None = None
+    bias_E: Tensor | None = None
+
+    def fields(self) -> dict[str, Tensor]:
+        """As fields of ``RouterInputs``."""
+        numbers = {
+            "uniform_T": self.uniform,
+            "uniform_TE": self.gumbel,
+            "order_T": self.order,
+            "normal_TE": self.normal,
+            "group_normal_TP": self.group_normal,
+        }
+        found = {key: torch.as_tensor(value).double() for key, value in numbers.items() if value is not None}
+        for key in ("noise_logits_TE", "group_logits_TP", "group_noise_logits_TP", "bias_E"):
+            if getattr(self, key) is not None:
+                found[key] = getattr(self, key)
+        return found
+
+    def rows(self, start: int, stop: int) -> Extras:
+        """Those of some tokens."""
+        values = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        per_token = {key: value for key, value in values.items() if value is not None and key != "bias_E"}
+        return Extras(**{key: value[start:stop] for key, value in per_token.items()}, bias_E=self.bias_E)
+
+
+def listed(numbers: Tensor | None) -> list[list[float]] | None:
+    """As nested lists."""
+    return None if numbers is None else numbers.tolist()
+
+
+def needs(moe: MoEConfig) -> set[str]:
+    """Which random numbers a router draws in training."""
+    options, found = moe.router, set()
+    if options.name == "gshard_top2":
+        found |= {"random": {"uniform"}, "sampling": {"gumbel"}}.get(options.second_policy, set())
+    if options.name in ("noisy_topk", "hierarchical"):
+        found.add("normal")
+    if options.name == "hierarchical":
+        found.add("group_normal")
+    if options.priority == "random":
+        found.add("order")
+    return found
+
+
+def extras(moe: MoEConfig, tokens: int, seed: int = 0) -> Extras:
+    """Reproducible extras of every kind the router needs in training."""
+    generator = torch.Generator().manual_seed(31 + seed)
+    experts, groups = moe.num_experts, moe.router.expert_groups
+
+    def normals(width: int) -> Tensor:
+        return torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+
+    made = {
+        "uniform": cases.uniforms(tokens, seed),
+        "gumbel": torch.rand(tokens, experts, generator=generator),
+        "order": torch.rand(tokens, generator=generator).tolist(),
+        "normal": normals(experts),
+        "group_normal": normals(groups),
+    }
+    learned = {}
+    if moe.router.name == "hierarchical" or getattr(moe.router, "load_estimator", "") == "paper":
+        learned["noise_logits_TE"] = normals(experts)
+    if moe.router.name == "hierarchical":
+        learned |= {"group_logits_TP": normals(groups), "group_noise_logits_TP": normals(groups)}
+    if getattr(moe.router, "bias_rate", None) is not None:
+        learned["bias_E"] = 0.3 * torch.randn(experts, generator=generator, dtype=torch.float64)
+    return Extras(**{key: made[key] for key in needs(moe)}, **learned)
 
 
 def make_layer(moe: MoEConfig, d_model: int = 4, d_ff: int = 3, scale: float = 1.0) -> MoELayer:
@@ -45,8 +173,8 @@ def make_layer(moe: MoEConfig, d_model: int = 4, d_ff: int = 3, scale: float = 1
     generator = torch.Generator().manual_seed(moe.num_experts)
     layer = build_moe_layer(moe, d_model=d_model, d_ff=d_ff, layer=LAYER, seed=SEED).double()
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
     return layer
 
 
@@ -74,22 +202,89 @@ def local_plan(routing: Routing, *, num_experts: int, group_size: int, capacity:
     return plan_local(routing, slots)
 
 
-def oracle_decision(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, uniform: list[float]) -> Decision:
-    """What the configured router decides in training."""
+def oracle_decision(
+    logits_TE: Tensor,
+    valid: list[bool],
+    moe: MoEConfig,
+    given: Extras,
+    *,
+    group_of: list[int] | None = None,
+    slots: int | None = None,
+) -> Decision:
+    """What the configured router decides in training. Groups and slots matter only to a router that retries."""
     options = moe.router
+    decision = _decision_by_position(logits_TE, valid, moe, given)
+    turn = routing.turns(options.priority, decision, given.order)
+    if options.name == "switch" and options.attempts > 1:
+        group_of = group_of or [0] * len(valid)
+        return routing.no_token_left_behind(decision, options.attempts, group_of, slots, turn)
+    if turn is not None:
+        decision.assignments = routing.in_slot_order(decision.assignments, options.slot_order, turn)
+    return decision
+
+
+def _decision_by_position(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, given: Extras) -> Decision:
+    options, k, order = moe.router, moe.top_k, moe.router.slot_order
     if options.name == "gshard_top2":
         return routing.gshard_top2(
             logits_TE,
             valid,
             policy=options.second_policy,
             tau=options.tau,
-            uniform=uniform,
-            slot_order=options.slot_order,
+            uniform=given.uniform,
+            gumbel_uniform=listed(given.gumbel),
+            ratio=options.ratio,
+            literal=options.literal_alg1,
+            slot_order=order,
         )
     if options.name == "switch":
-        return routing.switch(logits_TE, valid, slot_order=options.slot_order)
-    normalize = moe.top_k > 1 if options.normalize is None else options.normalize
-    return routing.topk(logits_TE, valid, k=moe.top_k, normalize=normalize, slot_order=options.slot_order)
+        return routing.topk(logits_TE, valid, k=options.attempts, normalize=False, slot_order=order)
+    if options.name == "noisy_topk":
+        paper = options.load_estimator == "paper"
+        return noisy.noisy_topk(
+            logits_TE,
+            valid,
+            k=k,
+            variant=options.load_estimator,
+            normalize=paper and k > 1,
+            noise_logits_TE=given.noise_logits_TE,
+            normal=listed(given.normal),
+            floor=options.noise_floor,
+            slot_order=order,
+        )
+    if options.name == "hierarchical":
+        scales = [
+            [[noisy.noise_scale(z, options.noise_floor) for z in row.unbind()] for row in logits.unbind()]
+            for logits in (given.noise_logits_TE, given.group_noise_logits_TP)
+        ]
+        return noisy.hierarchical(
+            logits_TE,
+            given.group_logits_TP,
+            valid,
+            groups_kept=options.groups_per_token,
+            inside=k // options.groups_per_token,
+            scale_TE=scales[0],
+            scale_TP=scales[1],
+            normal=listed(given.normal),
+            group_normal=listed(given.group_normal),
+            slot_order=order,
+        )
+    normalize = k > 1 if options.normalize is None else options.normalize
+    if options.name == "deepseek":
+        return deepseek.deepseek(
+            logits_TE,
+            valid,
+            k=k,
+            score=options.score,
+            bias=[0.0] * moe.num_experts if given.bias_E is None else given.bias_E.tolist(),
+            groups=options.num_groups,
+            kept=options.group_limit,
+            group_score=options.group_score,
+            normalize=normalize,
+            scale=options.scale,
+            slot_order=order,
+        )
+    return routing.topk(logits_TE, valid, k=k, normalize=normalize, scale=options.scale, slot_order=order)
 
 
 def oracle_slots(moe: MoEConfig, group_size: int) -> int | None:
@@ -112,30 +307,76 @@ def oracle_layer(x_BSD: Tensor, weights: dict[str, Tensor], moe: MoEConfig, ctx:
     num_sequences, seq_len = x_BSD.shape[:2]
     x_TD = x_BSD.flatten(0, 1)
     places = [(int(sample), s) for sample in ctx.sample_B for s in range(seq_len)]
-    uniform = [philox.draw(SEED, SECOND_EXPERT, LAYER, sample, s, 0) for sample, s in places]
     seen_TD = x_TD
     if moe.router.jitter > 0:
-        draws = [
-            [philox.draw(SEED, JITTER, LAYER, sample, s, lane) for lane in range(x_TD.shape[1])]
-            for sample, s in places
-        ]
-        seen_TD = routing.jittered(x_TD, moe.router.jitter, draws)
+        seen_TD = routing.jittered(x_TD, moe.router.jitter, _draws(JITTER, places, x_TD.shape[1]))
     valid = [True] * len(places) if ctx.valid_BS is None else ctx.valid_BS.flatten().tolist()
-    decision = oracle_decision(router_logits(seen_TD, weights["router.weight"]), valid, moe, uniform)
     by_sequence = moe.group == "sequence"
-    count = moe.balance_count
-    if count == "auto":
-        count = "all" if moe.router.name == "topk" else "top1"
+    group_of = [t // seq_len if by_sequence else 0 for t in range(len(places))]
+    slots = oracle_slots(moe, seq_len if by_sequence else len(places))
+    decision = oracle_decision(
+        router_logits(seen_TD, weights["router.weight"]),
+        valid,
+        moe,
+        _layer_extras(moe, seen_TD, weights, places),
+        group_of=group_of,
+        slots=slots,
+    )
     return run_layer(
         x_TD,
         ffn_experts(weights["experts.w_in"], weights["experts.w_out"], moe.activation),
         decision,
-        group_of=[t // seq_len if by_sequence else 0 for t in range(len(places))],
+        group_of=group_of,
         groups=num_sequences if by_sequence else 1,
-        slots=oracle_slots(moe, seq_len if by_sequence else len(places)),
+        slots=slots,
         k=moe.top_k,
-        balance_count=count,
+        balance_count=balance_count(moe),
+        sequence_of=[t // seq_len for t in range(len(places))],
+        devices=moe.router.expert_groups,
+        limit=min(moe.router.group_limit, moe.top_k),
     )
+
+
+def _draws(stream: int, places: list[tuple[int, int]], lanes: int) -> list[list[float]]:
+    return [
+        [philox.draw(SEED, stream, LAYER, sample, s, lane) for lane in range(lanes)] for sample, s in places
+    ]
+
+
+def _layer_extras(
+    moe: MoEConfig, seen_TD: Tensor, weights: dict[str, Tensor], places: list[tuple[int, int]]
+) -> Extras:
+    """The numbers a layer draws, and its learned extra parts applied to its tokens."""
+    wanted, experts, groups = needs(moe), moe.num_experts, moe.router.expert_groups
+    found = {}
+    if "uniform" in wanted:
+        found["uniform"] = [row[0] for row in _draws(SECOND_EXPERT, places, 1)]
+    if "gumbel" in wanted:
+        found["gumbel"] = torch.tensor(_draws(GUMBEL, places, experts)).double()
+    if "order" in wanted:
+        found["order"] = [row[0] for row in _draws(PRIORITY, places, 1)]
+    if "normal" in wanted:
+        lanes = experts + (groups if "group_normal" in wanted else 0)
+        uniform = _draws(NOISE, places, lanes + lanes % 2)
+        rows = [
+            [z for pair in zip(u[::2], u[1::2], strict=True) for z in noisy.box_muller(pair)] for u in uniform
+        ]
+        normal_TE = torch.tensor(rows, dtype=torch.float64).view(len(places), -1)
+        found["normal"] = normal_TE[:, :experts]
+        if "group_normal" in wanted:
+            found["group_normal"] = normal_TE[:, experts:lanes]
+    parts = {
+        "noise_logits_TE": "noise_weight",
+        "group_logits_TP": "group_weight",
+        "group_noise_logits_TP": "group_noise_weight",
+    }
+    learned = {
+        field: router_logits(seen_TD, weights[f"router.{name}"])
+        for field, name in parts.items()
+        if f"router.{name}" in weights
+    }
+    bias_E = weights["router.bias"].detach() if "router.bias" in weights else None
+    return Extras(**found, **learned, bias_E=bias_E)
 
 
 def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from epmoe.moe.losses import balance_loss, first_choice_counts, z_loss
+from epmoe.moe.build import LOSSES
+from epmoe.moe.losses import LossInputs, balance_loss, choice_counts, squared_variation, z_loss
 from epmoe.ops import DROPLESS
+from epmoe.types import TokenContext
 from tests.oracle import cases
 from tests.oracle import losses as oracle
-from tests.unit.moe.helpers import config, local_plan, oracle_decision
+from tests.unit.moe.helpers import (
+    LAYER,
+    Extras,
+    close,
+    config,
+    context,
+    extras,
+    local_plan,
+    make_layer,
+    oracle_decision,
+    oracle_layer,
+    tokens,
+)
 from tests.unit.moe.test_routers import route
 
 
-def package_losses(moe, logits, valid, uniform, group_size, capacity=DROPLESS):
+def package_losses(moe, logits, valid, given, group_size, capacity=DROPLESS):
     """balance over first choices, balance over all wishes, z."""
-    routed = route(moe, logits, valid, uniform)
+    routed = route(moe, logits, valid, given)
     plan = local_plan(routed, num_experts=moe.num_experts, group_size=group_size, capacity=capacity)
-    first_GE = first_choice_counts(routed, *plan.demand_GE.shape)
+    first_GE = choice_counts(routed, *plan.demand_GE.shape, first_only=True)
     return (
         balance_loss(routed.probs_TE, first_GE, routed.valid_T, count_per_token=1),
         balance_loss(routed.probs_TE, plan.demand_GE, routed.valid_T, count_per_token=moe.top_k),
@@ -27,8 +42,8 @@ def package_losses(moe, logits, valid, uniform, group_size, capacity=DROPLESS):
     )
 
 
-def oracle_losses(moe, logits, valid, uniform, group_size):
-    decision = oracle_decision(logits, valid, moe, uniform)
+def oracle_losses(moe, logits, valid, given, group_size):
+    decision = oracle_decision(logits, valid, moe, given)
     group_of = [t // group_size for t in range(len(valid))]
     groups = len(valid) // group_size
     counts = (
@@ -41,13 +56,13 @@ def oracle_losses(moe, logits, valid, uniform, group_size):
 @pytest.mark.parametrize("name", ["gshard_random", "switch", "top3_raw"])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_values_and_gradients(kind, name):
-    for tokens, experts, group_size in ((0, 5, 7), (1, 5, 1), (21, 5, 7), (24, 3, 24)):
+    for num_tokens, experts, group_size in ((0, 5, 7), (1, 5, 1), (21, 5, 7), (24, 3, 24)):
         moe = config(name, num_experts=experts)
-        logits, valid = cases.logits_and_valid(kind, tokens, experts, seed=4)
-        uniform = cases.uniforms(tokens)
+        logits, valid = cases.logits_and_valid(kind, num_tokens, experts, seed=4)
+        given = extras(moe, num_tokens)
         mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        got = package_losses(moe, mine, valid, uniform, group_size)
-        wanted = oracle_losses(moe, theirs, valid, uniform, group_size)
+        got = package_losses(moe, mine, valid, given, group_size)
+        wanted = oracle_losses(moe, theirs, valid, given, group_size)
         for one, other in zip(got, wanted, strict=True):
             assert one.dtype == torch.float64
             assert one.item() == pytest.approx(other.item(), rel=1e-12, abs=1e-12)
@@ -59,7 +74,7 @@ def test_values_and_gradients(kind, name):
         if reference.requires_grad:
             reference.backward()
             expected = theirs.grad
-        routed_T = route(moe, logits, valid, uniform).valid_T
+        routed_T = route(moe, logits, valid, given).valid_T
         scale = max(expected[routed_T].abs().max().item() if routed_T.any() else 0.0, 1.0)
         assert ((mine.grad - expected)[routed_T].abs() <= 1e-10 * scale).all()
         assert (mine.grad[~routed_T] == 0).all()
@@ -69,7 +84,7 @@ def test_values_and_gradients(kind, name):
 def test_values_at_zero_logits(experts):
     """Uniform probabilities: balance is 1 per token, z is (ln E)^2 per token, whatever was chosen."""
     moe = config("top1", num_experts=experts)
-    top1, wishes, z = package_losses(moe, torch.zeros(10, experts).double(), [True] * 10, None, 5)
+    top1, wishes, z = package_losses(moe, torch.zeros(10, experts).double(), [True] * 10, Extras(), 5)
     assert top1.item() == pytest.approx(10.0, abs=1e-12)
     assert wishes.item() == pytest.approx(10.0, abs=1e-12)
     assert z.item() == pytest.approx(10 * math.log(experts) ** 2, abs=1e-12)
@@ -79,19 +94,19 @@ def test_values_at_zero_logits(experts):
 def test_capacity_does_not_change_any_loss(capacity):
     moe = config("gshard_random", num_experts=4)
     logits, valid = cases.logits_and_valid("broken", 24, 4)
-    uniform = cases.uniforms(24)
-    wanted = [loss.item() for loss in package_losses(moe, logits, valid, uniform, 8)]
-    assert [loss.item() for loss in package_losses(moe, logits, valid, uniform, 8, capacity)] == wanted
+    given = extras(moe, 24)
+    wanted = [loss.item() for loss in package_losses(moe, logits, valid, given, 8)]
+    assert [loss.item() for loss in package_losses(moe, logits, valid, given, 8, capacity)] == wanted
 
 
 @pytest.mark.parametrize("name", ["gshard_random", "top2"])
 def test_groups_and_micro_batches_add_up(name):
     moe = config(name, num_experts=4)
     logits, valid = cases.logits_and_valid("broken", 24, 4)
-    uniform = cases.uniforms(24)
-    together = package_losses(moe, logits, valid, uniform, 8)
+    given = extras(moe, 24)
+    together = package_losses(moe, logits, valid, given, 8)
     parts = [
-        package_losses(moe, logits[i : i + 8], valid[i : i + 8], uniform[i : i + 8], 8) for i in (0, 8, 16)
+        package_losses(moe, logits[i : i + 8], valid[i : i + 8], given.rows(i, i + 8), 8) for i in (0, 8, 16)
     ]
     for whole, pieces in zip(together, zip(*parts, strict=True), strict=True):
         assert whole.item() == pytest.approx(sum(piece.item() for piece in pieces), rel=1e-13)
@@ -101,8 +116,8 @@ def test_a_group_is_not_the_whole_batch():
     """Two sequences that use different experts: each is unbalanced, together they are balanced."""
     logits = torch.tensor([[9.0, 0.0]] * 4 + [[0.0, 9.0]] * 4, dtype=torch.float64)
     moe = config("top1", num_experts=2)
-    apart = package_losses(moe, logits, [True] * 8, None, 4)[0].item()
-    mixed = package_losses(moe, logits, [True] * 8, None, 8)[0].item()
+    apart = package_losses(moe, logits, [True] * 8, Extras(), 4)[0].item()
+    mixed = package_losses(moe, logits, [True] * 8, Extras(), 8)[0].item()
     assert mixed == pytest.approx(8.0)
     assert apart > 15.9
 
@@ -111,16 +126,139 @@ def test_a_group_is_not_the_whole_batch():
 def test_padding_appended_to_a_group_changes_nothing(name):
     moe = config(name, num_experts=4)
     logits, valid = cases.logits_and_valid("random", 9, 4)
-    uniform = cases.uniforms(9)
-    before = package_losses(moe, logits, valid, uniform, 9)
+    given = extras(moe, 9)
+    before = package_losses(moe, logits, valid, given, 9)
     longer = torch.cat([logits, 50.0 * torch.ones(5, 4).double()])
-    after = package_losses(moe, longer, valid + [False] * 5, uniform + [0.5] * 5, 14)
+    after = package_losses(moe, longer, valid + [False] * 5, extras(moe, 14), 14)
     assert [b.item() for b in before] == pytest.approx([a.item() for a in after], rel=1e-13)
 
 
 def test_large_logits_stay_finite():
     logits = torch.tensor([[1e4, -1e4, -math.inf]], dtype=torch.float64, requires_grad=True)
-    total = sum(package_losses(config("top2", num_experts=3), logits, [True], None, 1))
+    total = sum(package_losses(config("top2", num_experts=3), logits, [True], Extras(), 1))
     total.backward()
     assert math.isfinite(total.item())
     assert logits.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------- scopes, other losses
+def layer_losses(moe, x_BSD, ctx=None, sum_over_ranks=None):
+    """Losses of a layer in training, and its router's weights."""
+    layer = make_layer(moe)
+    layer.sum_over_ranks = sum_over_ranks
+    _, report = layer(x_BSD, ctx or context(x_BSD))
+    return report, layer.router.weight
+
+
+@pytest.mark.parametrize("count", ["top1", "all"])
+@pytest.mark.parametrize("scope", ["group", "sequence", "micro_batch", "global"])
+def test_scopes_of_balance(scope, count):
+    """Against the oracle; with groups of the whole micro-batch, so that ``group`` is not ``sequence``."""
+    moe = config("gshard_random", num_experts=4, group="rank", balance_scope=scope, balance_count=count)
+    x_BSD = tokens(3, 5)
+    ctx = context(x_BSD, "some")
+    report, weight = layer_losses(moe, x_BSD, ctx)
+    result = oracle_layer(x_BSD, dict(make_layer(moe).named_parameters()), moe, ctx)
+    by_sequence = scope == "sequence"
+    group_of = [t // 5 if by_sequence else 0 for t in range(15)]
+    wanted = oracle.balance_loss(result.decision, group_of, 3 if by_sequence else 1, 4, count=count, k=2)
+    assert report.losses["balance"].item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert ("counted_E" in report.metrics) == (scope == "global")
+    report.losses["balance"].backward()
+    assert weight.grad.abs().max() > 0
+
+
+def test_global_balance_of_two_ranks_is_that_of_the_whole_batch():
+    """The other rank's counts are added; the sum of both ranks' losses and gradients is the whole batch's."""
+    moe = config("top2", num_experts=4, balance_scope="global", losses={"balance": 1.0})
+    x_BSD = tokens(4, 6)
+    report, weight = layer_losses(moe, x_BSD)
+    report.losses["balance"].backward()
+    total = torch.cat((report.metrics["counted_E"], report.metrics["valid_tokens"].view(1)))
+    parts = []
+    for half in (slice(0, 2), slice(2, 4)):
+        part, part_weight = layer_losses(moe, x_BSD[half], sum_over_ranks=lambda _: total)
+        part.losses["balance"].backward()
+        parts.append((part.losses["balance"].item(), part_weight.grad))
+    assert sum(part[0] for part in parts) == pytest.approx(report.losses["balance"].item(), rel=1e-13)
+    close(parts[0][1] + parts[1][1], weight.grad, 1e-13)
+
+
+def test_global_balance_knows_the_micro_batches_so_far():
+    moe = config("top2", num_experts=4, balance_scope="global", losses={"balance": 1.0})
+    x_BSD = tokens(4, 6)
+    first, _ = layer_losses(moe, x_BSD[:2])
+    ctx = context(x_BSD[2:])
+    counted = {LAYER: (first.metrics["counted_E"], first.metrics["valid_tokens"].view(1))}
+    second, _ = layer_losses(moe, x_BSD[2:], replace(ctx, counted=counted))
+    whole, _ = layer_losses(moe, x_BSD)
+    probs_TE = make_layer(moe).router(x_BSD[2:].flatten(0, 1), ctx, seq_len=6).probs_TE
+    wanted = 4 * (whole.metrics["counted_E"].double() / (24 * 2) * probs_TE.sum(0)).sum()
+    assert second.losses["balance"].item() == pytest.approx(wanted.item(), rel=1e-13)
+
+
+def skewed_and_even(experts, tokens_):
+    """Everybody wants expert 0 most and its neighbours next, or everybody somebody else."""
+    even = torch.zeros(tokens_, experts, dtype=torch.float64)
+    for token in range(tokens_):
+        for place in range(experts):
+            even[token, (token + place) % experts] = 3.0 - place
+    return even[:1].expand(tokens_, experts).clone(), even
+
+
+@pytest.mark.parametrize(
+    ("router", "loss"),
+    [
+        *((router, "balance") for router in ("gshard_all", "switch", "top2", "v2", "v3", "two_levels")),
+        *((router, "importance") for router in ("noisy2", "vmoe2", "two_levels", "top2")),
+        *((router, "load") for router in ("noisy1", "noisy2", "vmoe2", "two_levels")),
+        *((router, "sequence_balance") for router in ("v3", "top2", "sigmoid1")),
+        *((router, loss) for router in ("v2", "v3") for loss in ("device_balance", "communication_balance")),
+    ],
+)
+def test_skewed_routing_costs_more_than_even_routing(router, loss):
+    moe = config(router, num_experts=8, losses={loss: 1.0})
+    given = extras(moe, 16)
+    calm = replace(
+        given,
+        bias_E=None if given.bias_E is None else torch.zeros(8).double(),
+        noise_logits_TE=None if given.noise_logits_TE is None else torch.full((16, 8), -2.0).double(),
+    )
+    values = []
+    for logits in skewed_and_even(8, 16):
+        if calm.group_logits_TP is not None:
+            groups = logits.view(16, 2, 4).amax(-1)
+            calm = replace(calm, group_logits_TP=groups, group_noise_logits_TP=groups * 0 - 2.0)
+        logits.requires_grad_()
+        routed = route(moe, logits, [True] * 16, calm)
+        plan = local_plan(routed, num_experts=8, group_size=16, capacity=DROPLESS)
+        value = LOSSES[loss](moe)(LossInputs(routing=routed, plan=plan, seq_len=16))
+        values.append(value.item() / 16)
+        value.backward()
+        assert logits.grad.isfinite().all()
+    skewed, even = values
+    assert skewed > even + 0.1
+    if "balance" in loss:
+        assert even == pytest.approx(1.0, abs=0.35 if router == "two_levels" else 1e-9)
+
+
+@pytest.mark.parametrize(("experts", "spread"), [(1, 0.0), (4, 0.0), (4, 1.0)])
+def test_squared_variation(experts, spread):
+    total_E = 3.0 + spread * torch.arange(experts, dtype=torch.float64)
+    wanted = (total_E.var(unbiased=False) / total_E.mean() ** 2).item() if experts > 1 else 0.0
+    assert squared_variation(total_E).item() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["noisy2", "vmoe2", "two_levels", "v2", "v3"])
+def test_padding_changes_no_loss_of_any_scope(name):
+    """Whole sequences of padding, and padding at the end of a sequence where there is no capacity."""
+    moe = config(name, num_experts=8 if name == "v3" else 4, capacity_factor=None)
+    x_BSD = tokens(2, 6)
+    longer = torch.cat((torch.cat((x_BSD, 9.0 * tokens(2, 2, seed=3)), 1), 5.0 * tokens(1, 8, seed=4)))
+    valid = torch.zeros(3, 8, dtype=torch.bool)
+    valid[:2, :6] = True
+    sample_B = torch.arange(3) + 4
+    before, _ = layer_losses(moe, x_BSD, TokenContext(sample_B=sample_B[:2]))
+    after, _ = layer_losses(moe, longer, TokenContext(sample_B=sample_B, valid_BS=valid))
+    for key, loss in before.losses.items():
+        assert after.losses[key].item() == pytest.approx(loss.item(), rel=1e-12), key

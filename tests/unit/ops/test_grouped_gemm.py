@@ -9,8 +9,7 @@ import torch
 
 from epmoe import ops
 
-# Rows per expert, and rows after the last block.
-COUNTS = [([0], 0), ([3], 0), ([0, 0], 0), ([2, 0, 5, 1], 0), ([0, 4], 0), ([1, 0, 2], 3)]
+COUNTS = [[0], [3], [0, 0], [2, 0, 5, 1], [0, 4], [9] * 40]
 
 
 def naive(rows, weight, counts):
@@ -19,15 +18,12 @@ def naive(rows, weight, counts):
         for _ in range(count):
             out.append((rows[row].unsqueeze(1) * weight[expert]).sum(0))
             row += 1
-    while row < rows.shape[0]:
-        out.append(rows[row].sum() * torch.zeros_like(weight[0, 0]))
-        row += 1
     return torch.stack(out) if out else rows @ weight[0]
 
 
-@pytest.mark.parametrize(("counts", "beyond"), COUNTS)
-def test_value_and_gradients(counts, beyond):
-    rows = torch.randn(sum(counts) + beyond, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_value_and_gradients(counts):
+    rows = torch.randn(sum(counts), 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(len(counts), 3, 4, dtype=torch.float64, requires_grad=True)
     rows2, weight2 = rows.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     got = ops.grouped_gemm(rows, weight, torch.tensor(counts))
@@ -41,6 +37,14 @@ def test_value_and_gradients(counts, beyond):
     assert torch.allclose(weight.grad, weight2.grad, atol=1e-13, rtol=0)
     for expert, count in enumerate(counts):
         assert count or (weight.grad[expert] == 0).all()
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [1, 3], [-1, 4], []])
+def test_counts_that_are_not_the_rows_are_refused(counts):
+    with pytest.raises(ValueError, match="tokens_per_expert"):
+        ops.grouped_gemm(
+            torch.ones(3, 2), torch.ones(len(counts), 2, 5), torch.tensor(counts, dtype=torch.long)
+        )
 
 
 def test_upstream_gradient_may_be_expanded():

@@ -244,8 +244,8 @@ BAD = [
         {"num_groups": 2**30, "num_experts": 2**32},
         r"can't allocate memory for demand of shape \[1073741824, ",
     ),
-    ("combine", {"token": torch.tensor([0, 1, 2, 4])}, r"token\[3\]=4 must be in \[0, 4\)"),
-    ("combine", {"token": torch.tensor([0, -1, 2, 3])}, r"token\[1\]=-1 must be in \[0, 4\)"),
+    ("combine", {"token": torch.tensor([0, 1, 2, 4])}, r"token\[3\]=4 must be in \[-1, 4\)"),
+    ("combine", {"token": torch.tensor([0, -2, 2, 3])}, r"token\[1\]=-2 must be in \[-1, 4\)"),
     ("combine", {"token": torch.arange(3)}, r"token must have shape \[4\], got \[3\]"),
     ("combine", {"rows": torch.ones(4, 3, dtype=torch.int32)}, "rows must be float32, .* got Int"),
     ("combine", {"weight": torch.randn(5)}, r"weight must have shape \[4\], got \[5\]"),
@@ -253,7 +253,11 @@ BAD = [
     ("combine", {"num_tokens": 2**61}, r"can't allocate memory for y of shape \[2305843009213693952, 3\]"),
     ("combine_backward", {"d_y": torch.randn(4, 2)}, r"d_y must have shape \[any, 3\], got \[4, 2\]"),
     ("combine_backward", {"d_y": torch.randn(4, 3).double()}, "d_y must be Float, got Double"),
-    ("combine_backward", {"token": torch.full((4,), 2**40)}, r"token\[0\]=1099511627776 must be in \[0, 4\)"),
+    (
+        "combine_backward",
+        {"token": torch.full((4,), 2**40)},
+        r"token\[0\]=1099511627776 must be in \[-1, 4\)",
+    ),
 ]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epmoe.ops import philox
+from tests.oracle.noisy import box_muller
 from tests.oracle.philox import draw, philox4x32_10
 
 # Random123's published known answers: counter, key, output.
@@ -111,3 +114,28 @@ def test_draws_look_uniform():
 def test_layer_out_of_range_is_refused():
     with pytest.raises(ValueError, match="65536"):
         philox.uniform(0, 0, 2**16, torch.tensor([0]), torch.tensor([0]), 1)
+
+
+def test_normal_draws_are_box_muller_of_the_uniform_ones():
+    sample_T, position_T = torch.tensor([3, 2**35 + 1]), torch.tensor([7, 0])
+    for lanes in (1, 2, 5):
+        got = philox.normal(11, philox.NOISE, 4, sample_T, position_T, lanes)
+        assert got.dtype == torch.float64
+        for token, (sample, position) in enumerate(zip(sample_T.tolist(), position_T.tolist(), strict=True)):
+            u = [draw(11, philox.NOISE, 4, sample, position, lane) for lane in range(6)]
+            pairs = [z for pair in zip(u[::2], u[1::2], strict=True) for z in box_muller(pair)]
+            assert got[token].tolist() == pytest.approx(pairs[:lanes], rel=1e-12)
+
+
+def test_normal_and_gumbel_draws_have_their_moments():
+    sample_T = torch.arange(4000)
+    normal = philox.normal(5, philox.NOISE, 0, sample_T, sample_T % 7, 6)
+    assert normal.mean().item() == pytest.approx(0.0, abs=0.02)
+    assert normal.std().item() == pytest.approx(1.0, abs=0.02)
+    assert (normal.T @ normal / 4000 - torch.eye(6, dtype=torch.float64)).abs().max() < 0.07, (
+        "lanes are independent"
+    )
+    gumbel = philox.gumbel(philox.uniform(5, philox.GUMBEL, 0, sample_T, sample_T % 7, 6))
+    assert gumbel.mean().item() == pytest.approx(0.5772, abs=0.03)
+    assert gumbel.var().item() == pytest.approx(math.pi**2 / 6, abs=0.06)
+    assert philox.gumbel(torch.tensor([0.0, 1 - 2.0**-24])).isfinite().all()

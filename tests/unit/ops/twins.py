@@ -153,6 +153,7 @@ def row_cases(seed=0):
     yield 1, 1, torch.tensor([0])
     yield 3, 0, torch.tensor([2, 2])
     yield 6, 33, torch.tensor([5, 0, 0, 5, 2, 0])
+    yield 6, 33, torch.tensor([5, -1, 0, 5, 2, -1])  # two that belong to nobody
     yield 2, 64, torch.tensor([1] * 50)
     yield 300, 100, randint(seed, 300, 700)
 

@@ -48,6 +48,9 @@ def test_nothing_changed() -> None:
         ({"out": "elsewhere"}, "out: runs/default -> elsewhere"),
         ({"model": {"dropout": 0.1}}, "model.dropout: 0.0 -> 0.1"),
         ({"model": {"init_std": 0.1}}, "model.init_std: 0.02 -> 0.1"),
+        ({"model": {"attention": "flash"}}, "model.attention: auto -> flash"),
+        ({"model": {"norm": "apex"}}, "model.norm: torch -> apex"),
+        ({"optimizer": {"name": "apex_fused_adam"}}, "optimizer.name: adamw -> apex_fused_adam"),
         ({"moe": {"capacity_factor": None}}, "moe.capacity_factor: 1.25 -> None"),
         ({"moe": {"losses": {"z": 0.001}}}, "moe.losses.balance: 0.01 -> None"),
         ({"parallel": {"ep_size": 2}}, "parallel.ep_size: auto -> 2"),
@@ -61,6 +64,7 @@ def test_harmless_changes_are_listed(sections: dict[str, Any], line: str) -> Non
     ("sections", "says"),
     [
         ({"model": {"d_model": 512}}, "model.d_model: 256 -> 512"),
+        ({"model": {"norm_eps": 1e-6}}, "model.norm_eps: 1e-05 -> 1e-06"),
         ({"model": {"qk_norm": True}}, "model.qk_norm: False -> True"),
         ({"model": {"tie_embeddings": False}}, "model.tie_embeddings: True -> False"),
         ({"moe": {"num_experts": 16}}, "moe.num_experts: 8 -> 16"),

@@ -1,0 +1,122 @@
+#include "kernels.h"
+
+#include <array>
+#include <atomic>
+#include <vector>
+
+namespace epmoe::cpu {
+namespace {
+
+// out = a @ b by torch's GEMM, whatever library that is. The tensors must be detached: worker threads track gradients.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor detach(const Tensor& tensor) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Consecutive blocks of rows, one for each expert.
+struct Blocks {
+  std::vector<int64_t> start_L1;
+
+  Blocks(const Check& check, const Tensor& tokens_per_expert_L, int64_t num_rows)
+      : start_L1(static_cast<size_t>(tokens_per_expert_L.size(0)) + 1) {
+    const int64_t* count = tokens_per_expert_L.const_data_ptr<int64_t>();
+    for (int64_t e = 0; e < num_experts(); ++e) {
+      check.at_least(0, count[e], "tokens_per_expert");
+      check.at_most(num_rows - start_L1[e], count[e], "tokens_per_expert");
+      start_L1[e + 1] = start_L1[e] + count[e];
+    }
+    EPMOE_CHECK(
+        start_L1.back() == num_rows,
+        check.op, ": tokens_per_expert must add up to the ", num_rows, " rows, got ", start_L1.back());
+  }
+
+  int64_t num_experts() const {
+    return static_cast<int64_t>(start_L1.size()) - 1;
+  }
+  int64_t count(int64_t expert) const {
+    return start_L1[expert + 1] - start_L1[expert];
+  }
+  Tensor of(Tensor& rows, int64_t expert) const {
+    return torch::stable::narrow(rows, 0, start_L1[expert], count(expert));
+  }
+};
+
+// Calls body(expert) for every expert. Small blocks are shared out among the threads, one GEMM on one core, as a
+// batched GEMM would; an expert with a large share of the rows gets all threads for itself, one after the other.
+template <class Body>
+void for_experts(const Blocks& blocks, const Body& body) {
+  const int64_t num_threads = torch::stable::get_num_threads();
+  const auto is_large = [&](int64_t expert) {
+    return 2 * num_threads * blocks.count(expert) > blocks.start_L1.back();
+  };
+  const bool share_out = num_threads > 1;
+  for (int64_t expert = 0; expert < blocks.num_experts(); ++expert) {
+    if (!share_out || is_large(expert)) {
+      body(expert);
+    }
+  }
+  if (!share_out) {
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+    for (int64_t expert = next++; expert < blocks.num_experts(); expert = next++) {
+      if (!is_large(expert)) {
+        body(expert);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor& tokens_per_expert_in) {
+  const Check check("grouped_gemm", DeviceType::CPU, rows_in);
+  Tensor rows_RD = detach(check.floating(rows_in, "rows", {kAnySize, kAnySize}));
+  const Tensor tokens_per_expert_L =
+      check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
+  check.dtype(rows_RD.scalar_type(), weight_in, "weight");
+  check.shaped(weight_in, "weight", {tokens_per_expert_L.size(0), rows_RD.size(1), kAnySize});
+  const Tensor weight_LDF = detach(weight_in);
+  const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
+
+  Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_LDF.size(2)});
+  for_experts(blocks, [&](int64_t expert) {
+    if (blocks.count(expert) > 0) {
+      multiply(blocks.of(rows_RD, expert), torch::stable::select(weight_LDF, 0, expert), blocks.of(out_RF, expert));
+    }
+  });
+  return out_RF;
+}
+
+Tensor grouped_gemm_weight_grad(const Tensor& rows_in, const Tensor& d_out_in, const Tensor& tokens_per_expert_in) {
+  const Check check("grouped_gemm_weight_grad", DeviceType::CPU, rows_in);
+  Tensor rows_RD = detach(check.floating(rows_in, "rows", {kAnySize, kAnySize}));
+  Tensor d_out_RF = detach(check.of(rows_RD.scalar_type(), d_out_in, "d_out", {rows_RD.size(0), kAnySize}));
+  const Tensor tokens_per_expert_L =
+      check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
+  const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
+
+  Tensor d_weight_LDF =
+      check.fresh(rows_RD, "d_weight", {blocks.num_experts(), rows_RD.size(1), d_out_RF.size(1)});
+  for_experts(blocks, [&](int64_t expert) {
+    Tensor d_weight_DF = torch::stable::select(d_weight_LDF, 0, expert);
+    if (blocks.count(expert) > 0) {
+      Tensor rows_nD = blocks.of(rows_RD, expert);
+      multiply(torch::stable::transpose(rows_nD, 0, 1), blocks.of(d_out_RF, expert), d_weight_DF);
+    } else {
+      torch::stable::zero_(d_weight_DF);
+    }
+  });
+  return d_weight_LDF;
+}
+
+}  // namespace epmoe::cpu

@@ -1,0 +1,260 @@
+"""The options of every router family; a class here is what ``moe.router`` may hold. Nothing here imports torch.
+
+``docs/routers.md`` has the families side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from epmoe.section import Positive, Section
+
+Policy = Literal["all", "random", "threshold", "sampling", "relative", "none"]
+
+
+class RouterOptions(Section):
+    """Options every router has, and what the rest of the configuration needs to know about a family."""
+
+    slot_order: Literal["choice_major", "token_major"] = "choice_major"
+    """Who gets an expert's slots first: all first choices (the GShard paper; a later token may take an earlier
+    token's second slot) or token by token (causal)."""
+    priority: Literal["position", "batch_prioritized", "random"] = "position"
+    """Which tokens of a group come first in that order: earlier ones; those with the largest probability (V-MoE's
+    batch-prioritised routing); in training a random permutation. Only the first is causal under capacity."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In training the router's own input is multiplied by uniform noise in [1-jitter, 1+jitter)."""
+
+    fixed_top_k: ClassVar[int | None] = None
+    """Experts per token, where that is part of the family's definition."""
+    balance_count: ClassVar[Literal["top1", "all"]] = "all"
+    """Which choices the balance loss counts with ``moe.balance_count: auto``."""
+    smooth_load: ClassVar[bool] = False
+    """Whether the family estimates its load differentiably, which the loss ``load`` needs."""
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """Why the choice or the slot of a token depends on later tokens, whatever ``slot_order``; None if it does
+        not."""
+        if self.priority == "position":
+            return None
+        return f"priority={self.priority} lets later tokens take the slots of earlier ones"
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups of consecutive experts the family knows, which device and communication balance add up over."""
+        return 1
+
+    @property
+    def group_limit(self) -> int:
+        """How many of these groups a token may reach."""
+        return self.expert_groups
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """Raises ValueError where the options do not go with these numbers."""
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """Learned numbers of one router."""
+        return num_experts * d_model
+
+
+class GShardTop2Options(RouterOptions):
+    """GShard's top-2 router, arXiv:2006.16668 Algorithm 1."""
+
+    name: Literal["gshard_top2"] = "gshard_top2"
+    second_policy: Policy = "random"
+    """The second expert in training. ``all``: the second best, always used. ``random``: used with probability
+    min(1, a2/tau). ``threshold``: if a2 > tau. ``relative``: if its probability is at least ``ratio`` times the
+    first's. ``sampling``: another expert than the first, drawn by the probabilities. ``none``: never used."""
+    second_policy_eval: Literal["all", "threshold", "relative", "none"] = "all"
+    """The same in evaluation and generation."""
+    tau: Annotated[float, Field(gt=0)] = 0.5
+    """Scale of the random policy (0.5 is the paper's) and limit of the threshold policy (below 0.5)."""
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Limit of the relative policy; 0.2 is ST-MoE's."""
+    literal_alg1: bool = False
+    """Read the paper's pseudo-code to the letter: a skipped second choice takes a slot (and travels with weight 0).
+    To compare with the paper; it wastes capacity."""
+
+    fixed_top_k: ClassVar[int | None] = 2
+    balance_count: ClassVar[Literal["top1", "all"]] = "top1"
+
+    @model_validator(mode="after")
+    def _threshold_can_be_passed(self) -> GShardTop2Options:
+        if "threshold" in (self.second_policy, self.second_policy_eval) and self.tau >= 0.5:
+            raise ValueError(
+                f"the threshold policy uses the second expert if a2 > tau, but a2, the smaller of two shares, is at "
+                f"most 0.5: tau={self.tau:g} would never let it through; set tau below 0.5, or use policy none"
+            )
+        return self
+
+
+class SwitchOptions(RouterOptions):
+    """Switch's top-1 router, arXiv:2101.03961: the gate is the raw probability."""
+
+    name: Literal["switch"] = "switch"
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """The paper's jitter of the router input."""
+    attempts: Positive = 1
+    """No-token-left-behind (the paper's appendix B): how many experts, best first, a token tries until one has room.
+    1 = only its best; the number of experts = all of them."""
+
+    fixed_top_k: ClassVar[int | None] = 1
+    balance_count: ClassVar[Literal["top1", "all"]] = "top1"
+
+    @model_validator(mode="after")
+    def _attempts_in_order(self) -> SwitchOptions:
+        if self.attempts > 1 and self.slot_order != "choice_major":
+            raise ValueError(
+                f"attempts={self.attempts} hands out all first choices before any second one, which is "
+                f"slot_order=choice_major, got {self.slot_order}; drop one of the two"
+            )
+        return self
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """A token cannot try more experts than there are."""
+        if self.attempts > num_experts:
+            raise ValueError(f"attempts={self.attempts} is larger than num_experts={num_experts}")
+
+
+class TopKOptions(RouterOptions):
+    """Plain top-k routing."""
+
+    name: Literal["topk"] = "topk"
+    normalize: bool | None = None
+    """True: weights are a softmax over the chosen logits (Mixtral), which is the same as all probabilities rescaled
+    so that the chosen ones sum to 1. False: raw probabilities (OLMoE).
+    null: normalised for k > 1, raw for k = 1, where a normalised weight would not train the router."""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies every weight."""
+
+
+class NoisyTopKOptions(RouterOptions):
+    """Noisy top-k routing, arXiv:1701.06538 section 2.1, and V-MoE's variant, arXiv:2106.05974."""
+
+    name: Literal["noisy_topk"] = "noisy_topk"
+    load_estimator: Literal["paper", "vmoe"] = "paper"
+    """``paper``: the noise has a learned scale, weights are a softmax over the chosen logits, and a token's load is
+    judged against the others' noisy logits. ``vmoe``: scale 1/E, raw probabilities, one threshold for all experts,
+    importance from the probabilities without noise."""
+    noise_floor: Annotated[float, Field(ge=0)] = 0.0
+    """Added to the learned scale: 0 in the paper, 0.01 in tensor2tensor."""
+    normalize: bool | None = None
+    """As for ``topk``; null: for ``paper`` normalised for k > 1, raw for k = 1; for ``vmoe`` raw."""
+
+    smooth_load: ClassVar[bool] = True
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """``paper`` learns as many weights for the noise as for the logits."""
+        return (2 if self.load_estimator == "paper" else 1) * num_experts * d_model
+
+
+class HierarchicalOptions(RouterOptions):
+    """Two levels of noisy top-k: groups of experts, then experts inside them (arXiv:1701.06538 appendix B)."""
+
+    name: Literal["hierarchical"] = "hierarchical"
+    num_groups: Positive = 2
+    """Groups of consecutive experts, P."""
+    groups_per_token: Positive = 1
+    """Groups chosen per token; moe.top_k counts experts over all of them (the paper: 2 groups, 2 experts in each,
+    top_k 4)."""
+    noise_floor: Annotated[float, Field(ge=0)] = 0.0
+    """Added to the learned scales of the noise."""
+
+    smooth_load: ClassVar[bool] = True
+
+    @property
+    def expert_groups(self) -> int:
+        """The groups of the first level."""
+        return self.num_groups
+
+    @property
+    def group_limit(self) -> int:
+        """Those chosen per token."""
+        return self.groups_per_token
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """Groups divide the experts, choices divide over the groups."""
+        check_groups(self.num_groups, num_experts)
+        if self.groups_per_token > self.num_groups:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} is larger than num_groups={self.num_groups}"
+            )
+        inside, rest = divmod(top_k, self.groups_per_token)
+        size = num_experts // self.num_groups
+        if rest or inside > size:
+            valid = ", ".join(str(self.groups_per_token * n) for n in range(1, size + 1))
+            raise ValueError(
+                f"top_k={top_k} experts cannot be spread evenly over groups_per_token={self.groups_per_token} groups "
+                f"of {size}; valid top_k: {valid}"
+            )
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """Logits and noise of both levels."""
+        return 2 * (num_experts + self.num_groups) * d_model
+
+
+class DeepSeekOptions(RouterOptions):
+    """DeepSeek's routers: V1 (arXiv:2401.06066), V2 (arXiv:2405.04434), V3 (arXiv:2412.19437)."""
+
+    name: Literal["deepseek"] = "deepseek"
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What a logit becomes: ``sigmoid`` in V3, ``softmax`` over all experts in V1 and V2."""
+    num_groups: Positive = 1
+    """Groups of consecutive experts: nodes in V3, devices in V2."""
+    groups_kept: Positive | None = None
+    """Groups that a token's experts come from; null = all."""
+    group_score: Literal["top2", "max"] = "top2"
+    """Which groups those are: by the sum of their two largest biased scores (V3), or by the largest (V2)."""
+    normalize: bool | None = None
+    """True: a token's weights are rescaled to sum to 1 (V3). False: raw scores (V1, V2). null: true for k > 1."""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies every weight; 2.5 in V3, 16 in V2."""
+    bias_rate: Annotated[float, Field(ge=0)] | None = 0.001
+    """Balance without a loss (arXiv:2408.15664): how far each expert's bias moves after every optimizer step, up
+    where the expert had less than its share, down where it had more. 0 = the bias stays as it is; null = no bias."""
+    bias_steps: Positive | None = None
+    """The bias moves in the first so many steps; null = in all."""
+
+    @property
+    def expert_groups(self) -> int:
+        """Nodes or devices."""
+        return self.num_groups
+
+    @property
+    def group_limit(self) -> int:
+        """``groups_kept``."""
+        return self.groups_kept or self.num_groups
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """Groups divide the experts, and those kept have enough of them."""
+        check_groups(self.num_groups, num_experts)
+        if self.group_limit > self.num_groups:
+            raise ValueError(f"groups_kept={self.groups_kept} is larger than num_groups={self.num_groups}")
+        size = num_experts // self.num_groups
+        if self.group_limit * size < top_k:
+            raise ValueError(
+                f"groups_kept={self.groups_kept} groups of {size} experts are fewer than top_k={top_k}; "
+                f"keep at least {-(-top_k // size)}"
+            )
+
+
+def check_groups(num_groups: int, num_experts: int) -> None:
+    """Raises ValueError where groups of experts would not be of equal size."""
+    if num_experts % num_groups:
+        valid = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
+        raise ValueError(
+            f"num_groups={num_groups} must divide num_experts={num_experts}; valid values: {valid}"
+        )
+
+
+AnyRouterOptions = Annotated[
+    GShardTop2Options
+    | SwitchOptions
+    | TopKOptions
+    | NoisyTopKOptions
+    | HierarchicalOptions
+    | DeepSeekOptions,
+    Field(discriminator="name"),
+]

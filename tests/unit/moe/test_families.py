@@ -1,0 +1,178 @@
+"""What the framework promises about every router family, and about one that is added."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+from epmoe.config import Config, ModelConfig, MoEConfig, causality_problem
+from epmoe.config_file import load_config
+from epmoe.config_routers import RouterOptions
+from epmoe.errors import ConfigError
+from epmoe.models.decoder import Decoder
+from epmoe.models.init import init_weights
+from epmoe.models.sizes import count_parameters
+from epmoe.moe import build
+from epmoe.moe.routers.common import as_routing, choose
+from epmoe.moe.routers.family import Family, Part
+from epmoe.types import RouterInputs, Routing, TokenContext
+from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
+from tests.unit.moe.test_host_copies import HostCopies
+
+MODEL = ModelConfig(d_model=8, num_layers=2, num_heads=2, d_ff=12)
+
+
+# ------------------------------------------------------------------------------------------- adding one
+class MineOptions(RouterOptions):
+    """A router that leans towards the experts it used less in the last step."""
+
+    name: Literal["mine"] = "mine"
+    pull: float = 0.5
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        return num_experts * d_model + num_experts
+
+
+def mine_route(inputs: RouterInputs, options: MineOptions, top_k: int) -> Routing:
+    leaning_TE = inputs.logits_TE - inputs.threshold_E - options.pull * inputs.bias_E
+    return as_routing(
+        inputs, options, choose(inputs, top_k, normalize=False, logits_TE=leaning_TE), logits_TE=leaning_TE
+    )
+
+
+def mine_parts(options: MineOptions, num_experts: int) -> tuple[Part, ...]:
+    def ones(_, shape):
+        return torch.ones(shape).numpy()
+
+    def used(value_E, demand_E, options, step):
+        return demand_E / demand_E.sum()
+
+    return (
+        Part(name="limit", field="threshold_E", num_rows=num_experts, projects=False, init=ones),
+        Part(name="used", field="bias_E", num_rows=num_experts, projects=False, update=used),
+    )
+
+
+def test_a_family_is_an_options_class_a_file_and_a_line(monkeypatch):
+    """Trains a step: its parameter has a gradient, its buffer is updated, both have the values it asked for."""
+    monkeypatch.setitem(build.ROUTERS, "mine", Family(route=mine_route, parts=mine_parts))
+    moe = MoEConfig(num_experts=4, top_k=2, every=1).model_copy(update={"router": MineOptions()})
+    model = Decoder(MODEL, moe, vocab_size=19, seed=1)
+    state = model.state_dict()
+    assert torch.equal(state["blocks.0.moe.router.limit"], torch.ones(4))
+    assert torch.equal(state["blocks.0.moe.router.used"], torch.zeros(4))
+    assert count_parameters(MODEL, moe, 19).total == sum(p.numel() for p in model.parameters())
+    token_BS = torch.arange(12).view(2, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logits_BSV, reports = model(token_BS, TokenContext(sample_B=torch.arange(2)))
+    (logits_BSV.square().sum() + sum(reports[0].losses.values())).backward()
+    optimizer.step()
+    for layer, report in zip(model.moe_layers(), reports, strict=True):
+        layer.router.after_step(report.metrics["demand_E"], 0)
+        assert layer.router.limit.grad.abs().max() > 0
+        assert layer.router.used.sum().item() == pytest.approx(1.0)
+        assert not layer.router.used.requires_grad
+
+
+@pytest.mark.parametrize("name", ["noisy2", "two_levels", "top2"])
+def test_parts_start_as_the_papers_say_and_are_counted(name):
+    moe = config(name, num_experts=4, every=1)
+    with torch.device("meta"):
+        empty = Decoder(MODEL, moe, vocab_size=19, seed=3)
+    empty.to_empty(device="cpu")
+    for tensor in empty.state_dict().values():
+        tensor.fill_(7.0)
+    init_weights(empty, 3)
+    whole = Decoder(MODEL, moe, vocab_size=19, seed=3)
+    for (key, one), other in zip(empty.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+    router = next(iter(whole.moe_layers())).router
+    zero = {key for key, value in router.state_dict().items() if not value.any()}
+    wanted = {
+        "noisy2": {"weight", "noise_weight"},
+        "two_levels": {"weight", "noise_weight", "group_weight", "group_noise_weight"},
+        "top2": set(),
+    }
+    assert zero == wanted[name]
+    assert count_parameters(MODEL, moe, 19).total == sum(p.numel() for p in whole.parameters())
+
+
+# ------------------------------------------------------------------------------------------- causality
+@pytest.mark.parametrize("factor", [0.6, None])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_causal_router_does_not_see_the_future(name, factor):
+    """Another second half of each sequence changes nothing in the first, slots handed out token by token."""
+    retries = "retry" in name
+    factor = None if retries else factor  # attempts go round by round: causal only where nothing is full
+    moe = config(name, slot_order="token_major", num_experts=4, capacity_factor=factor, min_capacity=0)
+    layer = make_layer(moe)
+    x_BSD = tokens(2, 16, seed=1)
+    other_BSD = torch.cat((x_BSD[:, :8], tokens(2, 8, seed=2)), dim=1)
+    y_BSD, y2_BSD = (layer(x, context(x_BSD))[0][:, :8].detach() for x in (x_BSD, other_BSD))
+    causal = moe.router.looks_ahead is None
+    if causal or factor is None:
+        close(y2_BSD, y_BSD, 1e-13)
+    else:
+        assert not torch.allclose(y_BSD, y2_BSD), "it says it is not causal, and is"
+    assert (causality_problem(moe) is None) == causal
+
+
+@pytest.mark.parametrize("name", ["top2_by_gate", "top2_shuffled"])
+def test_a_decoder_refuses_what_looks_ahead(name, tmp_path):
+    moe = config(name, num_experts=4)
+    with pytest.raises(ValueError, match=r"not causal.*priority=.*allow_non_causal: true"):
+        Decoder(MODEL, moe, vocab_size=19, seed=0)
+    Decoder(MODEL, moe.model_copy(update={"allow_non_causal": True}), vocab_size=19, seed=0)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"moe: {{router: {{name: topk, priority: {moe.router.priority}}}}}\n")
+    with pytest.raises(
+        ConfigError, match=r"(?s)run.yaml:1.*moe.router.*not causal.*allow_non_causal"
+    ) as caught:
+        load_config(path)
+    assert "priority: position and one of gshard_top2, switch," in str(caught.value)
+    assert load_config(path, ["moe.allow_non_causal=true"]).moe.allow_non_causal
+
+
+# ------------------------------------------------------------------------------------------- bad input
+def test_an_option_of_another_router_names_that_router(tmp_path):
+    """Balance without a loss, asked of a router that has no bias."""
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {router: {name: switch, bias_rate: 0.001}}\n")
+    with pytest.raises(
+        ConfigError, match=r"unknown key(?s:.*)bias_rate is a key of deepseek; keys of moe.router: at"
+    ):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"router": "noisy_topk", "top_k": 9, "num_experts": 8}, "top_k=9"),
+        ({"router": {"name": "hierarchical", "num_groups": 3}, "num_experts": 8}, "valid values: 1, 2, 4, 8"),
+        ({"router": {"name": "hierarchical", "groups_per_token": 3}, "top_k": 3}, "groups_per_token=3"),
+        ({"router": {"name": "hierarchical", "groups_per_token": 2}, "top_k": 3}, "valid top_k: 2, 4, 6, 8"),
+        ({"router": {"name": "hierarchical", "num_groups": 4}, "top_k": 3}, "valid top_k: 1, 2"),
+        ({"router": {"name": "switch", "attempts": 9}}, "attempts=9"),
+        (
+            {"router": {"name": "switch", "attempts": 2, "slot_order": "token_major"}},
+            "slot_order=choice_major",
+        ),
+        ({"router": "switch", "losses": {"load": 0.1}}, "routers that do: noisy_topk, hierarchical"),
+        ({"router": {"name": "gshard_top2", "second_policy": "threshold"}}, "set tau below 0.5"),
+        ({"router": {"name": "gshard_top2", "second_policy_eval": "random"}}, "relative"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_the_choices(moe, message):
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({"moe": moe})
+
+
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"gshard_random"}))
+def test_no_router_makes_the_host_wait(name):
+    layer = make_layer(config(name, num_experts=4))
+    x_BSD = tokens(2, 6)
+    with HostCopies() as copies:
+        layer.router(x_BSD.flatten(0, 1), context(x_BSD, "some"), seq_len=6, group_size=6, capacity=2)
+    assert copies.calls == []
