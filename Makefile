@@ -1,4 +1,4 @@
-# make train | test | check | bench | build | wheel
+# make train | test | check | bench | build | cuda-check | wheel
 #
 # Without PYTHON these work in .venv, which is made when there is none and brought up to date when
 # pyproject.toml, setup.py, constraints.txt or csrc/ change. With PYTHON=python3 (or any other interpreter)
@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test check bench build wheel
+.PHONY: help train test check bench build cuda-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
@@ -23,6 +23,7 @@ help:
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   every script in benchmarks/"
 	@echo "make build   compile the native kernels in place, with the torch of PYTHON and no network"
+	@echo "make cuda-check   only compile the CUDA kernels: needs nvcc, neither a GPU nor a torch with CUDA"
 	@echo "make wheel   a wheel with the native kernels in dist/"
 	@echo "PYTHON=...   use this interpreter as it is and install nothing"
 
@@ -45,6 +46,9 @@ bench: $(READY)
 build: $(READY)
 	EPMOE_NATIVE=1 $(PYTHON) setup.py --quiet build_ext --inplace --force
 	@$(PYTHON) -c 'from epmoe.ops import kernel_status; print("kernels:", *kernel_status())'
+
+cuda-check: $(READY)
+	$(PYTHON) setup.py --quiet cuda_check
 
 wheel: $(READY)
 	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

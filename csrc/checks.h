@@ -56,10 +56,14 @@ std::string in_brackets(const Sizes& sizes) {
   return text.str();
 }
 
-// The checks of one operator on one device. Those of tensors return the tensor in contiguous memory.
+// The checks of one operator. Those of tensors return the tensor in contiguous memory.
 struct Check {
   const char* op;
   DeviceType device;
+  int32_t device_index;  // which one of them; the CPU has no number
+
+  Check(const char* op, DeviceType device, const Tensor& first)
+      : op(op), device(device), device_index(first.get_device_index()) {}
 
   // Any of the four floating dtypes.
   Tensor floating(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
@@ -98,7 +102,8 @@ struct Check {
   // Device and sizes only: for what torch itself will read, whatever its strides.
   void shaped(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     EPMOE_CHECK(
-        tensor.device().type() == device, op, ": ", name, " must be on the same device as the other tensors");
+        tensor.device().type() == device && (device == DeviceType::CPU || tensor.get_device_index() == device_index),
+        op, ": ", name, " must be on the same device as the other tensors");
     const auto actual = tensor.sizes();
     bool fits = actual.size() == sizes.size();
     for (size_t dim = 0; fits && dim < sizes.size(); ++dim) {
@@ -133,19 +138,6 @@ struct Check {
     EPMOE_CHECK(value <= most, op, ": ", name, "=", value, " must be at most ", most);
   }
 
-  // Host memory only. One cheap pass; the culprit is looked for only when there is one.
-  void indices(const int64_t* values, int64_t count, int64_t bound, const char* name, int64_t least = 0) const {
-    bool bad = false;
-    for (int64_t i = 0; i < count; ++i) {
-      bad |= values[i] < least || values[i] >= bound;
-    }
-    for (int64_t i = 0; bad && i < count; ++i) {
-      EPMOE_CHECK(
-          values[i] >= least && values[i] < bound,
-          op, ": ", name, "[", i, "]=", values[i], " must be in [", least, ", ", bound, ")");
-    }
-  }
-
   // The product of two sizes that are not negative.
   int64_t product(int64_t a, int64_t b, const char* name) const {
     EPMOE_CHECK(
@@ -153,6 +145,23 @@ struct Check {
     return a * b;
   }
 };
+
+// Of host memory: a kernel of another device treats an index out of range as though its entry were not there. One cheap
+// pass; the culprit is looked for only when there is one.
+inline void check_indices(
+    const char* op, const Tensor& indices, int64_t bound, const char* name, int64_t least = 0) {
+  const int64_t* values = indices.const_data_ptr<int64_t>();
+  const int64_t count = indices.numel();
+  bool bad = false;
+  for (int64_t i = 0; i < count; ++i) {
+    bad |= values[i] < least || values[i] >= bound;
+  }
+  for (int64_t i = 0; bad && i < count; ++i) {
+    EPMOE_CHECK(
+        values[i] >= least && values[i] < bound,
+        op, ": ", name, "[", i, "]=", values[i], " must be in [", least, ", ", bound, ")");
+  }
+}
 
 // The dtype of sums and weights: at least float32.
 template <class Scalar>

@@ -3,13 +3,21 @@
 
 #include <cstdint>
 
+// In front of what CPU and CUDA kernels share.
+#ifdef __CUDACC__
+#define EPMOE_HOST_DEVICE __host__ __device__
+#else
+#define EPMOE_HOST_DEVICE
+#endif
+
 namespace epmoe {
 
 constexpr int64_t kSecondExpertStream = 0;
 constexpr int64_t kMaxLayer = 65536;
 
 // The draw of lane 0, in [0, 1).
-inline double philox_uniform(int64_t seed, int64_t stream, int64_t layer, int64_t sample, int64_t position) {
+EPMOE_HOST_DEVICE inline double philox_uniform(
+    int64_t seed, int64_t stream, int64_t layer, int64_t sample, int64_t position) {
   uint32_t c0 = 0;
   uint32_t c1 = static_cast<uint32_t>(position);
   uint32_t c2 = static_cast<uint32_t>(sample);

@@ -189,7 +189,7 @@ constexpr int64_t kCost = 8;  // an activated element, in units of copied ones
 }  // namespace
 
 Tensor activate(const Tensor& hidden, const std::optional<Tensor>& weight_in, const std::string& kind) {
-  const Check check{"activate", DeviceType::CPU};
+  const Check check("activate", DeviceType::CPU, hidden);
   const Inputs in(check, hidden, weight_in, kind);
   Tensor act_RF = check.fresh(in.hidden_RX, "act", {in.num_rows, in.width});
   for_kind(check, kind, [&]<class Kind>(Kind activation) {
@@ -211,7 +211,7 @@ Tensor activate(const Tensor& hidden, const std::optional<Tensor>& weight_in, co
 
 std::tuple<Tensor, Tensor, Tensor> activate_backward(
     const Tensor& d_act_in, const Tensor& hidden, const std::optional<Tensor>& weight_in, const std::string& kind) {
-  const Check check{"activate_backward", DeviceType::CPU};
+  const Check check("activate_backward", DeviceType::CPU, hidden);
   const Inputs in(check, hidden, weight_in, kind);
   const ScalarType dtype = in.hidden_RX.scalar_type();
   const Tensor d_act_RF = check.of(dtype, d_act_in, "d_act", {in.num_rows, in.width});

@@ -1,4 +1,5 @@
 #include "kernels.h"
+#include "operators.h"
 
 namespace epmoe::cpu {
 
@@ -11,25 +12,14 @@ std::tuple<Tensor, Tensor> assign_slots(
     int64_t num_groups,
     int64_t num_experts,
     int64_t capacity) {
-  constexpr int64_t kDropless = -1;
-  const Check check{"assign_slots", DeviceType::CPU};
-  const Tensor expert_A = check.of(ScalarType::Long, expert_in, "expert", {kAnySize});
-  const int64_t num_entries = expert_A.size(0);
-  const Tensor group_A = check.of(ScalarType::Long, group_in, "group", {num_entries});
-  const Tensor active_A = check.of(ScalarType::Bool, active_in, "active", {num_entries});
-  check.at_least(0, num_groups, "num_groups");
-  check.at_least(0, num_experts, "num_experts");
-  check.at_least(kDropless, capacity, "capacity");
-  check.product(num_groups, num_experts, "num_groups*num_experts");
-
-  Tensor slot_A = check.fresh(expert_A, "slot", {num_entries});
-  Tensor demand_GE = check.fresh(expert_A, "demand", {num_groups, num_experts});
-  torch::stable::zero_(demand_GE);
-  const int64_t* expert = expert_A.const_data_ptr<int64_t>();
-  const int64_t* group = group_A.const_data_ptr<int64_t>();
-  const bool* active = active_A.const_data_ptr<bool>();
-  int64_t* slot = slot_A.mutable_data_ptr<int64_t>();
-  int64_t* demand = demand_GE.mutable_data_ptr<int64_t>();
+  AssignSlots given(DeviceType::CPU, expert_in, group_in, active_in, num_groups, num_experts, capacity);
+  torch::stable::zero_(given.demand_GE);
+  const int64_t* expert = given.expert_A.const_data_ptr<int64_t>();
+  const int64_t* group = given.group_A.const_data_ptr<int64_t>();
+  const bool* active = given.active_A.const_data_ptr<bool>();
+  int64_t* slot = given.slot_A.mutable_data_ptr<int64_t>();
+  int64_t* demand = given.demand_GE.mutable_data_ptr<int64_t>();
+  const int64_t num_entries = given.expert_A.numel();
   for (int64_t a = 0; a < num_entries; ++a) {
     slot[a] = -1;
     if (!active[a]) {
@@ -46,7 +36,7 @@ std::tuple<Tensor, Tensor> assign_slots(
       slot[a] = before;
     }
   }
-  return {slot_A, demand_GE};
+  return {given.slot_A, given.demand_GE};
 }
 
 }  // namespace epmoe::cpu

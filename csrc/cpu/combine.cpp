@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "operators.h"
 
 namespace epmoe::cpu {
 namespace {
@@ -116,29 +117,17 @@ EPMOE_ROW_LOOPS(Half)
 
 Tensor combine(
     const Tensor& rows_in, const std::optional<Tensor>& weight_in, const Tensor& token_in, int64_t num_tokens) {
-  const Check check{"combine", DeviceType::CPU};
-  const Tensor rows_ND = check.floating(rows_in, "rows", {kAnySize, kAnySize});
-  const int64_t num_rows = rows_ND.size(0);
-  const int64_t width = rows_ND.size(1);
-  const Tensor token_N = check.of(ScalarType::Long, token_in, "token", {num_rows});
-  std::optional<Tensor> weight_N;
-  if (weight_in.has_value()) {
-    weight_N = torch::stable::to(
-        check.floating(*weight_in, "weight", {num_rows}), compute_dtype(rows_ND.scalar_type()));
+  const Combine given(DeviceType::CPU, rows_in, weight_in, token_in, num_tokens);
+  check_indices("combine", given.token_N, num_tokens, "token", kUnfilled);
+  if (given.y_TD.numel() == 0) {
+    return given.y_TD;
   }
-  check.at_least(0, num_tokens, "num_tokens");
-  const int64_t* token = token_N.const_data_ptr<int64_t>();
-  check.indices(token, num_rows, num_tokens, "token", kUnfilled);
-
-  Tensor y_TD = check.fresh(rows_ND, "y", {num_tokens, width});
-  if (y_TD.numel() == 0) {
-    return y_TD;
-  }
-  const RowsByToken by_token(token, num_rows, num_tokens);
-  for_floating(rows_ND.scalar_type(), [&]<class Scalar>() {
-    const Scalar* rows = rows_ND.const_data_ptr<Scalar>();
-    const auto* weight = weight_N.has_value() ? weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
-    Scalar* y = y_TD.mutable_data_ptr<Scalar>();
+  const int64_t width = given.width;
+  const RowsByToken by_token(given.token_N.const_data_ptr<int64_t>(), given.num_rows, num_tokens);
+  for_floating(given.rows_ND.scalar_type(), [&]<class Scalar>() {
+    const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
+    const auto* weight = given.weight_N.has_value() ? given.weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
+    Scalar* y = given.y_TD.mutable_data_ptr<Scalar>();
     const int64_t* start = by_token.start_T1.data();
     const int64_t* row_of = by_token.row_N.data();
     torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
@@ -147,52 +136,42 @@ Tensor combine(
       }
     });
   });
-  return y_TD;
+  return given.y_TD;
 }
 
 std::tuple<Tensor, Tensor> combine_backward(
     const Tensor& d_y_in, const Tensor& rows_in, const Tensor& weight_in, const Tensor& token_in) {
-  const Check check{"combine_backward", DeviceType::CPU};
-  const Tensor rows_ND = check.floating(rows_in, "rows", {kAnySize, kAnySize});
-  const int64_t num_rows = rows_ND.size(0);
-  const int64_t width = rows_ND.size(1);
-  const ScalarType wide = compute_dtype(rows_ND.scalar_type());
-  const Tensor d_y_TD = check.of(rows_ND.scalar_type(), d_y_in, "d_y", {kAnySize, width});
-  const Tensor weight_N = torch::stable::to(check.floating(weight_in, "weight", {num_rows}), wide);
-  const Tensor token_N = check.of(ScalarType::Long, token_in, "token", {num_rows});
-  const int64_t num_tokens = d_y_TD.size(0);
-  const int64_t* token = token_N.const_data_ptr<int64_t>();
-  check.indices(token, num_rows, num_tokens, "token", kUnfilled);
-
-  Tensor d_rows_ND = check.fresh(rows_ND, "d_rows", {num_rows, width});
-  Tensor d_weight_N = check.fresh(weight_N, "d_weight", {num_rows});
-  if (num_rows == 0) {
-    return {d_rows_ND, torch::stable::to(d_weight_N, weight_in.scalar_type())};
-  }
-  const RowsByToken by_token(token, num_rows, num_tokens);  // a token's d_y is read once and then from the cache
-  for_floating(rows_ND.scalar_type(), [&]<class Scalar>() {
-    const Scalar* d_y = d_y_TD.const_data_ptr<Scalar>();
-    const Scalar* rows = rows_ND.const_data_ptr<Scalar>();
-    const auto* weight = weight_N.const_data_ptr<compute_t<Scalar>>();
-    Scalar* d_rows = d_rows_ND.mutable_data_ptr<Scalar>();
-    auto* d_weight = d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
-    const int64_t* start = by_token.start_T1.data();
-    const int64_t* row_of = by_token.row_N.data();
-    torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t i = start[begin]; i < start[end]; ++i) {
-        const int64_t n = row_of[i];
-        const int64_t at = n * width;
-        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
+  const CombineBackward given(DeviceType::CPU, d_y_in, rows_in, weight_in, token_in);
+  check_indices("combine_backward", given.token_N, given.num_tokens, "token", kUnfilled);
+  if (given.num_rows != 0) {
+    const int64_t width = given.width;
+    const int64_t* token = given.token_N.const_data_ptr<int64_t>();
+    // With lists of rows a token's d_y is read once and then from the cache.
+    const RowsByToken by_token(token, given.num_rows, given.num_tokens);
+    for_floating(given.rows_ND.scalar_type(), [&]<class Scalar>() {
+      const Scalar* d_y = given.d_y_TD.const_data_ptr<Scalar>();
+      const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
+      const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
+      Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
+      auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
+      const int64_t* start = by_token.start_T1.data();
+      const int64_t* row_of = by_token.row_N.data();
+      torch::stable::parallel_for(0, given.num_tokens, grain(width), [&](int64_t begin, int64_t end) {
+        for (int64_t i = start[begin]; i < start[end]; ++i) {
+          const int64_t n = row_of[i];
+          const int64_t at = n * width;
+          d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
+        }
+      });
+      for (int64_t n = 0; n < given.num_rows; ++n) {
+        if (token[n] == kUnfilled) {
+          std::fill_n(d_rows + n * width, width, Scalar(0));
+          d_weight[n] = 0;
+        }
       }
     });
-    for (int64_t n = 0; n < num_rows; ++n) {
-      if (token[n] == kUnfilled) {
-        std::fill_n(d_rows + n * width, width, Scalar(0));
-        d_weight[n] = 0;
-      }
-    }
-  });
-  return {d_rows_ND, torch::stable::to(d_weight_N, weight_in.scalar_type())};
+  }
+  return {given.d_rows_ND, torch::stable::to(given.d_weight_N, weight_in.scalar_type())};
 }
 
 }  // namespace epmoe::cpu

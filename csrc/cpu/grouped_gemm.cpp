@@ -12,13 +12,13 @@ namespace {
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor detach(const Tensor& tensor) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -85,7 +85,7 @@ void for_experts(const Blocks& blocks, const Body& body) {
 }  // namespace
 
 Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor& tokens_per_expert_in) {
-  const Check check{"grouped_gemm", DeviceType::CPU};
+  const Check check("grouped_gemm", DeviceType::CPU, rows_in);
   const Tensor rows_RD = check.floating(rows_in, "rows", {kAnySize, kAnySize});
   const Tensor tokens_per_expert_L =
       check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
@@ -106,7 +106,7 @@ Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor
 }
 
 Tensor grouped_gemm_weight_grad(const Tensor& rows_in, const Tensor& d_out_in, const Tensor& tokens_per_expert_in) {
-  const Check check{"grouped_gemm_weight_grad", DeviceType::CPU};
+  const Check check("grouped_gemm_weight_grad", DeviceType::CPU, rows_in);
   const Tensor rows_RD = check.floating(rows_in, "rows", {kAnySize, kAnySize});
   const Tensor d_out_RF = check.of(rows_RD.scalar_type(), d_out_in, "d_out", {rows_RD.size(0), kAnySize});
   const Tensor tokens_per_expert_L =

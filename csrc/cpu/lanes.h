@@ -1,4 +1,5 @@
 // Sums in a fixed number of partial sums: they vectorise, and give the same bits whatever the width of the vectors.
+// And how many rows are worth a thread.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,12 @@
 #endif
 
 namespace epmoe::cpu {
+
+// Rows per task of parallel_for: enough work that waking a thread pays.
+inline int64_t grain(int64_t elements_per_row) {
+  constexpr int64_t kElementsPerTask = 16384;
+  return kElementsPerTask / (elements_per_row + 1) + 1;
+}
 
 constexpr int64_t kRowLanes = 32;    // for rows of the model's width
 constexpr int64_t kRouterLanes = 8;  // for one number per expert

@@ -6,27 +6,10 @@
 #include <vector>
 
 #include "lanes.h"
-#include "philox.h"
+#include "operators.h"
 
 namespace epmoe::cpu {
 namespace {
-
-enum class SecondPolicy { all, none, threshold, random };
-
-SecondPolicy parse_policy(const std::string& name) {
-  if (name == "all") {
-    return SecondPolicy::all;
-  }
-  if (name == "none") {
-    return SecondPolicy::none;
-  }
-  if (name == "threshold") {
-    return SecondPolicy::threshold;
-  }
-  EPMOE_CHECK(
-      name == "random", "route_topk: second_policy='", name, "' must be 'all', 'none', 'threshold' or 'random'");
-  return SecondPolicy::random;
-}
 
 // No NaN or +inf logit, at least one finite logit.
 template <class Scalar>
@@ -83,83 +66,12 @@ void softmax(const Scalar* logits, Scalar largest, int64_t count, Scalar* probs)
   }
 }
 
-// In float64 and without contraction, so that every device decides alike.
-bool second_is_used(SecondPolicy policy, double first, double second, double tau, double draw) {
-  if (policy == SecondPolicy::none) {
-    return false;
-  }
-  const double twice_a2 = 2.0 / (1.0 + std::exp(first - second));
-  return policy == SecondPolicy::threshold ? twice_a2 > 2.0 * tau : twice_a2 * (0.5 / tau) > draw;
-}
-
-// Where the draws of the second-expert decision come from: numbers, or Philox counters. Holds what it points into.
-struct Draws {
-  std::optional<Tensor> uniform_T, sample_T, position_T;
-  const float* uniform_float = nullptr;
-  const double* uniform_double = nullptr;
-  const int64_t* sample = nullptr;
-  const int64_t* position = nullptr;
-  int64_t seed = 0;
-  int64_t layer = 0;
-
-  double of(int64_t t) const {
-    if (uniform_float != nullptr) {
-      return uniform_float[t];
-    }
-    if (uniform_double != nullptr) {
-      return uniform_double[t];
-    }
-    return sample == nullptr ? 0.0 : philox_uniform(seed, kSecondExpertStream, layer, sample[t], position[t]);
-  }
-};
-
-Draws checked_draws(
-    const Check& check,
-    const std::optional<Tensor>& uniform_T,
-    const std::optional<Tensor>& sample_T,
-    const std::optional<Tensor>& position_T,
-    int64_t num_tokens,
-    int64_t seed,
-    int64_t layer) {
-  const bool counted = sample_T.has_value() && position_T.has_value();
-  EPMOE_CHECK(
-      uniform_T.has_value() ? !sample_T.has_value() && !position_T.has_value() : counted,
-      "route_topk: second_policy='random' needs either uniform or both sample and position");
-  Draws draws;
-  if (counted) {
-    check.at_least(0, layer, "layer");
-    check.at_most(kMaxLayer - 1, layer, "layer");
-    draws.sample_T = check.of(ScalarType::Long, *sample_T, "sample", {num_tokens});
-    draws.position_T = check.of(ScalarType::Long, *position_T, "position", {num_tokens});
-    draws.sample = draws.sample_T->const_data_ptr<int64_t>();
-    draws.position = draws.position_T->const_data_ptr<int64_t>();
-    draws.seed = seed;
-    draws.layer = layer;
-    return draws;
-  }
-  draws.uniform_T = check.wide(*uniform_T, "uniform", {num_tokens});
-  if (draws.uniform_T->scalar_type() == ScalarType::Float) {
-    draws.uniform_float = draws.uniform_T->const_data_ptr<float>();
-  } else {
-    draws.uniform_double = draws.uniform_T->const_data_ptr<double>();
-  }
-  return draws;
-}
-
-struct Options {
-  int64_t num_experts;
-  int64_t top_k;
-  bool normalize;
-  SecondPolicy policy;
-  double tau;
-};
-
 template <class Scalar>
 void route_row(
     const Scalar* logits,
     bool valid,
     double draw,
-    const Options& options,
+    const RouteOptions& options,
     std::vector<int64_t>& order,
     Scalar* probs,
     int64_t* ids,
@@ -208,41 +120,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
     double tau,
     int64_t seed,
     int64_t layer) {
-  const Check check{"route_topk", DeviceType::CPU};
-  const Tensor logits_TE = check.wide(logits_in, "logits", {kAnySize, kAnySize});
-  const int64_t num_tokens = logits_TE.size(0);
-  const int64_t num_experts = logits_TE.size(1);
-  const Tensor valid_T = check.of(ScalarType::Bool, valid_in, "valid", {num_tokens});
-  const SecondPolicy policy = parse_policy(second_policy);
-  check.at_least(policy == SecondPolicy::all ? 1 : 2, top_k, "top_k");
-  check.at_most(num_experts, top_k, "top_k");
-
-  Draws draws;
-  if (policy == SecondPolicy::random) {
-    EPMOE_CHECK(tau > 0, "route_topk: tau=", tau, " must be positive");
-    draws = checked_draws(check, uniform_T, sample_T, position_T, num_tokens, seed, layer);
-  }
-
-  Tensor probs_TE = check.fresh(logits_TE, "probs", {num_tokens, num_experts});
-  Tensor ids_TK = check.fresh(logits_TE, "ids", {num_tokens, top_k}, ScalarType::Long);
-  Tensor weights_TK = check.fresh(logits_TE, "weights", {num_tokens, top_k});
-  Tensor active_TK = check.fresh(logits_TE, "active", {num_tokens, top_k}, ScalarType::Bool);
-  const Options options{num_experts, top_k, normalize, policy, tau};
-  for_wide(logits_TE.scalar_type(), [&]<class Scalar>() {
-    const Scalar* logits = logits_TE.const_data_ptr<Scalar>();
-    const bool* valid = valid_T.const_data_ptr<bool>();
-    Scalar* probs = probs_TE.mutable_data_ptr<Scalar>();
-    int64_t* ids = ids_TK.mutable_data_ptr<int64_t>();
-    Scalar* weights = weights_TK.mutable_data_ptr<Scalar>();
-    bool* active = active_TK.mutable_data_ptr<bool>();
-    torch::stable::parallel_for(0, num_tokens, grain(8 * num_experts), [&](int64_t begin, int64_t end) {
+  const RouteTopk given(
+      DeviceType::CPU, logits_in, valid_in, uniform_T, sample_T, position_T, top_k, normalize, second_policy, tau, seed,
+      layer);
+  const int64_t num_experts = given.options.num_experts;
+  for_wide(given.logits_TE.scalar_type(), [&]<class Scalar>() {
+    const Scalar* logits = given.logits_TE.const_data_ptr<Scalar>();
+    const bool* valid = given.valid_T.const_data_ptr<bool>();
+    Scalar* probs = given.probs_TE.mutable_data_ptr<Scalar>();
+    int64_t* ids = given.ids_TK.mutable_data_ptr<int64_t>();
+    Scalar* weights = given.weights_TK.mutable_data_ptr<Scalar>();
+    bool* active = given.active_TK.mutable_data_ptr<bool>();
+    torch::stable::parallel_for(0, given.valid_T.size(0), grain(8 * num_experts), [&](int64_t begin, int64_t end) {
       std::vector<int64_t> order(static_cast<size_t>(num_experts));
       for (int64_t t = begin; t < end; ++t) {
         route_row<Scalar>(
             logits + t * num_experts,
             valid[t],
-            draws.of(t),
-            options,
+            given.draws.of(t),
+            given.options,
             order,
             probs + t * num_experts,
             ids + t * top_k,
@@ -251,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
       }
     });
   });
-  return {probs_TE, ids_TK, weights_TK, active_TK};
+  return {given.probs_TE, given.ids_TK, given.weights_TK, given.active_TK};
 }
 
 namespace {
@@ -276,7 +172,7 @@ void route_row_backward(
     const int64_t* ids,
     const Scalar* chosen,
     const bool* active,
-    const Options& options,
+    const RouteOptions& options,
     std::vector<Scalar>& scratch,
     Scalar* d_logits) {
   const int64_t top_k = options.top_k;
@@ -311,31 +207,20 @@ Tensor route_topk_backward(
     const Tensor& chosen_logits_in,
     const Tensor& active_in,
     bool normalize) {
-  const Check check{"route_topk_backward", DeviceType::CPU};
-  const Tensor probs_TE = check.wide(probs_in, "probs", {kAnySize, kAnySize});
-  const ScalarType dtype = probs_TE.scalar_type();
-  const int64_t num_tokens = probs_TE.size(0);
-  const int64_t num_experts = probs_TE.size(1);
-  const Tensor ids_TK = check.of(ScalarType::Long, topk_ids_in, "topk_ids", {num_tokens, kAnySize});
-  const int64_t top_k = ids_TK.size(1);
-  const Tensor d_probs_TE = check.of(dtype, d_probs_in, "d_probs", {num_tokens, num_experts});
-  const Tensor d_weights_TK = check.of(dtype, d_weights_in, "d_weights", {num_tokens, top_k});
-  const Tensor chosen_TK = check.of(dtype, chosen_logits_in, "chosen_logits", {num_tokens, top_k});
-  const Tensor active_TK = check.of(ScalarType::Bool, active_in, "active", {num_tokens, top_k});
-  check.at_least(1, top_k, "top_k");
-  const int64_t* ids = ids_TK.const_data_ptr<int64_t>();
-  check.indices(ids, ids_TK.numel(), num_experts, "topk_ids");
-
-  Tensor d_logits_TE = check.fresh(probs_TE, "d_logits", {num_tokens, num_experts});
-  const Options options{num_experts, top_k, normalize, SecondPolicy::all, 0.0};
-  for_wide(dtype, [&]<class Scalar>() {
-    const Scalar* d_probs = d_probs_TE.const_data_ptr<Scalar>();
-    const Scalar* d_weights = d_weights_TK.const_data_ptr<Scalar>();
-    const Scalar* probs = probs_TE.const_data_ptr<Scalar>();
-    const Scalar* chosen = chosen_TK.const_data_ptr<Scalar>();
-    const bool* active = active_TK.const_data_ptr<bool>();
-    Scalar* d_logits = d_logits_TE.mutable_data_ptr<Scalar>();
-    torch::stable::parallel_for(0, num_tokens, grain(4 * num_experts), [&](int64_t begin, int64_t end) {
+  const RouteTopkBackward given(
+      DeviceType::CPU, d_probs_in, d_weights_in, probs_in, topk_ids_in, chosen_logits_in, active_in, normalize);
+  const int64_t num_experts = given.options.num_experts;
+  const int64_t top_k = given.options.top_k;
+  check_indices("route_topk_backward", given.ids_TK, num_experts, "topk_ids");
+  for_wide(given.probs_TE.scalar_type(), [&]<class Scalar>() {
+    const Scalar* d_probs = given.d_probs_TE.const_data_ptr<Scalar>();
+    const Scalar* d_weights = given.d_weights_TK.const_data_ptr<Scalar>();
+    const Scalar* probs = given.probs_TE.const_data_ptr<Scalar>();
+    const int64_t* ids = given.ids_TK.const_data_ptr<int64_t>();
+    const Scalar* chosen = given.chosen_TK.const_data_ptr<Scalar>();
+    const bool* active = given.active_TK.const_data_ptr<bool>();
+    Scalar* d_logits = given.d_logits_TE.mutable_data_ptr<Scalar>();
+    torch::stable::parallel_for(0, given.probs_TE.size(0), grain(4 * num_experts), [&](int64_t begin, int64_t end) {
       std::vector<Scalar> scratch(static_cast<size_t>(2 * top_k));
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = t * num_experts;
@@ -347,13 +232,13 @@ Tensor route_topk_backward(
             ids + pick,
             chosen + pick,
             active + pick,
-            options,
+            given.options,
             scratch,
             d_logits + row);
       }
     });
   });
-  return d_logits_TE;
+  return given.d_logits_TE;
 }
 
 }  // namespace epmoe::cpu

@@ -33,4 +33,6 @@ def load_kernels() -> tuple[str, str]:
         extension = import_module("epmoe._C")
     except ImportError as error:
         return "reference", f"epmoe._C cannot be loaded into torch {torch.__version__}: {error}; rebuild it"
-    return "native", f"CPU kernels, built for torch {extension.torch_version}"
+    cuda = extension.cuda_architectures
+    devices = f"CPU and CUDA kernels (for {cuda})" if cuda else "CPU kernels"
+    return "native", f"{devices}, built for torch {extension.torch_version}"

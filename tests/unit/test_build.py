@@ -1,23 +1,25 @@
-"""The build script where the native kernels cannot be compiled."""
+"""The build script where the native kernels, or those for CUDA, cannot be compiled."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import epmoe
 
 ROOT = Path(epmoe.__file__).parent.parent
 
 
-def run_setup(**environment: str) -> subprocess.CompletedProcess[str]:
+def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("setuptools")
     return subprocess.run(
-        [sys.executable, "setup.py", "--version"],
+        [sys.executable, "setup.py", *(arguments or ("--version",))],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -34,9 +36,29 @@ def run_setup(**environment: str) -> subprocess.CompletedProcess[str]:
         ({"EPMOE_NATIVE": "0"}, 0, "EPMOE_NATIVE=0; plain PyTorch kernels will serve"),
         ({"EPMOE_NATIVE": "1", "CXX": "no-such-compiler"}, 1, "EPMOE_NATIVE=1, but no C++ compiler"),
         ({"EPMOE_NATIVE": "yes"}, 1, "EPMOE_NATIVE=yes must be auto, 0 or 1"),
+        ({"EPMOE_CUDA": "2"}, 1, "EPMOE_CUDA=2 must be auto, 0 or 1"),
+        ({"EPMOE_CUDA": "1", "EPMOE_NATIVE": "0"}, 1, "EPMOE_CUDA=1, but EPMOE_NATIVE=0"),
+        ({"EPMOE_CUDA": "1", "CUDA_HOME": "/no/such"}, 1, "EPMOE_CUDA=1, but no nvcc in CUDA_HOME=/no/such"),
     ],
 )
 def test_a_build_without_native_kernels_says_why(environment, code, line):
     done = run_setup(**{"EPMOE_NATIVE": "auto"} | environment)
     assert done.returncode == code
     assert len([found for found in done.stderr.splitlines() if line in found]) == 1
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
+def test_only_numbers_of_architectures_are_taken():
+    done = run_setup("--quiet", "cuda_check", TORCH_CUDA_ARCH_LIST="9.0;Hopper")
+    assert done.returncode == 1
+    assert "TORCH_CUDA_ARCH_LIST: 'Hopper' must look like 9.0 or 9.0+PTX" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is not None, reason="needs nvcc alone")
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
+def test_cuda_kernels_need_a_torch_with_cuda():
+    done = run_setup(EPMOE_CUDA="1", EPMOE_NATIVE="auto")
+    assert done.returncode == 1
+    assert "EPMOE_CUDA=1, but the installed torch" in done.stderr
+    assert "has no CUDA" in done.stderr
