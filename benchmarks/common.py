@@ -48,6 +48,7 @@ def arguments_parser(description: str | None) -> argparse.ArgumentParser:
 
 def start(arguments: argparse.Namespace) -> torch.device:
     """Seeds, sets the threads and chooses the device."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr about every start and stop
     torch.manual_seed(0)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
