@@ -12,7 +12,6 @@ compared with epmoe's. The share of the bound is the bound's time over the conte
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -52,7 +51,7 @@ from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference from epmoe's layer, relative to the largest value."""
-REROUTED = {torch.float32: 0.0, torch.bfloat16: 0.02, torch.float16: 0.01}
+REROUTED = {torch.float32: 0.0, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Share of tokens that may be sent elsewhere because a router rounds its logits."""
 BUILDERS: dict[str, Callable[[LayerShape, Weights], Contender]] = {
     "index_add loop": mm_loop,
@@ -294,7 +293,14 @@ def picture(cases: Sequence[dict[str, Any]], labels: Sequence[str], facts: dict[
             (row["contender"], row["share_of_bound"]) for row in case["rows"] if row["contender"] != "bound"
         ]
         return [
-            Bar(label=name, value=s.median, text=f"{s.median:.0%}", low=s.low, high=s.high, ours=name == "epmoe")
+            Bar(
+                label=name,
+                value=s.median,
+                text=f"{s.median:.0%}",
+                low=s.low,
+                high=s.high,
+                ours=name == "epmoe",
+            )
             for name, s in shares
         ]
 
@@ -312,9 +318,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = arguments_parser(__doc__)
     parser.add_argument("--experts", type=int, nargs="+", default=None)
-    parser.add_argument(
-        "--activation", nargs="+", choices=("swiglu", "gelu"), default=["swiglu", "gelu"]
-    )
+    parser.add_argument("--activation", nargs="+", choices=("swiglu", "gelu"), default=["swiglu", "gelu"])
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--d-model", type=int, default=None)
     parser.add_argument("--d-ff", type=int, default=None)
@@ -339,4 +343,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ All contenders are compared with the reference before they are timed. On CUDA, t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -30,7 +29,17 @@ from common import (
     where,
     write_results,
 )
-from operators import PRODUCTS, ROUTING, ROWS, Inputs, OpCase, Outputs, OpShape, make_inputs, transformer_engine
+from operators import (
+    PRODUCTS,
+    ROUTING,
+    ROWS,
+    Inputs,
+    OpCase,
+    OpShape,
+    Outputs,
+    make_inputs,
+    transformer_engine,
+)
 from plot import Bar, bar_chart
 from torch import Tensor
 
@@ -45,7 +54,10 @@ def plan(device: torch.device, quick: bool) -> Plan:
     """All cases: both dtypes at the base shape, then one size at a time."""
     if quick:
         rows = OpShape(num_tokens=64, num_experts=8, top_k=2, d_model=16, d_ff=32, dtype=torch.float32)
-        return [("base", rows, ROUTING + ROWS + PRODUCTS), ("E", replace(rows, num_experts=16), ROUTING + ROWS)]
+        return [
+            ("base", rows, ROUTING + ROWS + PRODUCTS),
+            ("E", replace(rows, num_experts=16), ROUTING + ROWS),
+        ]
     if device.type == "cuda":
         rows = OpShape(
             num_tokens=16384, num_experts=64, top_k=2, d_model=4096, d_ff=1024, dtype=torch.bfloat16
@@ -92,7 +104,9 @@ def check(case: OpCase, dtype: torch.dtype) -> tuple[dict[str, float], dict[str,
             found[name] = max(relative_difference(a, e) for a, e in zip(actual, expected, strict=False))
     limit = TOLERANCE[dtype]
     if found["native"] > limit:
-        raise RuntimeError(f"{case.name}: native differs from the reference by {found['native']:.1e} > {limit}")
+        raise RuntimeError(
+            f"{case.name}: native differs from the reference by {found['native']:.1e} > {limit}"
+        )
     return found, missing
 
 
@@ -208,7 +222,11 @@ def picture(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
                 continue
             share, sizes = found["share_of"][limit], row["shape"]
             kind = str(sizes["dtype"]).removeprefix("torch.")
-            label = name if row["sweep"] == "base" and name != "native" else f"{name}, E={sizes['num_experts']} {kind}"
+            label = (
+                name
+                if row["sweep"] == "base" and name != "native"
+                else f"{name}, E={sizes['num_experts']} {kind}"
+            )
             groups.setdefault(row["op"], []).append(
                 Bar(
                     label=label,
@@ -259,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

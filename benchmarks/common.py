@@ -48,7 +48,6 @@ def arguments_parser(description: str | None) -> argparse.ArgumentParser:
 
 def start(arguments: argparse.Namespace) -> torch.device:
     """Seeds, sets the threads and chooses the device."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr about every start and stop
     torch.manual_seed(0)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -141,7 +140,7 @@ def _cuda_sampler(function: Callable[[], object], seconds: float) -> Callable[[]
         work()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3 / calls
+        return float(first.elapsed_time(last)) / 1e3 / calls
 
     once = between_events(function, 1)
     repeats = max(1, min(100, round(seconds / max(once, 1e-6))))
@@ -170,18 +169,15 @@ def _cuda_sampler(function: Callable[[], object], seconds: float) -> Callable[[]
 def poisoned() -> Iterator[None]:
     """Memory that an operator asks for comes filled with NaN (integers: their largest value), so that what it does not
     write is seen."""
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
-    before_fill, before_warn = (
-        fill.fill_uninitialized_memory,
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    fill.fill_uninitialized_memory = True
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # fill_uninitialized_memory is on unless turned off
     try:
         yield
     finally:
-        fill.fill_uninitialized_memory = before_fill
-        torch.use_deterministic_algorithms(before, warn_only=before_warn)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

@@ -156,11 +156,12 @@ class BalancedExperts(torch.autograd.Function):
 
 def _activation_backward(d_active_ECF: Tensor, hidden_ECX: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward(d_active_ECF, hidden_ECX)
+        d_hidden_ECX: Tensor = torch.ops.aten.gelu_backward(d_active_ECF, hidden_ECX)
+        return d_hidden_ECX
     if activation != "swiglu":
         raise ValueError(f"the denominator knows swiglu and gelu, got {activation!r}")
     gate_ECF, up_ECF = hidden_ECX.chunk(2, dim=-1)
-    d_hidden_ECX = torch.empty_like(hidden_ECX)
+    d_hidden_ECX = torch.empty_like(hidden_ECX)  # both halves are written in place, nothing is concatenated
     d_gate_ECF, d_up_ECF = d_hidden_ECX.chunk(2, dim=-1)
     torch.mul(d_active_ECF, F.silu(gate_ECF), out=d_up_ECF)
     torch.ops.aten.silu_backward.grad_input(d_active_ECF.mul_(up_ECF), gate_ECF, grad_input=d_gate_ECF)
@@ -187,13 +188,15 @@ def bound(shape: LayerShape, weights: Weights) -> Contender:
 # ------------------------------------------------------------------------------------------------- epmoe
 def epmoe_layer(shape: LayerShape, weights: Weights) -> tuple[Contender, MoELayer]:
     """epmoe's layer, dropless, with its balance loss; and the module, for a look at its parts."""
-    moe = MoEConfig(
-        num_experts=shape.num_experts,
-        router={"name": "topk"},
-        top_k=shape.top_k,
-        activation=shape.activation,
-        capacity_factor=None,
-        losses={"balance": BALANCE},
+    moe = MoEConfig.model_validate(
+        {
+            "num_experts": shape.num_experts,
+            "router": "topk",
+            "top_k": shape.top_k,
+            "activation": shape.activation,
+            "capacity_factor": None,
+            "losses": {"balance": BALANCE},
+        }
     )
     layer = build_moe_layer(moe, d_model=shape.d_model, d_ff=shape.d_ff)
     experts: Any = layer.experts
@@ -255,7 +258,9 @@ def mm_loop(shape: LayerShape, weights: Weights) -> Contender:
     def forward(x_TD: Tensor, router_ED: Tensor, w_in_EDX: Tensor, w_out_EFD: Tensor) -> Tensor:
         weight_TK, id_TK = route(x_TD, router_ED, shape.top_k)
         y_TD = torch.zeros_like(x_TD)
-        for expert, (w_in_DX, w_out_FD) in enumerate(zip(w_in_EDX.unbind(0), w_out_EFD.unbind(0), strict=True)):
+        for expert, (w_in_DX, w_out_FD) in enumerate(
+            zip(w_in_EDX.unbind(0), w_out_EFD.unbind(0), strict=True)
+        ):
             token_R, choice_R = (id_TK == expert).nonzero(as_tuple=True)  # a host sync on CUDA
             rows_RD = act(x_TD.index_select(0, token_R) @ w_in_DX) @ w_out_FD
             weight_R = weight_TK[token_R, choice_R].to(rows_RD.dtype)
@@ -281,7 +286,9 @@ def gshard_einsum(shape: LayerShape, weights: Weights) -> Contender:
     def forward(x_TD: Tensor, router_ED: Tensor, w_in_EDX: Tensor, w_out_EFD: Tensor) -> Tensor:
         weight_TK, id_TK = route(x_TD, router_ED, shape.top_k)
         mask_KTE = F.one_hot(id_TK.t(), shape.num_experts)
-        slot_KTE = mask_KTE.flatten(0, 1).cumsum(0).view_as(mask_KTE) - 1  # all first choices, then all second ones
+        slot_KTE = (
+            mask_KTE.flatten(0, 1).cumsum(0).view_as(mask_KTE) - 1
+        )  # all first choices, then all second ones
         slot_KT = (slot_KTE * mask_KTE).sum(-1)
         gate_KTE = weight_TK.t().unsqueeze(-1) * mask_KTE
         place_KTC = F.one_hot(slot_KT, capacity).to(gate_KTE.dtype)

@@ -174,7 +174,9 @@ def _row_bytes(inputs: Inputs, times_T: int, times_N: int) -> int:
     """Rows of T tokens and of N assignments, and one index per assignment."""
     row = inputs.shape.d_model * inputs.x_TD.element_size()
     num_assignments = inputs.token_N.numel()
-    return row * (times_T * inputs.shape.num_tokens + times_N * num_assignments) + INDEX_BYTES * num_assignments
+    return (
+        row * (times_T * inputs.shape.num_tokens + times_N * num_assignments) + INDEX_BYTES * num_assignments
+    )
 
 
 def permute(inputs: Inputs) -> OpCase:
@@ -270,7 +272,7 @@ def grouped_gemm_weight_grad(inputs: Inputs) -> OpCase:
 def _weight(inputs: Inputs) -> Tensor:
     shape = inputs.shape
     weight_EDF = torch.randn(shape.num_experts, shape.d_model, shape.d_ff, device=inputs.x_TD.device)
-    return (weight_EDF * shape.d_model**-0.5).to(shape.dtype)
+    return weight_EDF.mul_(shape.d_model**-0.5).to(shape.dtype)
 
 
 def _packed(rows_NX: Tensor, num_experts: int) -> Tensor:

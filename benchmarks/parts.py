@@ -7,6 +7,7 @@ the backward pass follows by the sequence numbers autograd gives to nodes, so no
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -82,53 +84,57 @@ def part_times(
         activities.append(ProfilerActivity.CUDA)
     prepare()
     step()
-    with _labelled(labels), profile(activities=activities) as profiler:
+    with labelled(labels), _profile(activities=activities) as profiler:
         for _ in range(repeats):
             prepare()
             with record_function(_PREFIX + REST):
                 step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    times = _attribute(profiler.events(), rules, on_device=device.type == "cuda")
-    return {part: microseconds / 1e6 / repeats for part, microseconds in times.items()}
+    times: dict[str, float] = {}
+    for event, part in classified(profiler.events(), rules):
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        times[part] = times.get(part, 0.0) + spent / 1e6 / repeats
+    return times
+
+
+def _profile(**options: Any) -> profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start and stop is told on stderr
+    return profile(**options)
 
 
 @contextmanager
-def _labelled(labels: Sequence[Label]) -> Iterator[None]:
-    undo: list[tuple[object, str]] = []
-    for target, method, part in labels:
-        setattr(target, method, _inside(getattr(target, method), part))
-        undo.append((target, method))
+def labelled(labels: Sequence[Label]) -> Iterator[None]:
+    """Names the parts of everything that happens inside these methods."""
     try:
+        for target, method, part in labels:
+            if method not in vars(target):
+                setattr(target, method, _inside(getattr(target, method), part))
         yield
     finally:
-        for target, method in undo:
-            delattr(target, method)  # the class's own method shows again
+        for target, method, _ in labels:
+            vars(target).pop(method, None)  # the class's own method shows again
 
 
 def _inside(function: Callable[..., Any], part: str) -> Callable[..., Any]:
-    def labelled(*values: Any, **named: Any) -> Any:
+    def inside(*values: Any, **named: Any) -> Any:
         with record_function(_PREFIX + part):
             return function(*values, **named)
 
-    return labelled
+    return inside
 
 
-def _attribute(events: Sequence[FunctionEvent], rules: Rules, *, on_device: bool) -> dict[str, float]:
-    own = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+def classified(events: Sequence[FunctionEvent], rules: Rules) -> list[tuple[FunctionEvent, str]]:
+    """Every event on the host with its part, forward and backward; what lies outside the steps is left out."""
+    own = [event for event in events if event.device_type == DeviceType.CPU]
     own.sort(key=lambda event: event.time_range.start)
     forward: dict[int, str] = {}
     for event in own:
         if event.sequence_nr >= 0 and not _in_backward(event):
             # Operators that make no node carry the number of the next node that is made: the last one counts.
             forward[event.sequence_nr] = _part(event, rules, {})
-    times: dict[str, float] = {}
-    for event in own:
-        spent = event.self_device_time_total if on_device else event.self_cpu_time_total
-        part = _part(event, rules, forward)
-        if part != _OUTSIDE:
-            times[part] = times.get(part, 0.0) + spent
-    return times
+    pairs = [(event, _part(event, rules, forward)) for event in own]
+    return [(event, part) for event, part in pairs if part != _OUTSIDE]
 
 
 def _in_backward(event: FunctionEvent | None) -> bool:
@@ -167,7 +173,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

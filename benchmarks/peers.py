@@ -36,8 +36,8 @@ class _FFN(nn.Module):
     def __init__(self, w_in_DX: Tensor, w_out_FD: Tensor, activation: str) -> None:
         super().__init__()
         self.act = ACTIVATIONS[activation]
-        self.first = nn.Linear(*w_in_DX.shape, bias=False)
-        self.second = nn.Linear(*w_out_FD.shape, bias=False)
+        self.first = nn.Linear(w_in_DX.shape[0], w_in_DX.shape[1], bias=False)
+        self.second = nn.Linear(w_out_FD.shape[0], w_out_FD.shape[1], bias=False)
         self.first.weight = nn.Parameter(w_in_DX.t().contiguous())
         self.second.weight = nn.Parameter(w_out_FD.t().contiguous())
 
@@ -141,8 +141,12 @@ def _fastest_mode(contender: Contender, experts: Any, shape: LayerShape, weights
     weight_bytes = weights.w_in_EDX.nbytes + weights.w_out_EFD.nbytes
     copied = {  # bytes written besides the layer's own work
         "grouped_mm": 0,
-        "eager": shape.num_experts * weight_bytes,  # the backward of indexing an expert's weights, once per expert
-        "batched_mm": shape.num_tokens * shape.top_k * weight_bytes // shape.num_experts,  # weights per assignment
+        "eager": shape.num_experts
+        * weight_bytes,  # the backward of indexing an expert's weights, once per expert
+        "batched_mm": shape.num_tokens
+        * shape.top_k
+        * weight_bytes
+        // shape.num_experts,  # weights per assignment
     }
     seconds: dict[str, float] = {}
     for mode, num_bytes in copied.items():
