@@ -171,9 +171,8 @@ def poisoned() -> Iterator[None]:
     write is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # fill_uninitialized_memory is on unless turned off
+    # torch fills new memory in this mode, unless torch.utils.deterministic.fill_uninitialized_memory is turned off.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:

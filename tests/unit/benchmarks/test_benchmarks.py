@@ -40,7 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (base / "tiny.yaml").write_text(json.dumps(config))
     extra = {
         "ops": [],
-        "layer": ["--peers", "index_add loop", "GShard einsum", "SonicMoE"],
+        "layer": ["--activation", "swiglu", "--peers", "index_add loop", "GShard einsum", "SonicMoE"],
         "step": ["--config", str(base / "tiny.yaml")],
     }
     words = [
@@ -186,6 +186,16 @@ def test_a_wrong_operator_is_refused(wrong: Any) -> None:
 
 
 @pytest.mark.usefixtures("bench")
+def test_memory_is_poisoned_before_a_check() -> None:
+    from common import poisoned
+
+    with poisoned():
+        assert torch.empty(100).isnan().all()
+        assert (torch.empty(100, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("bench")
 def test_a_backward_pass_belongs_to_the_parts_of_its_forward_pass() -> None:
     from parts import classified, labelled
     from torch.profiler import ProfilerActivity, profile
@@ -194,7 +204,9 @@ def test_a_backward_pass_belongs_to_the_parts_of_its_forward_pass() -> None:
         weight_DD = torch.randn(8, 8, requires_grad=True)
 
         def run(self, x_TD: Tensor) -> Tensor:
-            return x_TD @ self.weight_DD
+            y_TD = x_TD @ self.weight_DD
+            torch.arange(3) + 1  # makes no node: carries the number of the node that comes next
+            return y_TD
 
     first, second, x_TD = Product(), Product(), torch.randn(4, 8, requires_grad=True)
     labels = [(first, "run", "first"), (second, "run", "second")]
