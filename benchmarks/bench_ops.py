@@ -1,11 +1,13 @@
 """Every operator, native and reference, against plain PyTorch and against what the machine can move.
 
-    python benchmarks/bench_ops.py [--rounds 9]
+    python benchmarks/bench_ops.py [--rounds 7]
 
 The bound of routing and row operators is the time of a copy, in the same turn, of as many bytes as the operator has to
-read and write once (rows, weights and indices): into memory that exists (``copy``), and into new memory (``clone``),
-which every operator needs for its result. The bound of a grouped product is a balanced ``bmm`` of equal arithmetic.
-All contenders are compared with the reference before they are timed. On CUDA, times are those of graph replays.
+read and write once (rows, weights and indices): into memory that exists (``copy``), and into memory that is asked for
+(``clone``), as every operator does for its result. Freed memory is kept in the process, because the first touch of a
+new page costs more than any operator; ``--new-pages`` shows what that makes of the times. The bound of a grouped
+product is a balanced ``bmm`` of equal arithmetic. All contenders are compared with the reference before they are timed.
+On CUDA, times are those of graph replays.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from common import (
     arguments_parser,
     interleave,
+    keep_freed_memory,
     paired,
     poisoned,
     progress,
@@ -250,10 +253,14 @@ def picture(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
 def main() -> None:
     """Runs the benchmark."""
     parser = arguments_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each contender; default 9")
+    parser.add_argument("--rounds", type=int, default=None, help="samples of each contender; default 7")
+    parser.add_argument(
+        "--new-pages", action="store_true", help="CPU: let freed memory go back to the system"
+    )
     arguments = parser.parse_args()
     device = start(arguments)
-    rounds = arguments.rounds or (2 if arguments.quick else 9)
+    kept = not arguments.new_pages and keep_freed_memory()
+    rounds = arguments.rounds or (2 if arguments.quick else 7)
     facts = where(device)
     rows, lines = [], []
     for shape, row in run(plan(device, arguments.quick), rounds, device):
@@ -272,7 +279,7 @@ def main() -> None:
     missing = {name: why for row in rows for name, why in row["unavailable"].items()}
     for name, why in missing.items():
         print(f"- not here: {name}: {why}")
-    result = {"benchmark": "ops", "rounds": rounds, "rows": rows, **facts}
+    result = {"benchmark": "ops", "rounds": rounds, "freed_memory_kept": kept, "rows": rows, **facts}
     write_results("ops", result, picture(rows, facts), device=device, arguments=arguments)
 
 
