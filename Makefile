@@ -21,7 +21,7 @@ help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
 	@echo "make test    all tests; PYTEST_ARGS='-k router' selects"
 	@echo "make check   ruff, mypy, import contracts"
-	@echo "make bench   every script in benchmarks/"
+	@echo "make bench   every benchmark; ARGS=--quick shows in seconds that they run"
 	@echo "make build   compile the native kernels in place, with the torch of PYTHON and no network"
 	@echo "make cuda-check   only compile the CUDA kernels: needs nvcc, neither a GPU nor a torch with CUDA"
 	@echo "make wheel   a wheel with the native kernels in dist/"
@@ -41,7 +41,7 @@ check: $(READY)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 bench: $(READY)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=. $(PYTHON) "$$script"; done
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; PYTHONPATH=. $(PYTHON) "$$script" $(ARGS); done
 
 build: $(READY)
 	EPMOE_NATIVE=1 $(PYTHON) setup.py --quiet build_ext --inplace --force

@@ -1,0 +1,91 @@
+"""Groups of horizontal bars as one self-contained SVG, readable in light and dark viewers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from epmoe.observe.chart import nice_ticks
+
+WIDTH, LEFT, RIGHT, TOP = 960, 250, 150, 84
+_BAR, _STEP, _GROUP = 14, 19, 34
+_STYLE = """
+  text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-size: 12px; fill: #57606a; }
+  .page { fill: #ffffff; } .grid { stroke: #e4e8ec; } .mark { stroke: #d55e00; stroke-dasharray: 4 3; }
+  .h1 { font-size: 20px; font-weight: 600; fill: #1f2328; } .h2 { font-size: 13px; font-weight: 600; fill: #1f2328; }
+  .bar { fill: #9fb3c8; } .ours { fill: #0072b2; } .spread { stroke: #1f2328; }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #9aa4af; } .page { fill: #0d1117; } .grid { stroke: #21272f; } .h1, .h2 { fill: #e6edf3; }
+    .bar { fill: #47566a; } .ours { fill: #56b4e9; } .spread { stroke: #e6edf3; } .mark { stroke: #f0883e; }
+  }"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """One bar; ``low`` and ``high`` draw its quartiles."""
+
+    label: str
+    value: float
+    text: str
+    low: float | None = None
+    high: float | None = None
+    ours: bool = False
+
+
+def bar_chart(
+    title: str, subtitle: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, axis: str, mark: float | None
+) -> str:
+    """The picture as text.
+
+    Args:
+        groups: Heading and bars.
+        axis: What the length of a bar means.
+        mark: A value with a dashed line, such as a bound; None = no line.
+    """
+    values = [bar.high or bar.value for _, bars in groups for bar in bars]
+    top = max([*values, mark or 0.0, 1e-12]) * 1.02
+    scale = (WIDTH - LEFT - RIGHT) / top
+    height = TOP + sum(_GROUP + _STEP * len(bars) for _, bars in groups) + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'viewBox="0 0 {WIDTH} {height}" role="img">',
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}\n</style>",
+        f'<rect class="page" width="{WIDTH}" height="{height}"/>',
+        f'<text class="h1" x="24" y="36">{escape(title)}</text>',
+        f'<text x="24" y="58">{escape(subtitle)}</text>',
+    ]
+    for tick in nice_ticks(0.0, top, 6):
+        x = LEFT + tick * scale
+        parts.append(f'<path class="grid" d="M{x:.1f} {TOP - 10}V{height - 38}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 22}" text-anchor="middle">{tick:g}</text>')
+    y = float(TOP)
+    for heading, bars in groups:
+        parts.append(f'<text class="h2" x="24" y="{y + 14:.0f}">{escape(heading)}</text>')
+        y += _GROUP - 12
+        for bar in bars:
+            parts += _bar(bar, y, scale)
+            y += _STEP
+        y += 12
+    if mark is not None:
+        parts.append(f'<path class="mark" d="M{LEFT + mark * scale:.1f} {TOP - 10}V{height - 38}"/>')
+    x = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{x:.0f}" y="{height - 6}" text-anchor="middle">{escape(axis)}</text>\n</svg>\n')
+    return "\n".join(parts)
+
+
+def _bar(bar: Bar, y: float, scale: float) -> list[str]:
+    end = LEFT + bar.value * scale
+    middle = y + _BAR / 2
+    parts = [
+        f'<text x="{LEFT - 10}" y="{y + 11:.1f}" text-anchor="end">{escape(bar.label)}</text>',
+        f'<rect class="{"ours" if bar.ours else "bar"}" x="{LEFT}" y="{y:.1f}" width="{bar.value * scale:.1f}" '
+        f'height="{_BAR}"/>',
+    ]
+    if bar.low is not None and bar.high is not None:
+        end = max(end, LEFT + bar.high * scale)
+        parts.append(
+            f'<path class="spread" d="M{LEFT + bar.low * scale:.1f} {middle:.1f}H{LEFT + bar.high * scale:.1f}"/>'
+        )
+    parts.append(f'<text x="{end + 6:.1f}" y="{y + 11:.1f}">{escape(bar.text)}</text>')
+    return parts
