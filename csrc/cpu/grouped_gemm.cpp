@@ -60,23 +60,32 @@ struct Blocks {
 template <class Body>
 void for_experts(const Blocks& blocks, const Body& body) {
   const int64_t num_threads = torch::stable::get_num_threads();
+  const int64_t num_experts = blocks.num_experts();
   const auto is_large = [&](int64_t expert) {
-    return 2 * num_threads * blocks.count(expert) > blocks.start_L1.back();
+    return num_threads == 1 || 2 * num_threads * blocks.count(expert) > blocks.start_L1.back();
   };
-  const bool share_out = num_threads > 1;
-  for (int64_t expert = 0; expert < blocks.num_experts(); ++expert) {
-    if (!share_out || is_large(expert)) {
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    if (is_large(expert)) {
       body(expert);
     }
   }
-  if (!share_out) {
+  if (num_threads == 1) {
     return;
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
-    for (int64_t expert = next++; expert < blocks.num_experts(); expert = next++) {
-      if (!is_large(expert)) {
-        body(expert);
+  // Neighbours stay on one thread, or threads would wait for each other where new memory comes in large pages. Who has
+  // finished its own experts helps with what is left of the others'.
+  const auto first_of = [&](int64_t share) { return share * num_experts / num_threads; };
+  std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(num_threads));
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t turn = 0; turn < num_threads; ++turn) {
+        const int64_t share = (thread + turn) % num_threads;
+        const int64_t past = first_of(share + 1);
+        for (int64_t expert; (expert = first_of(share) + taken[share]++) < past;) {
+          if (!is_large(expert)) {
+            body(expert);
+          }
+        }
       }
     }
   });
