@@ -1,32 +1,12 @@
 #include "kernels.h"
 
-#include <bit>
 #include <cmath>
 
+#include "exp.h"
 #include "lanes.h"
 
 namespace epmoe::cpu {
 namespace {
-
-// exp(x) for x <= 0, within 2 units in the last place, without branches, so that loops over it vectorise.
-[[gnu::always_inline]] inline float exp_negative(float x) {
-  constexpr float kRoundToInteger = 12582912.0F;  // 1.5 * 2^23: adding it leaves no bits for a fraction
-  x = x < -87.0F ? -87.0F : x;
-  const float power = x * 1.44269504F + kRoundToInteger - kRoundToInteger;
-  const float rest = x - power * 0.693359375F + power * 2.12194440e-4F;  // ln 2 in two parts
-  float series = 1.0F / 5040;
-  series = series * rest + 1.0F / 720;
-  series = series * rest + 1.0F / 120;
-  series = series * rest + 1.0F / 24;
-  series = series * rest + 1.0F / 6;
-  series = series * rest + 0.5F;
-  series = series * rest + 1.0F;
-  series = series * rest + 1.0F;
-  return series * std::bit_cast<float>((static_cast<int32_t>(power) + 127) << 23);
-}
-inline double exp_negative(double x) {
-  return std::exp(x);
-}
 
 // The share of a normal distribution below -x for x >= 0, given exp(-x*x/2). In float32: that times a polynomial in
 // 1/(1 + 0.23 x), fitted to a relative error of 5e-8.

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "exp.h"
 #include "lanes.h"
 #include "operators.h"
 
@@ -54,8 +55,9 @@ void choose(const Scalar* logits, int64_t num_experts, int64_t top_k, std::vecto
 // A row of finite or -inf logits with its largest, turned into probabilities; `probs` may be `logits`.
 template <class Scalar>
 void softmax(const Scalar* logits, Scalar largest, int64_t count, Scalar* probs) {
+#pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    probs[i] = std::exp(logits[i] - largest);
+    probs[i] = exp_negative(logits[i] - largest);
   }
   Lanes<Scalar, kRouterLanes> lanes;
   for_lanes<kRouterLanes>(count, [&](int64_t i, int64_t lane) { lanes.partial[lane] += probs[i]; });
