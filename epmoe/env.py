@@ -54,10 +54,19 @@ def batch_job() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
+def prefer_huge_pages() -> None:
+    """Asks PyTorch's CPU allocator for pages of 2 MiB unless the user decided; to be called before torch is imported.
+
+    A step allocates and frees large tensors, and taking them from the system in pages of 4 KiB costs a tenth of it.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 RECORDED = (
     "NCCL_",
     "CUDA_",
     "TORCH",
+    "THP_",
     "OMP_",
     "SLURM_",
     "GLOO_",

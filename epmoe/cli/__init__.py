@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     What the user can act on is a message on stderr; anything else is our mistake and keeps its traceback.
     """
+    env.prefer_huge_pages()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:  # accepted anywhere on the line, though only the program as a whole declares it
