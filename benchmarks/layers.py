@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from epmoe import MoEConfig, build_moe_layer
-from epmoe.moe.experts import ACTIVATIONS
 from epmoe.moe.layer import MoELayer
+
+
+def swiglu(hidden_RX: Tensor) -> Tensor:
+    """silu(first half of the columns) * second half, in plain PyTorch."""
+    gate_RF, up_RF = hidden_RX.chunk(2, dim=-1)
+    return F.silu(gate_RF) * up_RF
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": F.gelu}
 
 SEQ_LEN = 256
 BALANCE = 0.01

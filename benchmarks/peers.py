@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layers import Contender, LayerShape, Weights, grad, leaf, route
+from layers import ACTIVATIONS, Contender, LayerShape, Weights, grad, leaf, route
 from torch import Tensor, nn
-
-from epmoe.moe.experts import ACTIVATIONS
 
 DROP_FACTOR = 1.25
 """Capacity factor of DeepSpeed's layer where it drops."""

@@ -134,9 +134,7 @@ def test_a_step_is_split_into_parts(results: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("bench")
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_gradients_of_the_denominator(activation: str) -> None:
-    from layers import BalancedExperts
-
-    from epmoe.moe.experts import ACTIVATIONS
+    from layers import ACTIVATIONS, BalancedExperts
 
     def plain(rows_ECD: Tensor, w_in_EDX: Tensor, w_out_EFD: Tensor) -> Tensor:
         return ACTIVATIONS[activation](rows_ECD @ w_in_EDX) @ w_out_EFD
