@@ -8,10 +8,11 @@
 namespace epmoe::cpu {
 namespace {
 
-// exp(x) for x <= 0, within 2 units in the last place, without branches, so that loops over it vectorise.
+// exp(x) for x <= 0, within 2 units in the last place, without branches, so that loops over it vectorise. 0 below the
+// smallest normal number: a small rest would be seen again where it is multiplied by a large x.
 [[gnu::always_inline]] inline float exp_negative(float x) {
   constexpr float kRoundToInteger = 12582912.0F;  // 1.5 * 2^23: adding it leaves no bits for a fraction
-  x = x < -87.0F ? -87.0F : x;
+  x = x < -88.0F ? -88.0F : x;  // whose power, -127, has the exponent bits of zero
   const float power = x * 1.44269504F + kRoundToInteger - kRoundToInteger;
   const float rest = x - power * 0.693359375F + power * 2.12194440e-4F;  // ln 2 in two parts
   float series = 1.0F / 5040;
