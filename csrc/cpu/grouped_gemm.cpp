@@ -21,6 +21,14 @@ Tensor detach(const Tensor& tensor) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Consecutive rows of a new matrix, or of a stack of them. Not a view: worker threads know nothing of inference mode,
+// outside which nothing that was made inside may be written.
+Tensor part_of(const Tensor& made, int64_t first_row, int64_t num_rows) {
+  const int64_t width = made.size(made.dim() - 1);
+  return torch::stable::from_blob(
+      made.mutable_data_ptr(), {num_rows, width}, {width, 1}, made.device(), made.scalar_type(), first_row * width);
+}
+
 // Consecutive blocks of rows, one for each expert.
 struct Blocks {
   std::vector<int64_t> start_L1;
@@ -88,10 +96,11 @@ Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor
   const Tensor weight_LDF = detach(weight_in);
   const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
 
-  Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_LDF.size(2)});
+  const Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_LDF.size(2)});
   for_experts(blocks, [&](int64_t expert) {
     if (blocks.count(expert) > 0) {
-      multiply(blocks.of(rows_RD, expert), torch::stable::select(weight_LDF, 0, expert), blocks.of(out_RF, expert));
+      const Tensor out_nF = part_of(out_RF, blocks.start_L1[expert], blocks.count(expert));
+      multiply(blocks.of(rows_RD, expert), torch::stable::select(weight_LDF, 0, expert), out_nF);
     }
   });
   return out_RF;
@@ -105,10 +114,10 @@ Tensor grouped_gemm_weight_grad(const Tensor& rows_in, const Tensor& d_out_in, c
       check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
   const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
 
-  Tensor d_weight_LDF =
+  const Tensor d_weight_LDF =
       check.fresh(rows_RD, "d_weight", {blocks.num_experts(), rows_RD.size(1), d_out_RF.size(1)});
   for_experts(blocks, [&](int64_t expert) {
-    Tensor d_weight_DF = torch::stable::select(d_weight_LDF, 0, expert);
+    Tensor d_weight_DF = part_of(d_weight_LDF, expert * rows_RD.size(1), rows_RD.size(1));
     if (blocks.count(expert) > 0) {
       Tensor rows_nD = blocks.of(rows_RD, expert);
       multiply(torch::stable::transpose(rows_nD, 0, 1), blocks.of(d_out_RF, expert), d_weight_DF);
