@@ -27,6 +27,19 @@ Tensor as_batch(const Tensor& rows_RX) {
   return torch::stable::unsqueeze(detach(rows_RX), 0);
 }
 
+// Consecutive rows of a new matrix, or of a stack of them, as the only matrix of a batch. Not a view: worker threads
+// know nothing of inference mode, outside which nothing that was made inside may be written.
+Tensor part_of(const Tensor& made, int64_t first_row, int64_t num_rows) {
+  const int64_t width = made.size(made.dim() - 1);
+  return torch::stable::from_blob(
+      made.mutable_data_ptr(),
+      {1, num_rows, width},
+      {num_rows * width, width, 1},
+      made.device(),
+      made.scalar_type(),
+      first_row * width);
+}
+
 // Consecutive blocks of rows, one for each expert.
 struct Blocks {
   std::vector<int64_t> start_L1;
@@ -104,11 +117,11 @@ Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor
 
   const Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_in.size(2)});
   Tensor rows_1RD = as_batch(rows_RD);
-  Tensor out_1RF = as_batch(out_RF);
   Tensor weight_LDF = detach(weight_in);
   for_experts(blocks, [&](int64_t expert) {
     if (blocks.count(expert) > 0) {
-      multiply(blocks.of(rows_1RD, expert), torch::stable::narrow(weight_LDF, 0, expert, 1), blocks.of(out_1RF, expert));
+      const Tensor out_1nF = part_of(out_RF, blocks.start_L1[expert], blocks.count(expert));
+      multiply(blocks.of(rows_1RD, expert), torch::stable::narrow(weight_LDF, 0, expert, 1), out_1nF);
     }
   });
   return out_RF;
@@ -122,12 +135,12 @@ Tensor grouped_gemm_weight_grad(const Tensor& rows_in, const Tensor& d_out_in, c
       check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
   const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
 
-  Tensor d_weight_LDF =
+  const Tensor d_weight_LDF =
       check.fresh(rows_RD, "d_weight", {blocks.num_experts(), rows_RD.size(1), d_out_RF.size(1)});
   Tensor rows_1RD = as_batch(rows_RD);
   Tensor d_out_1RF = as_batch(d_out_RF);
   for_experts(blocks, [&](int64_t expert) {
-    Tensor d_weight_1DF = torch::stable::narrow(d_weight_LDF, 0, expert, 1);
+    Tensor d_weight_1DF = part_of(d_weight_LDF, expert * rows_RD.size(1), rows_RD.size(1));
     if (blocks.count(expert) > 0) {
       multiply(torch::stable::transpose(blocks.of(rows_1RD, expert), 1, 2), blocks.of(d_out_1RF, expert), d_weight_1DF);
     } else {

@@ -90,7 +90,7 @@ class ModuleExperts(nn.Module):
         if batch.rows_per_expert is None:
             blocks = batch.rows_RD.split(batch.tokens_per_expert_L.tolist())  # a host sync on CUDA
         else:
-            blocks = batch.rows_RD.split(batch.rows_per_expert)
+            blocks = batch.rows_RD.split([batch.rows_per_expert] * self.num_local)
         outputs = [
             module(block) if block.shape[0] else _touch(module, block)
             for module, block in zip(self.experts.values(), blocks, strict=True)

@@ -51,8 +51,10 @@ def save_expert_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)  # or zeros would be made as the pre-activation's gradient
 
 
-def expert_ffn_backward(ctx: Any, d_y_RD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def expert_ffn_backward(ctx: Any, d_y_RD: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     """Gradients of rows, row weights and both stacks of matrices, as far as they are needed."""
+    if d_y_RD is None:  # what came after has no gradient, and zeros are not made here
+        return (None,) * 7
     rows_RD, weight_R, w_in_LDX, w_out_LFD, counts_L, hidden_RX = ctx.saved_tensors
     blocks = (counts_L, ctx.rows_per_expert)
     needs_rows, needs_weight, needs_w_in, needs_w_out = ctx.needs_input_grad[:4]

@@ -86,3 +86,52 @@ def test_autocast_computes_in_the_autocast_dtype_but_never_narrows_float64():
     low.sum().backward()
     assert rows.grad.dtype == torch.float32
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for a test; new memory holds NaN, so that what nobody writes is seen."""
+    before = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    yield torch.set_num_threads
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
+
+
+SHARES = {
+    "one large, many small": [400] + [3, 0, 7] * 12,
+    "the large one last": [1] * 30 + [500],
+    "two large": [300, 2, 300, 1, 0],
+    "only small": [5] * 64,
+    "only one": [200],
+    "none has rows": [0] * 9,
+    "the first and the last have none": [0, 4, 9, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", SHARES.values(), ids=SHARES)
+def test_any_number_of_threads_shares_the_experts_out(counts, dtype, threads):
+    """Large experts get all threads, small ones one each: every block is computed once, and those without rows too."""
+    generator = torch.Generator().manual_seed(0)
+    rows_RD = torch.randn(sum(counts), 16, generator=generator).to(dtype)
+    weight_LDF = torch.randn(len(counts), 16, 24, generator=generator).to(dtype)
+    d_out_RF = torch.randn(sum(counts), 24, generator=generator).to(dtype)
+    blocks, d_blocks = rows_RD.double().split(counts), d_out_RF.double().split(counts)
+    out = torch.cat([b @ w.double() for b, w in zip(blocks, weight_LDF, strict=True)])
+    d_weight = torch.stack([b.t() @ d for b, d in zip(blocks, d_blocks, strict=True)])
+    tolerance = 4 * torch.finfo(dtype).eps
+    for count in (1, 2, 4):
+        threads(count)
+        leaves = rows_RD.clone().requires_grad_(), weight_LDF.clone().requires_grad_()
+        got = ops.grouped_gemm(*leaves, torch.tensor(counts))
+        got.backward(d_out_RF)
+        d_rows = torch.cat([d @ w.double().t() for d, w in zip(d_blocks, weight_LDF, strict=True)])
+        for one, wanted in ((got, out), (leaves[0].grad, d_rows), (leaves[1].grad, d_weight)):
+            scale = wanted.abs().max().item() if wanted.numel() else 1.0
+            torch.testing.assert_close(one.double(), wanted, rtol=0, atol=tolerance * scale)
+        with torch.inference_mode():
+            again = ops.grouped_gemm(rows_RD, weight_LDF, torch.tensor(counts))
+            d_weight_LDF = torch.ops.epmoe.grouped_gemm_weight_grad(rows_RD, d_out_RF, torch.tensor(counts))
+        torch.testing.assert_close(again, got.detach())
+        torch.testing.assert_close(d_weight_LDF, leaves[1].grad)
