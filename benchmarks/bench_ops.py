@@ -1,6 +1,6 @@
 """Every operator, native and reference, against plain PyTorch and against what the machine can move.
 
-    python benchmarks/bench_ops.py [--rounds 7]
+    python benchmarks/bench_ops.py [--rounds 7] [--sweeps base E]
 
 The bound of routing and row operators is the time of a copy, in the same turn, of as many bytes as the operator has to
 read and write once (rows, weights and indices): into memory that exists (``copy``), and into memory that is asked for
@@ -46,6 +46,7 @@ from operators import (
 from plot import Bar, bar_chart
 from torch import Tensor
 
+SWEEPS = ("base", "dtype", "E", "T", "K", "D")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference from the reference, relative to the largest value."""
 Builder = Callable[[Inputs], OpCase]
@@ -254,6 +255,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = arguments_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=None, help="samples of each contender; default 7")
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them; default all")
     parser.add_argument(
         "--new-pages", action="store_true", help="CPU: let freed memory go back to the system"
     )
@@ -263,7 +265,8 @@ def main() -> None:
     rounds = arguments.rounds or (2 if arguments.quick else 7)
     facts = where(device)
     rows, lines = [], []
-    for shape, row in run(plan(device, arguments.quick), rounds, device):
+    cases = [case for case in plan(device, arguments.quick) if case[0] in arguments.sweeps]
+    for shape, row in run(cases, rounds, device):
         rows.append(row)
         lines.append(line(shape, row))
     headers = (

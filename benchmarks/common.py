@@ -124,8 +124,8 @@ def sampler(
 ) -> Callable[[], float]:
     """Something that measures seconds per call, repeating the call often enough to last about ``seconds``.
 
-    On CUDA it is the device time of the replay of a graph of these calls; a function that cannot be captured, because
-    it waits for the device, is timed with events around plain calls.
+    On CUDA it is the device time of the replay of a graph of these calls; a function that waits for the device cannot
+    be captured and is timed with events around plain calls.
     """
     for _ in range(2):
         function()
@@ -160,19 +160,33 @@ def _cuda_sampler(function: Callable[[], object], seconds: float) -> Callable[[]
         for _ in range(repeats):
             function()
 
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            calls()
-    except RuntimeError:
-        torch.cuda.synchronize()
+    if _waits_for_device(function):
         return lambda: between_events(calls, repeats)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
     return lambda: between_events(graph.replay, repeats)
+
+
+def _waits_for_device(function: Callable[[], object]) -> bool:
+    """Whether a call copies something to the host. Asked before a capture is begun: one that fails halfway leaves the
+    stream and the random numbers of the process unusable."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 # ------------------------------------------------------------------------------------------- correctness

@@ -206,7 +206,8 @@ def epmoe_layer(shape: LayerShape, weights: Weights) -> tuple[Contender, MoELaye
             "losses": {"balance": BALANCE},
         }
     )
-    layer = build_moe_layer(moe, d_model=shape.d_model, d_ff=shape.d_ff)
+    with torch.device("meta"):  # every parameter is replaced
+        layer = build_moe_layer(moe, d_model=shape.d_model, d_ff=shape.d_ff)
     experts: Any = layer.experts
     with torch.no_grad():
         layer.router.weight = nn.Parameter(weights.router_ED.clone())

@@ -15,6 +15,7 @@ from epmoe.ops.registration import ops
 
 Outputs = Tensor | tuple[Tensor, ...]
 INDEX_BYTES = 8
+PROLOGUE = "routing prologue"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,31 +123,30 @@ def route_topk(inputs: Inputs) -> OpCase:
 
 def route_topk_backward(inputs: Inputs) -> OpCase:
     """Gradients of probabilities and weights to that of the logits."""
-    shape = inputs.shape
-    leaf_TE = inputs.logits_TE.detach().requires_grad_()
-    probs_TE = leaf_TE.softmax(-1)
-    chosen_TK, id_TK = leaf_TE.topk(shape.top_k, dim=-1)
-    outputs = (probs_TE, chosen_TK.softmax(-1))
+    shape, dtype = inputs.shape, inputs.logits_TE.dtype
+    probs_TE = inputs.logits_TE.softmax(-1)
+    chosen_TK, id_TK = inputs.logits_TE.topk(shape.top_k, dim=-1)
+    weight_TK = chosen_TK.softmax(-1)
     active_TK = torch.ones_like(id_TK, dtype=torch.bool)
 
     def torch_backward() -> Outputs:
-        (d_logits_TE,) = torch.autograd.grad(
-            outputs, leaf_TE, (inputs.d_probs_TE, inputs.d_weights_TK), retain_graph=True
-        )
-        return d_logits_TE
+        # What autograd would call; it would do so on the stream of the forward pass, which no graph can capture.
+        d_chosen_TK = torch._softmax_backward_data(inputs.d_weights_TK, weight_TK, -1, dtype)
+        d_logits_TE = torch._softmax_backward_data(inputs.d_probs_TE, probs_TE, -1, dtype)
+        return d_logits_TE.scatter_add_(1, id_TK, d_chosen_TK)
 
     values = (
         inputs.d_probs_TE,
         inputs.d_weights_TK,
-        probs_TE.detach(),
+        probs_TE,
         id_TK,
-        chosen_TK.detach(),
+        chosen_TK,
         active_TK,
         True,
     )
     return OpCase(
         name="route_topk backward",
-        contenders={**twins("route_topk_backward", *values), "autograd of softmax, topk": torch_backward},
+        contenders={**twins("route_topk_backward", *values), "backwards of softmax, topk": torch_backward},
         bound_bytes=3 * inputs.logits_TE.nbytes + shape.num_tokens * shape.top_k * (INDEX_BYTES + 4 + 4 + 1),
     )
 
@@ -166,6 +166,24 @@ def assign_slots(inputs: Inputs) -> OpCase:
         name="assign_slots",
         contenders={**twins("assign_slots", *values), "one-hot cumsum": one_hot},
         bound_bytes=expert_A.numel() * (3 * INDEX_BYTES + 1) + num_experts * INDEX_BYTES,
+    )
+
+
+def routing_prologue(inputs: Inputs) -> OpCase:
+    """Logits to slots: all that has to be known before the first row moves, dropless."""
+    shape = inputs.shape
+
+    def prologue(kernels: Any) -> Outputs:
+        _, id_TK, weight_TK, active_TK = kernels.route_topk(
+            inputs.logits_TE, inputs.valid_T, None, None, None, shape.top_k, True, "all", 0.5, 0, 0
+        )
+        listed = (id_TK.t().reshape(-1), inputs.group_A, active_TK.t().reshape(-1))
+        return weight_TK, *kernels.assign_slots(*listed, 1, shape.num_experts, DROPLESS)
+
+    return OpCase(
+        name=PROLOGUE,
+        contenders={"native": lambda: prologue(ops), "reference": lambda: prologue(reference)},
+        bound_bytes=route_topk(inputs).bound_bytes + assign_slots(inputs).bound_bytes,
     )
 
 
@@ -306,6 +324,6 @@ def transformer_engine(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
     }
 
 
-ROUTING = (route_topk, route_topk_backward, assign_slots)
+ROUTING = (route_topk, route_topk_backward, assign_slots, routing_prologue)
 ROWS = (permute, permute_backward, combine, combine_backward)
 PRODUCTS = (grouped_gemm, grouped_gemm_weight_grad)

@@ -94,7 +94,7 @@ def test_every_result_says_where_it_comes_from(results: dict[str, Any]) -> None:
 
 def test_operators_are_timed_against_their_bounds(results: dict[str, Any]) -> None:
     rows = [row for row in results["ops"]["rows"] if row["sweep"] == "base"]
-    assert len({row["op"] for row in rows}) == len(rows) == 9
+    assert len({row["op"] for row in rows}) == len(rows) == 10
     for row in rows:
         assert {"native", "reference"} < row["contenders"].keys()
         assert row["bounds"].keys() == ({"copy", "clone"} if row["bound_bytes"] else {"bmm"})

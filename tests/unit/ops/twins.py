@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from tests.oracle import cases
 Call = Callable[..., Any]
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
+SEED = int(os.environ.get("EPMOE_TEST_SEED", "0"))
+"""Added to every seed: another number, other inputs."""
 POLICIES = [("none", 0.5), ("threshold", 0.3), ("random", 0.2), ("random", 0.5), ("random", 1.0)]
 
 
@@ -45,19 +48,19 @@ def assert_same_bits(one, other):
 
 
 def randn(seed, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(SEED + seed)).to(dtype)
 
 
 def randint(seed, bound, count):
-    return torch.randint(0, bound, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, bound, (count,), generator=torch.Generator().manual_seed(SEED + seed))
 
 
 # ------------------------------------------------------------------------------------------- routing
 def routing_arguments(
     kind, tokens, experts, top_k, normalize, policy="all", tau=0.5, dtype=torch.float32, seed=0
 ):
-    logits, valid = cases.logits_and_valid(kind, tokens, experts, seed=seed)
-    uniform = torch.tensor(cases.uniforms(tokens), dtype=torch.float32) if policy == "random" else None
+    logits, valid = cases.logits_and_valid(kind, tokens, experts, seed=SEED + seed)
+    uniform = torch.tensor(cases.uniforms(tokens, SEED), dtype=torch.float32) if policy == "random" else None
     valid_T = torch.tensor(valid, dtype=torch.bool)
     return logits.to(dtype), valid_T, uniform, None, None, top_k, normalize, policy, tau, 0, 0
 
@@ -165,7 +168,7 @@ def long_row_cases():
         9,
         24,
         torch.arange(9).repeat_interleave(torch.tensor([31, 0, 32, 1, 33, 0, 64, 65, 2]))[
-            torch.randperm(228, generator=torch.Generator().manual_seed(0))
+            torch.randperm(228, generator=torch.Generator().manual_seed(SEED))
         ],
     )
 
