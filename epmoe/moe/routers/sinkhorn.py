@@ -28,7 +28,7 @@ def route(inputs: RouterInputs, options: SinkhornOptions, top_k: int) -> Routing
     if inputs.training:
         num_groups, size = groups_of(inputs)
         plan_GSE = log_plan(
-            clean_TE.detach().view(num_groups, size, -1),
+            clean_TE.detach().view(num_groups, size, logits_TE.shape[1]),
             usable_T.view(num_groups, size),
             tolerance=options.tolerance,
             iterations=options.iterations,

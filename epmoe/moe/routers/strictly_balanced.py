@@ -30,7 +30,7 @@ def route(inputs: RouterInputs, options: StrictlyBalancedOptions, top_k: int) ->
     usable_T = usable_rows(logits_TE, inputs.valid_T)
     probs_TE, score_TE = scored(logits_TE, usable_T)
     if inputs.training:
-        _, mask_GSE = best_tokens(score_TE.view(num_groups, size, -1), usable_T, top_k)
+        _, mask_GSE = best_tokens(score_TE.view(num_groups, size, logits_TE.shape[1]), usable_T, top_k)
         mask_TE = mask_GSE.view_as(probs_TE)
     else:
         mask_TE = (probs_TE > threshold_E) & (score_TE != UNAVAILABLE)
