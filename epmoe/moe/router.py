@@ -104,7 +104,7 @@ class Router(nn.Module):
             # One pass: NaN and infinities survive a sum, and where finite numbers overflow it, the logits would too.
             finite_T1 = x_TD.detach().sum(-1, keepdim=True).isfinite()
             x_TD = torch.where(finite_T1, x_TD, 0.0)
-            fields: dict[str, Any] = {part.field: self._field(part, x_TD) for part in self.parts}
+            fields: dict[str, Any] = {p.field: self._field(p, x_TD) for p in self.parts if p.field}
             inputs = RouterInputs(
                 logits_TE=self._logits(x_TD).masked_fill(~finite_T1, torch.nan),
                 valid_T=_valid(x_TD, ctx),

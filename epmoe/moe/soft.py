@@ -95,7 +95,7 @@ class SoftMoELayer(MoELayer):
             rows_per_expert=rows_per_expert,
         )
         back_ND = dispatcher.from_experts(self.experts(batch), num_experts)
-        back_EGPD = back_ND.view(num_experts, num_groups, -1, width)
+        back_EGPD = back_ND.view(num_experts, num_groups, num_slots // num_experts, width)
         return back_EGPD.transpose(0, 1).reshape(num_groups, num_slots, width)
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class SoftMoELayer(MoELayer):
         usable_GS = valid_GS & finite_GS
         slots_per_expert = usable_GS.any(1).sum() * (num_slots // num_experts)
         demand_E = slots_per_expert.expand(num_experts).clone()
-        share_GSE = combine_GSX.view(num_groups, size, num_experts, -1).sum(3)
+        share_GSE = combine_GSX.view(num_groups, size, num_experts, num_slots // num_experts).sum(3)
         return {
             "demand_E": demand_E,
             "kept_E": demand_E,
@@ -131,10 +131,8 @@ def _one(_: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
 
 
 def _parts(options: SoftOptions, num_experts: int) -> tuple[Part, ...]:
-    phi = Part(
-        name="phi", field="phi", num_rows=num_experts * options.slots, projects=True, init=_unit_normal
-    )
-    return phi, Part(name="scale", field="scale", num_rows=1, projects=False, init=_one)
+    phi = Part(name="phi", field=None, num_rows=num_experts * options.slots, projects=True, init=_unit_normal)
+    return phi, Part(name="scale", field=None, num_rows=1, projects=False, init=_one)
 
 
 FAMILY = Family(route=_no_list, parts=_parts, has_weight=False)

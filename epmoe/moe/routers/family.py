@@ -36,8 +36,8 @@ class Part:
 
     name: str
     """Of the parameter or buffer: ``router.<name>``."""
-    field: str
-    """Of ``RouterInputs``."""
+    field: str | None
+    """Of ``RouterInputs``; None = the layer takes the tensor itself."""
     num_rows: int
     projects: bool
     """True: shape [num_rows, D], and the field is x times its transpose. False: [num_rows], the field itself."""

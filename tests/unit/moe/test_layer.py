@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from epmoe.types import TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, oracle_layer, tokens
 
+BREAKABLE = ("gshard_random", "switch", "top2", "noisy2", "two_levels", "v3")
 COUNTS = ("demand_E", "kept_E", "assignments", "overflow_tokens", "valid_tokens", "nonfinite_tokens")
 
 
@@ -128,7 +131,9 @@ def test_no_tokens(name, group, shape):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["gshard_random", "switch", "top2", "noisy2", "two_levels", "v3"])
+@pytest.mark.parametrize(
+    "name", [*BREAKABLE, "expert_choice", "base", "sinkhorn1", "strict2", "hash_table", "sentence", "task"]
+)
 def test_a_broken_token_hurts_nobody_else(name, value):
     """It counts as padding: the others' output, losses and counts are those of a batch where it is padding."""
     moe = config(name, num_experts=4, capacity_factor=1.0, min_capacity=0)
@@ -137,7 +142,7 @@ def test_a_broken_token_hurts_nobody_else(name, value):
     ctx = context(x_BSD)
     valid_BS = torch.ones(2, 6, dtype=torch.bool)
     valid_BS[0, 2] = False
-    padded = TokenContext(valid_BS=valid_BS, sample_B=ctx.sample_B)
+    padded = replace(ctx, valid_BS=valid_BS)
     wanted, wanted_report = layer(x_BSD, padded)
     broken = x_BSD.clone()
     broken[0, 2] = value
@@ -159,8 +164,7 @@ def test_a_broken_token_hurts_nobody_else(name, value):
     assert broken.grad.isfinite().all()
     for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
-    padding_and_broken = TokenContext(valid_BS=valid_BS, sample_B=ctx.sample_B)
-    assert layer(broken, padding_and_broken)[1].metrics["nonfinite_tokens"].item() == 0
+    assert layer(broken, padded)[1].metrics["nonfinite_tokens"].item() == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

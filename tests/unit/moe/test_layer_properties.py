@@ -125,7 +125,7 @@ def test_dropless_equals_ample_capacity(name):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, "expert_choice", "base", "sinkhorn1", "strict2", "sentence"])
 def test_padding_appended_changes_nothing(name):
     """Padding after the tokens of a sequence (no capacity), and whole sequences of padding (with)."""
     x_BSD = tokens(2, 6)
@@ -145,7 +145,9 @@ def test_padding_appended_changes_nothing(name):
                 assert torch.allclose(one[key].double(), other[key].double(), rtol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["gshard_random", "switch", "top3_raw"])
+@pytest.mark.parametrize(
+    "name", ["gshard_random", "switch", "top3_raw", "expert_choice", "base", "sinkhorn2", "strict2"]
+)
 def test_renaming_experts_changes_only_names(name):
     moe = config(name, num_experts=5, capacity_factor=0.7, min_capacity=0)
     layer, renamed = make_layer(moe), make_layer(moe)
@@ -344,7 +346,7 @@ def test_entropy_of_an_undecided_router(experts):
     assert layer(x_BSD)[1].metrics["entropy"].item() == pytest.approx(5 * math.log(experts), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [*SOME, "noisy2", "switch_retry"])
+@pytest.mark.parametrize("name", [*SOME, "noisy2", "switch_retry", "base", "sentence"])
 def test_recomputed_activations_give_the_same_gradients(name):
     layer = make_layer(config(name, num_experts=4, capacity_factor=0.8, min_capacity=0))
     grads = []
