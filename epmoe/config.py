@@ -178,7 +178,7 @@ class MoEConfig(Section):
     losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = Field(
         default={"balance": 0.01, "z": 0.001}
     )
-    """Auxiliary losses and their coefficients."""
+    """Auxiliary losses and their coefficients. Routers that need none, or one of their own, have that as default."""
     balance_count: Literal["auto", "top1", "all"] = "auto"
     """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for the others."""
     balance_scope: Literal["group", "sequence", "micro_batch", "global"] = "group"

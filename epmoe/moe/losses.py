@@ -8,7 +8,7 @@ a loss besides its tokens:
                                                             for those of the whole step
     balance over a micro-batch, importance, load,           ranks and micro-batches: they want balance inside each
     device_balance, communication_balance                   rank's micro-batch
-    batchwise_threshold                                     nothing with moe.group: sequence, else as these
+    batchwise_threshold                                     with moe.group: sequence nothing, else as the last
 """
 
 from __future__ import annotations

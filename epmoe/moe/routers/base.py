@@ -23,6 +23,7 @@ from epmoe.types import RouterInputs, Routing
 
 BITS = 36
 """Affinities of a group are rounded to steps of the power of two above the largest, divided by 2**BITS."""
+NOBODY = -1
 FAR = np.iinfo(np.int64).max // 4
 
 IntArray = npt.NDArray[np.int64]
@@ -168,11 +169,10 @@ def _lowest(value: IntArray, expert: IntArray, load: IntArray, capacity: int, co
     loose = np.flatnonzero(tight.sum(1) > 1)
     for place, token in enumerate(loose):
         home = int(expert[token])
-        # An expert with price 0 may have one token more or less, as long as there is room.
-        ends = (price == 0) & (load < capacity) & (price[home] == 0)
-        ends[home] = True
+        # At price 0 a group may have one token more or less here, where there is room or something to take.
+        free = (price == 0) & (load < capacity), (price == 0) & (load > 0)
         for target in np.flatnonzero(tight[token, :home]):
-            chain = _chain(tight, expert, loose[place + 1 :], int(target), ends)
+            chain = _chain(tight, expert, loose[place + 1 :], int(target), home, *free)
             if chain is None:
                 continue
             for mover, to in ((int(token), int(target)), *chain):
@@ -184,9 +184,17 @@ def _lowest(value: IntArray, expert: IntArray, load: IntArray, capacity: int, co
 
 
 def _chain(
-    tight: npt.NDArray[np.bool_], expert: IntArray, tokens: IntArray, start: int, ends: npt.NDArray[np.bool_]
+    tight: npt.NDArray[np.bool_],
+    expert: IntArray,
+    tokens: IntArray,
+    start: int,
+    home: int,
+    takes: npt.NDArray[np.bool_],
+    gives: npt.NDArray[np.bool_],
 ) -> list[tuple[int, int]] | None:
-    """Moves that cost nothing, of ``tokens`` alone, that pass one unit from ``start`` on to one of ``ends``.
+    """Moves that cost nothing, of ``tokens`` alone, that take one from ``start`` and bring one to ``home``.
+
+    Instead of passing one on, an expert that ``takes`` may keep it, and one that ``gives`` pass on one of its own.
 
     Returns:
         Each token and its new expert; None when there is no such chain.
@@ -196,19 +204,27 @@ def _chain(
     }  # expert -> the one before it and the token that moves
     queue = [start]
     for here in queue:
-        if ends[here]:
-            moves = []
-            step = reached[here]
-            while step is not None:
-                moves.append((step[1], here))
-                here, step = step[0], reached[step[0]]
-            return moves
-        for token in tokens[expert[tokens] == here]:
+        if here == home:
+            break
+        for token in tokens[expert[tokens] == here].tolist():
             for there in np.flatnonzero(tight[token]).tolist():
                 if there not in reached:
-                    reached[there] = (here, int(token))
+                    reached[there] = (here, token)
                     queue.append(there)
-    return None
+        if takes[here]:
+            for there in np.flatnonzero(gives).tolist():
+                if there not in reached:
+                    reached[there] = (here, NOBODY)
+                    queue.append(there)
+    if home not in reached:
+        return None
+    moves = []
+    step, there = reached[home], home
+    while step is not None:
+        if step[1] != NOBODY:
+            moves.append((step[1], there))
+        there, step = step[0], reached[step[0]]
+    return moves
 
 
 FAMILY = Family(route=route, weight_init=_orthogonal)

@@ -20,6 +20,7 @@ from epmoe.moe.dispatcher import AllToAllDispatcher
 from epmoe.types import TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, oracle_layer, tokens
 
+GROUP_ROUTERS = ["expert_choice", "base", "sinkhorn2", "strict2"]
 SOME = ["gshard_random", "switch", "top2"]
 
 
@@ -125,7 +126,7 @@ def test_dropless_equals_ample_capacity(name):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", [*SOME, "expert_choice", "base", "sinkhorn1", "strict2", "sentence"])
+@pytest.mark.parametrize("name", [*SOME, *GROUP_ROUTERS, "sentence"])
 def test_padding_appended_changes_nothing(name):
     """Padding after the tokens of a sequence (no capacity), and whole sequences of padding (with)."""
     x_BSD = tokens(2, 6)
@@ -145,9 +146,7 @@ def test_padding_appended_changes_nothing(name):
                 assert torch.allclose(one[key].double(), other[key].double(), rtol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "name", ["gshard_random", "switch", "top3_raw", "expert_choice", "base", "sinkhorn2", "strict2"]
-)
+@pytest.mark.parametrize("name", ["gshard_random", "switch", "top3_raw", *GROUP_ROUTERS])
 def test_renaming_experts_changes_only_names(name):
     moe = config(name, num_experts=5, capacity_factor=0.7, min_capacity=0)
     layer, renamed = make_layer(moe), make_layer(moe)
@@ -214,7 +213,7 @@ class NoFloat32(TorchDispatchMode):
         "sinkhorn2",
         "strict2",
         "hash",
-    ],  # fmt: skip
+    ],
 )
 def test_float64_stays_float64(name):
     layer = make_layer(config(name, num_experts=4, capacity_factor=0.7, min_capacity=0))

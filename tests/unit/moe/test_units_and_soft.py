@@ -68,7 +68,7 @@ def test_hash_needs_ids_and_a_table_needs_their_number():
     layer = make_layer(config("hash", num_experts=4))
     x_BSD = tokens(1, 4)
     for ctx in (None, TokenContext(sample_B=torch.zeros(1).long())):
-        with pytest.raises(ValueError, match="needs TokenContext.token_BS"):
+        with pytest.raises(ValueError, match=r"needs TokenContext.token_BS"):
             layer(x_BSD, ctx)
     moe = MoEConfig(num_experts=4, router={"name": "hash", "table": "random"})
     with pytest.raises(ValueError, match="set vocab_size, or table: mod"):
@@ -178,7 +178,7 @@ def test_training_names_the_task_and_evaluation_has_a_default():
 def test_every_source_is_a_task(tmp_path):
     sources = [{"name": "a"}, {"name": "b"}]
     moe = {"router": {"name": "task", "num_tasks": 1}}
-    with pytest.raises(ValueError, match="less than the 2 data.sources.*set num_tasks to at least 2"):
+    with pytest.raises(ValueError, match=r"less than the 2 data.sources.*set num_tasks to at least 2"):
         Config.model_validate({"data": {"sources": sources}, "moe": moe})
     path = tmp_path / "run.yaml"
     path.write_text("data: {sources: [{name: a}, {name: b}]}\nmoe: {router: {name: task, num_tasks: 2}}\n")
