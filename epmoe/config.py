@@ -200,9 +200,9 @@ class MoEConfig(Section):
             values["router"] = router = {"name": router}
         if isinstance(router, dict):
             values["router"] = router = {"name": "gshard_top2", **router}
-        family = router_classes().get(str(router.get("name"))) if isinstance(router, dict) else router
-        if family is not None:
-            _fill_in(values, family)
+        family = router_classes().get(str(router.get("name"))) if isinstance(router, dict) else None
+        if family is not None or isinstance(router, RouterOptions):
+            _fill_in(values, family or type(router))
         return values
 
     @model_validator(mode="after")
@@ -260,7 +260,7 @@ def router_classes() -> dict[str, type[RouterOptions]]:
     return {cls.model_fields["name"].default: cls for cls in classes}
 
 
-def _fill_in(values: dict[str, Any], family: RouterOptions | type[RouterOptions]) -> None:
+def _fill_in(values: dict[str, Any], family: type[RouterOptions]) -> None:
     """What a router's definition says about the rest of the section, where the section does not."""
     if family.fixed_top_k is not None:
         values.setdefault("top_k", family.fixed_top_k)

@@ -24,7 +24,8 @@ from tests.distributed.harness import run_ranks
 from tests.oracle.deepseek import moved_bias
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
-STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5}
+STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5,
+         "soft": 3, "strictly_balanced": 3}  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
     "noisy_topk": {"router": {"name": "noisy_topk", "jitter": 0.05}},
     "deepseek": {
@@ -32,6 +33,17 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "losses": {"sequence_balance": 0.05},
     },
     "global_balance": {"router": "topk", "balance_scope": "global"},
+    "soft": {
+        "router": {"name": "soft", "slots": 2},
+        "allow_non_causal": True,
+        "capacity_factor": None,
+        "losses": {},
+    },
+    "strictly_balanced": {
+        "router": "strictly_balanced",
+        "allow_non_causal": True,
+        "losses": {"batchwise_threshold": 0.05, "z": 0.01},
+    },
 }
 """The MoE section of routers that are more than a name."""
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (2, 4)}
@@ -132,23 +144,31 @@ def worst_error(kind: str, result: dict[str, Any], reference: dict[str, Any]) ->
     return max(errors)
 
 
-CELLS = [
-    (world, ep, router, precision, accumulation)
-    for world, eps in LAYOUTS.items()
-    for ep in eps
-    for router, precision, accumulation in (
-        ("gshard_top2", "fp32", 1),
-        ("gshard_top2", "fp32", 2),
-        ("gshard_top2", "fp64", 1),
-        ("gshard_top2", "fp64", 2),
-        ("switch", "fp64", 1),
-        ("topk", "fp32", 1),
-    )
-] + [
-    (world, ep, router, "fp64", accumulation if world > 1 else 1)
-    for world, ep in ((1, 1), (2, 2))
-    for router, accumulation in (("noisy_topk", 1), ("deepseek", 2), ("global_balance", 1))
-]
+CELLS = (
+    [
+        (world, ep, router, precision, accumulation)
+        for world, eps in LAYOUTS.items()
+        for ep in eps
+        for router, precision, accumulation in (
+            ("gshard_top2", "fp32", 1),
+            ("gshard_top2", "fp32", 2),
+            ("gshard_top2", "fp64", 1),
+            ("gshard_top2", "fp64", 2),
+            ("switch", "fp64", 1),
+            ("topk", "fp32", 1),
+        )
+    ]
+    + [
+        (world, ep, router, "fp64", accumulation if world > 1 else 1)
+        for world, ep in ((1, 1), (2, 2))
+        for router, accumulation in (("noisy_topk", 1), ("deepseek", 2), ("global_balance", 1))
+    ]
+    + [
+        (world, ep, router, "fp64", 1)
+        for world, ep in ((1, 1), (2, 2))
+        for router in ("soft", "strictly_balanced")
+    ]
+)
 
 
 @pytest.fixture(scope="module")
