@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from epmoe.config_routers import AnyRouterOptions, GShardTop2Options, RouterOptions
+from epmoe.config_routers import AnyRouterOptions, GShardTop2Options, RouterOptions, TaskOptions
 from epmoe.section import Beta, Count, Fraction, Positive, Section, Seed
 
 
@@ -128,6 +128,7 @@ AUX_LOSSES = (
     "sequence_balance",
     "device_balance",
     "communication_balance",
+    "batchwise_threshold",
 )
 GROUP_LOSSES = ("device_balance", "communication_balance")
 
@@ -177,7 +178,7 @@ class MoEConfig(Section):
     losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = Field(
         default={"balance": 0.01, "z": 0.001}
     )
-    """Auxiliary losses and their coefficients."""
+    """Auxiliary losses and their coefficients. Routers that need none, or one of their own, have that as default."""
     balance_count: Literal["auto", "top1", "all"] = "auto"
     """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for the others."""
     balance_scope: Literal["group", "sequence", "micro_batch", "global"] = "group"
@@ -199,9 +200,9 @@ class MoEConfig(Section):
             values["router"] = router = {"name": router}
         if isinstance(router, dict):
             values["router"] = router = {"name": "gshard_top2", **router}
-        fixed = _fixed_top_k(router)
-        if fixed is not None:
-            values.setdefault("top_k", fixed)
+        family = router_classes().get(str(router.get("name"))) if isinstance(router, dict) else None
+        if family is not None or isinstance(router, RouterOptions):
+            _fill_in(values, family or type(router))
         return values
 
     @model_validator(mode="after")
@@ -220,6 +221,7 @@ class MoEConfig(Section):
                 f"losses=load needs a router that estimates its load smoothly, {router.name} only counts; "
                 f"routers that do: {_names(lambda options: options.smooth_load)}; for this one use balance"
             )
+        self._check_losses_and_capacity()
         by_group = [name for name in GROUP_LOSSES if name in self.losses]
         if by_group and router.expert_groups == 1:
             raise ValueError(
@@ -228,6 +230,29 @@ class MoEConfig(Section):
             )
         return self
 
+    def _check_losses_and_capacity(self) -> None:
+        router = self.router
+        if self.losses and router.no_losses:
+            raise ValueError(
+                f"losses={', '.join(self.losses)} can do nothing with router {router.name}: {router.no_losses}; "
+                f"set losses: {{}}"
+            )
+        if "batchwise_threshold" in self.losses and not router.thresholds:
+            raise ValueError(
+                f"losses=batchwise_threshold trains thresholds, and router {router.name} has none; "
+                f"routers that do: {_names(lambda options: options.thresholds)}; for this one use balance"
+            )
+        if router.no_capacity and (self.capacity_factor or self.capacity_factor_eval):
+            raise ValueError(
+                f"capacity_factor means nothing to router {router.name}: {router.no_capacity}; "
+                f"set capacity_factor and capacity_factor_eval to null"
+            )
+        if router.no_capacity and self.dispatcher not in ("auto", "padded"):
+            raise ValueError(
+                f"dispatcher={self.dispatcher} sends lists of tokens, and router {router.name} has none; "
+                f"its slots travel in equal blocks: dispatcher auto or padded"
+            )
+
 
 def router_classes() -> dict[str, type[RouterOptions]]:
     """The options class of every router family, by its name."""
@@ -235,15 +260,18 @@ def router_classes() -> dict[str, type[RouterOptions]]:
     return {cls.model_fields["name"].default: cls for cls in classes}
 
 
+def _fill_in(values: dict[str, Any], family: type[RouterOptions]) -> None:
+    """What a router's definition says about the rest of the section, where the section does not."""
+    if family.fixed_top_k is not None:
+        values.setdefault("top_k", family.fixed_top_k)
+    if family.default_losses is not None:
+        values.setdefault("losses", dict(family.default_losses))
+    if family.no_capacity:
+        values.setdefault("capacity_factor", None)
+
+
 def _names(wanted: Callable[[type[RouterOptions]], bool]) -> str:
     return ", ".join(name for name, cls in router_classes().items() if wanted(cls))
-
-
-def _fixed_top_k(router: Any) -> int | None:
-    """Experts per token of a router that is still a mapping, or already options."""
-    if isinstance(router, dict):
-        router = router_classes().get(str(router.get("name")))
-    return getattr(router, "fixed_top_k", None)
 
 
 def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
@@ -369,6 +397,16 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _a_task_for_every_source(self) -> Config:
+        router, sources = self.moe.router if self.moe else None, self.data.sources
+        if isinstance(router, TaskOptions) and router.num_tasks < len(sources):
+            raise ValueError(
+                f"moe.router.num_tasks={router.num_tasks} is less than the {len(sources)} data.sources, each of which "
+                f"is a task; set num_tasks to at least {len(sources)}"
+            )
+        return self
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:

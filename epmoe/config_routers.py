@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from epmoe.section import Positive, Section
+from epmoe.section import Count, Positive, Section
 
 Policy = Literal["all", "random", "threshold", "sampling", "relative", "none"]
 
@@ -32,6 +33,28 @@ class RouterOptions(Section):
     """Which choices the balance loss counts with ``moe.balance_count: auto``."""
     smooth_load: ClassVar[bool] = False
     """Whether the family estimates its load differentiably, which the loss ``load`` needs."""
+    thresholds: ClassVar[bool] = False
+    """Whether the family learns thresholds, which the loss ``batchwise_threshold`` trains."""
+    default_losses: ClassVar[Mapping[str, float] | None] = None
+    """``moe.losses`` where the configuration has none; None = as for every router."""
+    no_losses: ClassVar[str | None] = None
+    """Why no auxiliary loss can do anything to this router; None if one can."""
+    no_capacity: ClassVar[str | None] = None
+    """Why ``moe.capacity_factor`` means nothing to this router; None if it does."""
+    without: ClassVar[tuple[str, ...]] = ()
+    """Options of every router that mean nothing to this one, and are refused."""
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        fields = type(self).model_fields
+        for name in self.without:
+            value, default = getattr(self, name), fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value} means nothing to router {fields['name'].default}, which has no such choice; "
+                    f"leave it out"
+                )
+        return self
 
     @property
     def looks_ahead(self) -> str | None:
@@ -58,11 +81,14 @@ class RouterOptions(Section):
         """Learned numbers of one router."""
         return num_experts * d_model
 
+    def for_vocabulary(self, vocab_size: int) -> Self:
+        """The options with what they leave to the model's vocabulary filled in."""
+        return self
 
-class GShardTop2Options(RouterOptions):
-    """GShard's top-2 router, arXiv:2006.16668 Algorithm 1."""
 
-    name: Literal["gshard_top2"] = "gshard_top2"
+class Top2Options(RouterOptions):
+    """What ``gshard_top2`` and the routers of sentences and tasks choose their two experts by."""
+
     second_policy: Policy = "random"
     """The second expert in training. ``all``: the second best, always used. ``random``: used with probability
     min(1, a2/tau). ``threshold``: if a2 > tau. ``relative``: if its probability is at least ``ratio`` times the
@@ -81,13 +107,19 @@ class GShardTop2Options(RouterOptions):
     balance_count: ClassVar[Literal["top1", "all"]] = "top1"
 
     @model_validator(mode="after")
-    def _threshold_can_be_passed(self) -> GShardTop2Options:
+    def _threshold_can_be_passed(self) -> Self:
         if "threshold" in (self.second_policy, self.second_policy_eval) and self.tau >= 0.5:
             raise ValueError(
                 f"the threshold policy uses the second expert if a2 > tau, but a2, the smaller of two shares, is at "
                 f"most 0.5: tau={self.tau:g} would never let it through; set tau below 0.5, or use policy none"
             )
         return self
+
+
+class GShardTop2Options(Top2Options):
+    """GShard's top-2 router, arXiv:2006.16668 Algorithm 1."""
+
+    name: Literal["gshard_top2"] = "gshard_top2"
 
 
 class SwitchOptions(RouterOptions):
@@ -249,12 +281,176 @@ def check_groups(num_groups: int, num_experts: int) -> None:
         )
 
 
+# -------------------------------------------------------------- experts choose, assignments, tables, units
+class ExpertChoiceOptions(RouterOptions):
+    """Expert choice, arXiv:2202.09368: every expert takes its best tokens of a group, on average K per token."""
+
+    name: Literal["expert_choice"] = "expert_choice"
+
+    default_losses: ClassVar[Mapping[str, float] | None] = {}
+    without: ClassVar[tuple[str, ...]] = ("slot_order", "priority")
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """An expert compares all tokens of the group."""
+        return "experts choose among all tokens of a group, later ones among them"
+
+
+class BaseOptions(RouterOptions):
+    """BASE layers, arXiv:2103.16716: in training the balanced assignment with the largest sum of logits."""
+
+    name: Literal["base"] = "base"
+
+    fixed_top_k: ClassVar[int | None] = 1
+    balance_count: ClassVar[Literal["top1", "all"]] = "top1"
+    default_losses: ClassVar[Mapping[str, float] | None] = {}
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """A token's expert depends on who else wants it."""
+        return "in training the tokens of a group are assigned together"
+
+
+class SinkhornOptions(RouterOptions):
+    """Sinkhorn routing (S-BASE, arXiv:2202.01169): in training the K best of a balanced transport plan."""
+
+    name: Literal["sinkhorn"] = "sinkhorn"
+    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    """A group's plan is done when its experts' factors change by less than this, on average, in an iteration,"""
+    iterations: Positive = 100
+    """or after so many."""
+
+    default_losses: ClassVar[Mapping[str, float] | None] = {}
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """The plan is that of a whole group."""
+        return "in training the plan is made for all tokens of a group"
+
+
+class StrictlyBalancedOptions(RouterOptions):
+    """Strictly balanced gating, arXiv:1701.06538 appendix F: in training every expert keeps equally many tokens."""
+
+    name: Literal["strictly_balanced"] = "strictly_balanced"
+
+    thresholds: ClassVar[bool] = True
+    default_losses: ClassVar[Mapping[str, float] | None] = {"batchwise_threshold": 0.01}
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """An expert compares all tokens of the group."""
+        return "in training experts keep the best among all tokens of a group"
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """A threshold for every expert."""
+        return num_experts * d_model + num_experts
+
+
+class HashOptions(RouterOptions):
+    """Hash layers, arXiv:2106.04426: a fixed table says which expert a token id belongs to; nothing is learned."""
+
+    name: Literal["hash"] = "hash"
+    table: Literal["mod", "random", "balanced"] = "mod"
+    """``mod``: id modulo E. ``random``: a permutation of the ids, drawn from the seed, modulo E. ``balanced``: ids by
+    descending count, each to the expert with the smallest sum of counts so far."""
+    counts: str | None = None
+    """``balanced``: a text file, on line i how often id i occurs."""
+    vocab_size: Positive | None = None
+    """Entries of a table; null = the vocabulary of the model."""
+
+    fixed_top_k: ClassVar[int | None] = 1
+    default_losses: ClassVar[Mapping[str, float] | None] = {}
+    no_losses: ClassVar[str | None] = "it has no weights that a loss could train"
+    without: ClassVar[tuple[str, ...]] = ("jitter",)
+
+    @model_validator(mode="after")
+    def _counts_belong_to_a_table(self) -> Self:
+        if (self.table == "balanced") != (self.counts is not None):
+            raise ValueError(
+                f"table={self.table} and counts={self.counts} do not go together: the balanced table is made from the "
+                f"counts, the others know none; set both or neither"
+            )
+        return self
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """None."""
+        return 0
+
+    def for_vocabulary(self, vocab_size: int) -> Self:
+        """A table of the model's size."""
+        return self if self.vocab_size else self.model_copy(update={"vocab_size": vocab_size})
+
+
+class SentenceOptions(Top2Options):
+    """All tokens of a document share their experts: ``gshard_top2`` of the mean of their logits (lingvo)."""
+
+    name: Literal["sentence"] = "sentence"
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """The mean is over the whole document."""
+        return "a document's tokens share the mean of their logits, later ones included"
+
+
+class TaskOptions(Top2Options):
+    """All tokens of a task share their experts: ``gshard_top2`` of the task's own logits (arXiv:2110.03742)."""
+
+    name: Literal["task"] = "task"
+    num_tasks: Positive = 1
+    """Tasks, numbered from 0. In training from a configuration these are ``data.sources``, in their order."""
+    default_task: Count = 0
+    """The task, in evaluation and generation, of tokens that are not said to belong to one."""
+
+    without: ClassVar[tuple[str, ...]] = ("jitter",)
+
+    @model_validator(mode="after")
+    def _default_is_a_task(self) -> Self:
+        if self.default_task >= self.num_tasks:
+            raise ValueError(f"default_task={self.default_task} must be below num_tasks={self.num_tasks}")
+        return self
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """A logit per task and expert."""
+        return self.num_tasks * num_experts
+
+
+class SoftOptions(RouterOptions):
+    """Soft MoE, arXiv:2308.00951: experts get mixtures of a group's tokens, tokens mixtures of their results."""
+
+    name: Literal["soft"] = "soft"
+    slots: Positive = 1
+    """Mixtures per expert and group, P: the paper's round(cf S / E) for S tokens in a group."""
+
+    fixed_top_k: ClassVar[int | None] = 1
+    default_losses: ClassVar[Mapping[str, float] | None] = {}
+    no_losses: ClassVar[str | None] = "nothing is chosen, so that there is nothing to balance"
+    no_capacity: ClassVar[str | None] = "every expert computes router.slots mixtures per group; set those"
+    without: ClassVar[tuple[str, ...]] = ("slot_order", "priority", "jitter")
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """A mixture holds every token of the group."""
+        return "experts see mixtures of all tokens of a group"
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """A vector per slot, and the scale."""
+        return num_experts * self.slots * d_model + 1
+
+
 AnyRouterOptions = Annotated[
     GShardTop2Options
     | SwitchOptions
     | TopKOptions
     | NoisyTopKOptions
     | HierarchicalOptions
-    | DeepSeekOptions,
+    | DeepSeekOptions
+    | ExpertChoiceOptions
+    | BaseOptions
+    | SinkhornOptions
+    | StrictlyBalancedOptions
+    | HashOptions
+    | SentenceOptions
+    | TaskOptions
+    | SoftOptions,
     Field(discriminator="name"),
 ]

@@ -43,6 +43,8 @@ class TokenContext:
     """int64 token ids."""
     segment_BS: Tensor | None = None
     """int64 document number inside the window."""
+    task_B: Tensor | None = None
+    """int64 task of each sequence; from the loader, the number of its source."""
     counted: dict[int, tuple[Tensor, Tensor]] | None = None
     """By number of the layer: what this rank's earlier micro-batches of the optimizer step sent to each expert, and
     their valid tokens. For ``balance_scope: global``; None = this is the first."""
@@ -88,10 +90,14 @@ class RouterInputs:
     """Tokens per capacity group; consecutive tokens form a group. 0 = all of them."""
     capacity: int = -1
     """Slots per expert and group; -1 = no limit."""
+    seq_len: int = 0
+    """Tokens per sequence; consecutive tokens form a sequence. 0 = all of them."""
     token_T: Tensor | None = None
     """int64 token ids."""
     segment_T: Tensor | None = None
     """int64 document of each token, different in different sequences."""
+    task_T: Tensor | None = None
+    """int64 task of each token."""
     noise_logits_TE: Tensor | None = None
     """Scale of the noise before softplus."""
     bias_E: Tensor | None = None
@@ -102,6 +108,10 @@ class RouterInputs:
     """Logits of groups of experts."""
     group_noise_logits_TP: Tensor | None = None
     """Scale of their noise before softplus."""
+    table_V: Tensor | None = None
+    """int64 expert of every token id."""
+    task_logits_X: Tensor | None = None
+    """Logits of every task and expert, task by task."""
 
 
 @register_pytree
@@ -109,8 +119,9 @@ class RouterInputs:
 class Routing:
     """A router's decision: a flat list of assignments in priority order.
 
-    Earlier entries get slots first. Token choice has ``A = T*K`` entries. An inactive entry (padding, skipped
-    second expert, fewer than K available experts) carries a valid expert id, weight 0 and ``active = False``.
+    Earlier entries get slots first. Token choice has ``A = T*K`` entries, expert choice ``E*C`` per group.
+    An inactive entry (padding, skipped second expert, fewer than K available experts) carries a valid expert id, weight
+    0 and ``active = False``.
     """
 
     token_A: Tensor
@@ -122,7 +133,7 @@ class Routing:
     active_A: Tensor
     """bool."""
     choice_A: Tensor
-    """int64 in [0, K): 0 = the token's first choice."""
+    """int64 from 0: 0 = the token's first choice, or the best of the experts that chose it."""
     probs_TE: Tensor
     """What the router thinks of every expert, summing to 1, differentiable (softmax of the logits in most families);
     zero rows for invalid tokens."""
@@ -136,6 +147,8 @@ class Routing:
     """Differentiable estimate of how many tokens choose each expert; None = the family only counts."""
     importance_E: Tensor | None = None
     """Differentiable sum over tokens of each expert's gate, where that is not the sum of its weights."""
+    threshold_E: Tensor | None = None
+    """Learned limits of each expert's probability, for the loss ``batchwise_threshold``."""
 
 
 @register_pytree

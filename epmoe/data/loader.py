@@ -95,15 +95,19 @@ class TrainData:
     def batch(self, sample_numbers: Sequence[int | None]) -> Batch:
         """The samples of these numbers; None gives an invalid sequence that fills a batch up."""
         spans: list[Span | None] = []
+        sources: list[int] = []
         for number in sample_numbers:
             if number is None:
                 spans.append(None)
+                sources.append(0)
                 continue
             name, window = self.window_of(number)
-            spans.append(_window(self._streams[self._names.index(name)], window, self._seq_len))
+            sources.append(self._names.index(name))
+            spans.append(_window(self._streams[sources[-1]], window, self._seq_len))
         return _collate(
             spans,
             sample_numbers,
+            sources,
             seq_len=self._seq_len,
             eos_id=self._streams[0].eos_id,
             segments=not self._cross_document,
@@ -126,6 +130,7 @@ class ValidationData:
                 f"{split.prefix}: the number of text bytes is not known", fix="prepare the data again"
             )
         self.name = source
+        self._source = [known.name for known in prepared.sources].index(source)
         self._stream = open_stream(split, prepared.tokenizer)
         self._seq_len, self._cross_document = cfg.seq_len, cfg.cross_document
         self.num_windows = num_windows(len(self._stream), cfg.seq_len)
@@ -138,6 +143,7 @@ class ValidationData:
         return _collate(
             spans,
             window_numbers,
+            [self._source] * len(spans),
             seq_len=self._seq_len,
             eos_id=self._stream.eos_id,
             segments=not self._cross_document,
@@ -162,6 +168,7 @@ def _window(stream: TokenStream, window: int, seq_len: int) -> Span:
 def _collate(
     spans: Sequence[Span | None],
     numbers: Sequence[int | None],
+    sources: Sequence[int],
     *,
     seq_len: int,
     eos_id: int,
@@ -173,6 +180,7 @@ def _collate(
     Args:
         spans: One per sequence, None = invalid.
         numbers: Sample numbers.
+        sources: Number of each one's source: its task.
         seq_len: S.
         eos_id: Fills up.
         segments: Say which document each token belongs to.
@@ -200,6 +208,7 @@ def _collate(
         sample_B=torch.tensor(sample, dtype=torch.int64),
         token_BS=token_BS,
         segment_BS=torch.from_numpy(segment) if segments else None,
+        task_B=torch.tensor(sources, dtype=torch.int64),
     )
     return Batch(
         token_BS=token_BS,

@@ -25,6 +25,7 @@ Expert matrices are stored ``[in, out]``, the transpose of theirs; every other m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ class Block(nn.Module):
         moe: MoEConfig | None,
         *,
         layer: int,
+        vocab_size: int,
         seed: int,
         accelerators: Accelerators,
     ) -> None:
@@ -67,7 +69,9 @@ class Block(nn.Module):
         self.shared: SwiGLU | None = None
         if moe is not None and is_moe_layer(moe, layer):
             width = expert_width(model, moe)
-            self.moe = build_moe_layer(moe, d_model=model.d_model, d_ff=width, layer=layer, seed=seed)
+            self.moe = build_moe_layer(
+                moe, d_model=model.d_model, d_ff=width, layer=layer, seed=seed, vocab_size=vocab_size
+            )
             if moe.shared_experts:
                 self.shared = SwiGLU(model.d_model, moe.shared_experts * width)
         else:
@@ -135,7 +139,8 @@ class Decoder(nn.Module):
         self.embed = Embedding(vocab_size, model.d_model)
         self.embed_dropout = KeyedDropout(model.dropout, site=0, seed=seed)
         self.blocks = nn.ModuleList(
-            Block(model, moe, layer=i, seed=seed, accelerators=accelerators) for i in range(model.num_layers)
+            Block(model, moe, layer=i, vocab_size=vocab_size, seed=seed, accelerators=accelerators)
+            for i in range(model.num_layers)
         )
         self.norm = RMSNorm(model.d_model, model.norm_eps, accelerators.rms_norm)
         self.head = None if model.tie_embeddings else Linear(model.d_model, vocab_size)
@@ -165,6 +170,8 @@ class Decoder(nn.Module):
                 )
             cache.check_room(token_BS.size(1))
             start = cache.length
+        if ctx is None or ctx.token_BS is None:  # a router may go by the ids
+            ctx = replace(ctx or TokenContext(), token_BS=token_BS)
         x_BSD = self.embed_dropout(self.embed(token_BS), ctx)
         inputs = attention_inputs(self.config, x_BSD, start=start, segment_BS=segment_BS)
         reports: list[RouterReport] = []

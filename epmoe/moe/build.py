@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from epmoe.comm.exchange import Group
 from epmoe.config import MoEConfig
+from epmoe.moe import soft
 from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer, balance_count
@@ -19,6 +20,7 @@ from epmoe.moe.losses import (
     LossInputs,
     affinity_counts,
     balance_loss,
+    batchwise_threshold_loss,
     choice_counts,
     communication_balance_loss,
     device_balance_loss,
@@ -30,7 +32,21 @@ from epmoe.moe.losses import (
     z_loss,
 )
 from epmoe.moe.router import Router
-from epmoe.moe.routers import deepseek, gshard_top2, hierarchical, noisy_topk, switch, topk
+from epmoe.moe.routers import (
+    base,
+    deepseek,
+    expert_choice,
+    gshard_top2,
+    hash,
+    hierarchical,
+    noisy_topk,
+    sentence,
+    sinkhorn,
+    strictly_balanced,
+    switch,
+    task,
+    topk,
+)
 from epmoe.moe.routers.family import Family
 
 ROUTERS: dict[str, Family] = {
@@ -40,6 +56,14 @@ ROUTERS: dict[str, Family] = {
     "noisy_topk": noisy_topk.FAMILY,
     "hierarchical": hierarchical.FAMILY,
     "deepseek": deepseek.FAMILY,
+    "expert_choice": expert_choice.FAMILY,
+    "base": base.FAMILY,
+    "sinkhorn": sinkhorn.FAMILY,
+    "strictly_balanced": strictly_balanced.FAMILY,
+    "hash": hash.FAMILY,
+    "sentence": sentence.FAMILY,
+    "task": task.FAMILY,
+    "soft": soft.FAMILY,
 }
 
 
@@ -117,6 +141,10 @@ def _communication_balance(moe: MoEConfig) -> LossFunction:
     )
 
 
+def _batchwise_threshold(_: MoEConfig) -> LossFunction:
+    return lambda inputs: batchwise_threshold_loss(inputs.routing)
+
+
 LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {
     "balance": _balance,
     "z": _z,
@@ -125,6 +153,7 @@ LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {
     "sequence_balance": _sequence_balance,
     "device_balance": _device_balance,
     "communication_balance": _communication_balance,
+    "batchwise_threshold": _batchwise_threshold,
 }
 
 DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
@@ -141,7 +170,7 @@ def build_dispatcher(moe: MoEConfig, group: Group, *, ep_size: int, device_type:
     Raises:
         ValueError: ``dispatcher: local`` while the experts are spread over several ranks.
     """
-    name = moe.dispatcher
+    name = "padded" if moe.router.no_capacity and moe.dispatcher == "auto" else moe.dispatcher
     if name == "local" and ep_size > 1:
         raise ValueError(
             f"dispatcher 'local' needs all experts on every rank, but ep_size={ep_size}; "
@@ -162,6 +191,7 @@ def build_moe_layer(
     experts: nn.Module | None = None,
     layer: int = 0,
     seed: int = 0,
+    vocab_size: int | None = None,
 ) -> MoELayer:
     """Builds a layer that holds all experts; ``epmoe.shard_experts`` spreads them over ranks.
 
@@ -172,6 +202,7 @@ def build_moe_layer(
         experts: Experts to use instead of feed-forward ones, e.g. ``ModuleExperts([...])``.
         layer: Number of the layer in the model; keeps the random draws of layers apart.
         seed: Seed of the random draws.
+        vocab_size: Token ids, for a router that has a table of them.
 
     Raises:
         ValueError: No hidden width, or ``experts`` of another number than ``moe.num_experts``.
@@ -187,16 +218,18 @@ def build_moe_layer(
             f"experts.num_experts={num_experts} must be moe.num_experts={moe.num_experts}, the number of experts "
             f"over all ranks"
         )
+    options = moe.router if vocab_size is None else moe.router.for_vocabulary(vocab_size)
     router = Router(
         d_model,
         moe.num_experts,
         top_k=moe.top_k,
         family=ROUTERS[moe.router.name],
-        options=moe.router,
+        options=options,
         layer=layer,
         seed=seed,
     )
-    moe_layer = MoELayer(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
-    if moe.dispatcher == "padded":
+    layer_class = soft.SoftMoELayer if moe.router.name == "soft" else MoELayer
+    moe_layer = layer_class(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
+    if moe.dispatcher == "padded" or moe.router.no_capacity:
         moe_layer.dispatcher = PaddedDispatcher(None, local=True, weigh_rows=moe.save == "hidden")
     return moe_layer

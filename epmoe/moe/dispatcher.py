@@ -140,10 +140,10 @@ class PaddedDispatcher:
         num_local = num_experts // self.num_ranks
         rows_per_expert = plan.token_N.shape[0] // num_local
         batch = ExpertBatch(
-            rows_RD=self._send(permute(x_TD, plan.token_N), num_local),
+            rows_RD=self.to_experts(permute(x_TD, plan.token_N), num_experts),
             tokens_per_expert_L=torch.full((num_local,), rows_per_expert, device=x_TD.device),
             rows_per_expert=rows_per_expert,
-            weight_R=self._send(_weights(routing, plan), num_local)[:, 0] if self.weigh_rows else None,
+            weight_R=self.to_experts(_weights(routing, plan), num_experts)[:, 0] if self.weigh_rows else None,
         )
         return batch, plan
 
@@ -151,15 +151,20 @@ class PaddedDispatcher:
         """The same way back, then the weighted sum per token."""
         if not plan.padded:
             return self.ragged.combine(rows_RD, routing, plan)
-        if self.num_ranks > 1:
-            num_local = plan.tokens_per_expert_E.shape[0] // self.num_ranks
-            rows_RD = self._exchange(_swap_blocks(rows_RD, num_local, self.num_ranks))
-        return _sum(rows_RD, routing, plan, self.weigh_rows)
+        rows_ND = self.from_experts(rows_RD, plan.tokens_per_expert_E.shape[0])
+        return _sum(rows_ND, routing, plan, self.weigh_rows)
 
-    def _send(self, rows_NX: Tensor, num_local: int) -> Tensor:
+    def to_experts(self, rows_NX: Tensor, num_experts: int) -> Tensor:
+        """Equal blocks of rows, one per expert, to the ranks that hold the experts, there expert by expert."""
         if self.num_ranks == 1:
             return rows_NX
-        return _swap_blocks(self._exchange(rows_NX), self.num_ranks, num_local)
+        return _swap_blocks(self._exchange(rows_NX), self.num_ranks, num_experts // self.num_ranks)
+
+    def from_experts(self, rows_RX: Tensor, num_experts: int) -> Tensor:
+        """The same blocks, computed, back to where they came from."""
+        if self.num_ranks == 1:
+            return rows_RX
+        return self._exchange(_swap_blocks(rows_RX, num_experts // self.num_ranks, self.num_ranks))
 
     def _exchange(self, rows_NX: Tensor) -> Tensor:
         splits = (rows_NX.shape[0] // self.num_ranks,) * self.num_ranks

@@ -8,6 +8,7 @@ a loss besides its tokens:
                                                             for those of the whole step
     balance over a micro-batch, importance, load,           ranks and micro-batches: they want balance inside each
     device_balance, communication_balance                   rank's micro-batch
+    batchwise_threshold                                     with moe.group: sequence nothing, else as the last
 """
 
 from __future__ import annotations
@@ -180,3 +181,20 @@ def communication_balance_loss(probs_TE: Tensor, tokens_P: Tensor, valid_T: Tens
     num_valid = valid_T.sum().clamp(min=1).to(probs_TE.dtype)
     share_P = num_devices * tokens_P.to(probs_TE.dtype) / (limit * num_valid)
     return (share_P * probs_TE.sum(0).view(num_devices, -1).sum(1)).sum()
+
+
+def batchwise_threshold_loss(routing: Routing) -> Tensor:
+    """sum over tokens and experts of (M_threshold - M_batch) (p - threshold) -> scalar. arXiv:1701.06538 appendix F.
+
+    Never negative, and zero when the thresholds say what the batch kept. Both masks are constants, so a threshold's
+    gradient is the number of tokens it should let through less those it does.
+    """
+    assert routing.threshold_E is not None  # checked with the configuration
+    gate_TE, threshold_E = routing.probs_TE, routing.threshold_E
+    num_tokens, num_experts = gate_TE.shape
+    place_A = routing.token_A * num_experts + routing.expert_A
+    kept_X = torch.zeros(num_tokens * num_experts, dtype=torch.bool, device=place_A.device)
+    kept_TE = kept_X.scatter(0, place_A, routing.active_A).view_as(gate_TE)
+    open_TE = routing.valid_T.unsqueeze(1) & (routing.logits_TE != -torch.inf)
+    above_TE = open_TE & (gate_TE > threshold_E)
+    return ((above_TE.to(gate_TE.dtype) - kept_TE.to(gate_TE.dtype)) * (gate_TE - threshold_E)).sum()

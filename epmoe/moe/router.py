@@ -18,7 +18,8 @@ from epmoe.types import Draws, RouterInputs, Routing, TokenContext, compute_dtyp
 class Router(nn.Module):
     """Linear router, float32 (float64 for float64 input) whatever the model's precision.
 
-    It holds ``weight`` [E, D] and the tensors its family asks for (``Family.parts``) under their own names.
+    It holds ``weight`` [E, D], where its family has one, and the tensors the family asks for (``Family.parts``) under
+    their own names.
 
     Args:
         d_model: Width, D.
@@ -48,14 +49,16 @@ class Router(nn.Module):
         self.top_k, self.family, self.options = top_k, family, options
         self.layer, self.seed = layer, seed
         self.parts = family.parts(options, num_experts)
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        nn.init.normal_(self.weight, std=0.02)
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model)) if family.has_weight else None
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=0.02)
         for part in self.parts:
             shape = (part.num_rows, d_model) if part.projects else (part.num_rows,)
-            if part.update is None:
+            if part.update is None and part.dtype is None:
                 self.register_parameter(part.name, nn.Parameter(torch.empty(shape)))
             else:
-                self.register_buffer(part.name, torch.empty(shape))
+                self.register_buffer(part.name, torch.empty(shape, dtype=part.dtype))
         self._initialise()
 
     def initial_laws(self) -> dict[str, Init]:
@@ -65,11 +68,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        if self.weight.is_meta:
-            return
         rng = np.random.default_rng(self.seed)
         for name, law in self.initial_laws().items():
             tensor: Tensor = getattr(self, name)
+            if tensor.is_meta:
+                return
             tensor.copy_(torch.from_numpy(law(rng, tuple(tensor.shape))))
 
     def forward(
@@ -101,22 +104,31 @@ class Router(nn.Module):
             # One pass: NaN and infinities survive a sum, and where finite numbers overflow it, the logits would too.
             finite_T1 = x_TD.detach().sum(-1, keepdim=True).isfinite()
             x_TD = torch.where(finite_T1, x_TD, 0.0)
-            fields: dict[str, Any] = {part.field: self._field(part, x_TD) for part in self.parts}
+            fields: dict[str, Any] = {p.field: self._field(p, x_TD) for p in self.parts if p.field}
             inputs = RouterInputs(
-                logits_TE=(x_TD @ self.weight.to(dtype).t()).masked_fill(~finite_T1, torch.nan),
+                logits_TE=self._logits(x_TD).masked_fill(~finite_T1, torch.nan),
                 valid_T=_valid(x_TD, ctx),
                 draws=draws,
                 training=self.training,
                 group_size=group_size,
                 capacity=capacity,
+                seq_len=seq_len,
                 token_T=None if ctx.token_BS is None else ctx.token_BS.flatten(),
                 segment_T=_segments(ctx, seq_len),
+                task_T=None if ctx.task_B is None else ctx.task_B.repeat_interleave(seq_len),
                 **fields,
             )
             return self.family.route(inputs, self.options, self.top_k)
 
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        if self.weight is None:
+            return x_TD.new_zeros(x_TD.shape[0], self.num_experts)
+        return x_TD @ self.weight.to(x_TD.dtype).t()
+
     def _field(self, part: Part, x_TD: Tensor) -> Tensor:
-        tensor: Tensor = getattr(self, part.name).to(x_TD.dtype)
+        tensor: Tensor = getattr(self, part.name)
+        if part.dtype is None:
+            tensor = tensor.to(x_TD.dtype)
         return x_TD @ tensor.t() if part.projects else tensor
 
     @torch.no_grad()

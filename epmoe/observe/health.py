@@ -38,7 +38,7 @@ class LayerSummary:
 
     @property
     def overloaded_experts(self) -> tuple[int, ...]:
-        """Experts with more than three times an even share of the assignments."""
+        """Experts with more than 3/E of the assignments, three times an even share, on average over the window."""
         limit = OVERLOAD / len(self.health.demand_E) if self.health.demand_E else 1.0
         return tuple(e for e, share in enumerate(self.health.share_E) if share > limit)
 

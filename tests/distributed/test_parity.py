@@ -25,7 +25,8 @@ from tests.oracle.deepseek import moved_bias
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
 STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5,
-         "ragged": 5, "padded": 5, "hidden": 5, "padded_hidden": 5}  # fmt: skip
+         "ragged": 5, "padded": 5, "hidden": 5, "padded_hidden": 5,
+         "soft": 3, "strictly_balanced": 3}  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
     "noisy_topk": {"router": {"name": "noisy_topk", "jitter": 0.05}},
     "deepseek": {
@@ -37,6 +38,17 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "padded": {"router": "gshard_top2", "dispatcher": "padded"},
     "hidden": {"router": "gshard_top2", "save": "hidden"},
     "padded_hidden": {"router": "gshard_top2", "dispatcher": "padded", "save": "hidden"},
+    "soft": {
+        "router": {"name": "soft", "slots": 2},
+        "allow_non_causal": True,
+        "capacity_factor": None,
+        "losses": {},
+    },
+    "strictly_balanced": {
+        "router": "strictly_balanced",
+        "allow_non_causal": True,
+        "losses": {"batchwise_threshold": 0.05, "z": 0.01},
+    },
 }
 """The MoE section of routers that are more than a name, and of other ways to the experts."""
 SAME_FUNCTION = {"padded": "ragged", "hidden": "ragged", "padded_hidden": "ragged"}
@@ -165,6 +177,11 @@ CELLS += [
     (4, 2, "padded_hidden", "fp64", 1),
     (4, 4, "padded", "fp64", 1),
     (4, 4, "hidden", "fp64", 1),
+]
+CELLS += [
+    (world, ep, router, "fp64", 1)
+    for world, ep in ((1, 1), (2, 2))
+    for router in ("soft", "strictly_balanced")
 ]
 
 

@@ -12,6 +12,7 @@ from .capacity import assign_slots
 from .experts import ffn
 from .losses import (
     balance_loss,
+    batchwise_threshold_loss,
     communication_balance_loss,
     device_balance_loss,
     importance_loss,
@@ -83,6 +84,8 @@ def run_layer(
         "device_balance": device_balance_loss(decision, E, devices, k),
         "communication_balance": communication_balance_loss(decision, E, devices, limit),
     }
+    if decision.thresholds is not None:
+        losses["batchwise_threshold"] = batchwise_threshold_loss(decision, E)
     return LayerResult(
         y_TD=combine(x_TD, decision, kept, experts),
         losses=losses,

@@ -134,6 +134,19 @@ def device_balance_loss(decision: Decision, experts: int, devices: int, k: int) 
     return total
 
 
+def batchwise_threshold_loss(decision: Decision, experts: int) -> Tensor:
+    """sum over tokens and experts of (1[p > T and available] - 1[kept]) (p - T)."""
+    total = zero()
+    kept = {(a.token, a.expert) for a in decision.assignments}
+    for token, row in decision.probs.items():
+        for e in range(experts):
+            limit = decision.thresholds[e]
+            available = decision.logits[token][e].item() > -math.inf
+            above = available and row[e].item() > limit.item()
+            total = total + (int(above) - ((token, e) in kept)) * (row[e] - limit)
+    return total
+
+
 def communication_balance_loss(decision: Decision, experts: int, devices: int, limit: int) -> Tensor:
     """n * sum_d D / (M n) * (tokens sent to d) * (sum of P_e in d)."""
     n, size, total = max(len(decision.probs), 1), experts // devices, zero()

@@ -34,6 +34,8 @@ class Decision:
     """Expected number of tokens that choose each expert; None = only what was chosen is known."""
     importance: list[Tensor] | None = None
     """Sum of each expert's gates, where that is not the sum of its weights."""
+    thresholds: list[Tensor] | None = None
+    """Learned limit of each expert's probability."""
 
 
 def softmax(row: list[Tensor]) -> list[Tensor]:

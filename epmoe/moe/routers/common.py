@@ -11,6 +11,9 @@ from epmoe.config_routers import RouterOptions
 from epmoe.ops import philox, route_topk
 from epmoe.types import RouterInputs, Routing
 
+UNAVAILABLE = -(2**62)
+"""Score below all others."""
+
 PRIORITY_STEPS = 2**30
 """Probabilities are compared for priority in steps of this fraction: equal ones tie whatever their last bits."""
 
@@ -114,6 +117,34 @@ def choose(
     return Choices(probs_TE=probs_TE, ids_TK=ids_TK, weights_TK=weights_TK, active_TK=active_TK)
 
 
+def count_broken(valid_T: Tensor, usable_T: Tensor, logits_TE: Tensor) -> Tensor:
+    """Real tokens that cannot be routed -> int64 scalar; all -inf says that no expert is available, not that any is
+    broken."""
+    return (valid_T & ~usable_T & (logits_TE != -torch.inf).any(-1)).sum()
+
+
+def scored(logits_TE: Tensor, usable_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, and log-probabilities for comparing tokens -> ``probs_TE`` (zero rows where not usable) and int64
+    ``score_TE``, in steps of 1/PRIORITY_STEPS from float64: equal ones tie whatever their last bits.
+
+    Where an expert is not available, or a token not usable, the score is ``UNAVAILABLE``.
+    """
+    unusable_T1 = ~usable_T.unsqueeze(1)
+    clean_TE = logits_TE.masked_fill(unusable_T1, 0.0)
+    probs_TE = clean_TE.softmax(-1).masked_fill(unusable_T1, 0.0)
+    closed_TE = unusable_T1 | (clean_TE == -torch.inf)
+    log_TE = clean_TE.detach().double().log_softmax(-1).masked_fill(closed_TE, 0.0)
+    score_TE = (log_TE * PRIORITY_STEPS).round().long()
+    return probs_TE, score_TE.masked_fill(closed_TE, UNAVAILABLE)
+
+
+def groups_of(inputs: RouterInputs) -> tuple[int, int]:
+    """Capacity groups, and tokens in each."""
+    num_tokens = inputs.valid_T.shape[0]
+    size = inputs.group_size or num_tokens
+    return num_tokens // max(size, 1), size
+
+
 def token_order(inputs: RouterInputs, options: RouterOptions, probs_TE: Tensor) -> Tensor | None:
     """Tokens in the order in which they ask for slots -> int64 ``[T]``; None = as they stand.
 
@@ -136,25 +167,26 @@ def as_routing(
     choices: Choices,
     *,
     logits_TE: Tensor | None = None,
+    usable_T: Tensor | None = None,
     load_E: Tensor | None = None,
     importance_E: Tensor | None = None,
+    threshold_E: Tensor | None = None,
 ) -> Routing:
     """Choices as a flat list in the order of ``options.slot_order`` and ``options.priority``.
 
     Args:
         logits_TE: What the decision was made on, if not ``inputs.logits_TE``.
-        load_E, importance_E: As in ``Routing``.
+        usable_T: Tokens that can be routed, where they need not have a choice; else those with a first one.
+        load_E, importance_E, threshold_E: As in ``Routing``.
     """
     logits_TE = inputs.logits_TE if logits_TE is None else logits_TE
     active_TK = choices.active_TK
     num_tokens, width = active_TK.shape
-    usable_T = active_TK[:, 0]
+    usable_T = active_TK[:, 0] if usable_T is None else usable_T
     unusable_T = ~usable_T
     token_T = torch.arange(num_tokens, device=active_TK.device)
     choice_TK = torch.arange(width, device=active_TK.device).expand(num_tokens, width)
     order_T = token_order(inputs, options, choices.probs_TE)
-    # Logits that are all -inf say that no expert is available: nothing is broken.
-    broken_T = inputs.valid_T & unusable_T & (logits_TE != -torch.inf).any(-1)
 
     def listed(values_TK: Tensor) -> Tensor:
         if order_T is not None:
@@ -170,7 +202,8 @@ def as_routing(
         probs_TE=choices.probs_TE,
         logits_TE=logits_TE.masked_fill(unusable_T.unsqueeze(1), 0.0),
         valid_T=usable_T,
-        nonfinite_tokens=broken_T.sum(),
+        nonfinite_tokens=count_broken(inputs.valid_T, usable_T, logits_TE),
         load_E=load_E,
         importance_E=importance_E,
+        threshold_E=threshold_E,
     )

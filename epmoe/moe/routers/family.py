@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from epmoe.types import Routing
 
 FloatArray = npt.NDArray[np.float32]
-Init = Callable[[np.random.Generator, tuple[int, ...]], FloatArray]
+Init = Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray[Any]]
 """Values of a tensor of the given shape; the generator is keyed by the seed and the tensor's name."""
 
 RouteFunction = Callable[..., Routing]
@@ -35,14 +36,16 @@ class Part:
 
     name: str
     """Of the parameter or buffer: ``router.<name>``."""
-    field: str
-    """Of ``RouterInputs``."""
+    field: str | None
+    """Of ``RouterInputs``; None = the layer takes the tensor itself."""
     num_rows: int
     projects: bool
     """True: shape [num_rows, D], and the field is x times its transpose. False: [num_rows], the field itself."""
     init: Init = zeros
     update: Update | None = None
     """None: a parameter, trained with the dense ones. Else a buffer: no gradient touches it, this function does."""
+    dtype: torch.dtype | None = None
+    """Given: a buffer of this dtype that nothing changes, such as a table of integers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,3 +57,5 @@ class Family:
     """From the options and the number of experts."""
     weight_init: Init | None = None
     """Of the router's weight [E, D]; None = as the model's other matrices."""
+    has_weight: bool = True
+    """False: there is none, and the logits are zeros (NaN for a token whose vector is not finite)."""

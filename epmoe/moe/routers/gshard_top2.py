@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from epmoe.config_routers import GShardTop2Options
+from epmoe.config_routers import Top2Options
 from epmoe.moe.routers.common import (
     Choices,
     as_routing,
@@ -23,7 +23,7 @@ FUSED = ("all", "random", "threshold", "none")
 """Policies that the operator ``route_topk`` knows."""
 
 
-def route(inputs: RouterInputs, options: GShardTop2Options, top_k: int = 2) -> Routing:
+def route(inputs: RouterInputs, options: Top2Options, top_k: int = 2) -> Routing:
     """Two experts per token; the weights g1/(g1+g2) and g2/(g1+g2) are fixed before anything is dropped.
 
     In training the second expert is used with probability min(1, a2/tau), tau = 0.5 in the paper, or by another

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
 
 import torch
@@ -14,13 +14,14 @@ from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.plan import plan_local, plan_slots
 from epmoe.types import DispatchPlan, Routing, TokenContext
 from tests.oracle import capacity as oracle_capacity
-from tests.oracle import cases, deepseek, noisy, philox, routing
+from tests.oracle import cases, deepseek, groups, noisy, philox, routing
 from tests.oracle.layer import LayerResult, ffn_experts, router_logits, run_layer
 from tests.oracle.routing import Decision
 
 SEED, LAYER = 2**33 + 5, 3
 SECOND_EXPERT, JITTER, NOISE, GUMBEL, _, PRIORITY = range(6)
 
+IDS, TASKS = 11, 3
 NOISY_LOSSES = {"balance": 0.01, "z": 0.001, "importance": 0.1, "load": 0.1}
 ROUTERS: dict[str, dict] = {
     "gshard_all": {"router": {"name": "gshard_top2", "second_policy": "all"}},
@@ -71,7 +72,19 @@ ROUTERS: dict[str, dict] = {
         "top_k": 4,
         "losses": NOISY_LOSSES,
     },
+    "expert_choice": {"router": "expert_choice", "losses": {"balance": 0.01, "z": 0.001}},
+    "base": {"router": "base", "losses": {"z": 0.001}},
+    "sinkhorn1": {"router": "sinkhorn", "top_k": 1},
+    "sinkhorn2": {"router": {"name": "sinkhorn", "iterations": 8}, "top_k": 2},
+    "strict2": {"router": "strictly_balanced", "losses": {"batchwise_threshold": 0.1, "z": 0.001}},
+    "hash": {"router": "hash"},
+    "hash_table": {"router": {"name": "hash", "table": "random", "vocab_size": IDS}},
+    "sentence": {"router": {"name": "sentence", "tau": 0.4}},
+    "sentence_drawn": {"router": {"name": "sentence", "second_policy": "sampling"}},
+    "task": {"router": {"name": "task", "num_tasks": TASKS, "tau": 0.4}},
 }
+GROUPED = ("expert_choice", "base", "sinkhorn", "strictly_balanced")
+"""Names of the families that decide about the tokens of a group together."""
 
 
 def config(router: str, *, slot_order: str = "choice_major", **fields) -> MoEConfig:
@@ -83,7 +96,8 @@ def config(router: str, *, slot_order: str = "choice_major", **fields) -> MoECon
         options["num_groups"] = 1 if values.get("num_experts", 8) % 2 else 2
     if router == "v3" and values.get("num_experts", 8) == 4:
         options["num_groups"] = 2
-    order = "choice_major" if "attempts" in options else slot_order
+    fixed_order = "attempts" in options or options["name"] == "expert_choice"
+    order = "choice_major" if fixed_order else slot_order
     values["router"] = {**options, "slot_order": order}
     return MoEConfig.model_validate(values)
 
@@ -101,6 +115,14 @@ class Extras:
     group_logits_TP: Tensor | None = None
     group_noise_logits_TP: Tensor | None = None
     bias_E: Tensor | None = None
+    threshold_E: Tensor | None = None
+    ids: list[int] | None = None
+    table: list[int] | None = None
+    unit: list[int] | None = None
+    """Document or task of each token."""
+    task_logits: Tensor | None = None
+    """``[tasks * E]``"""
+    seq_len: int = 0
 
     def fields(self) -> dict[str, Tensor]:
         """As fields of ``RouterInputs``."""
@@ -112,16 +134,26 @@ class Extras:
             "group_normal_TP": self.group_normal,
         }
         found = {key: torch.as_tensor(value).double() for key, value in numbers.items() if value is not None}
-        for key in ("noise_logits_TE", "group_logits_TP", "group_noise_logits_TP", "bias_E"):
+        for key in ("noise_logits_TE", "group_logits_TP", "group_noise_logits_TP", "bias_E", "threshold_E"):
             if getattr(self, key) is not None:
                 found[key] = getattr(self, key)
-        return found
+        integers = {"token_T": self.ids, "table_V": self.table}
+        integers["segment_T" if self.task_logits is None else "task_T"] = self.unit
+        found |= {key: torch.tensor(value).long() for key, value in integers.items() if value is not None}
+        if self.task_logits is not None:
+            found["task_logits_X"] = self.task_logits
+        return {**found, "seq_len": self.seq_len}
 
     def rows(self, start: int, stop: int) -> Extras:
         """Those of some tokens."""
         values = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
-        per_token = {key: value for key, value in values.items() if value is not None and key != "bias_E"}
-        return Extras(**{key: value[start:stop] for key, value in per_token.items()}, bias_E=self.bias_E)
+        whole = {"bias_E", "threshold_E", "table", "task_logits", "seq_len"}
+        return Extras(
+            **{
+                key: value if key in whole or value is None else value[start:stop]
+                for key, value in values.items()
+            }
+        )
 
 
 def listed(numbers: Tensor | None) -> list[list[float]] | None:
@@ -130,9 +162,9 @@ def listed(numbers: Tensor | None) -> list[list[float]] | None:
 
 
 def needs(moe: MoEConfig) -> set[str]:
-    """Which random numbers a router draws in training."""
+    """Which random numbers a router draws in training, and what else it goes by."""
     options, found = moe.router, set()
-    if options.name == "gshard_top2":
+    if options.name in ("gshard_top2", "sentence", "task"):
         found |= {"random": {"uniform"}, "sampling": {"gumbel"}}.get(options.second_policy, set())
     if options.name in ("noisy_topk", "hierarchical"):
         found.add("normal")
@@ -140,6 +172,10 @@ def needs(moe: MoEConfig) -> set[str]:
         found.add("group_normal")
     if options.priority == "random":
         found.add("order")
+    if options.name == "hash":
+        found |= {"ids"} if options.table == "mod" else {"ids", "table"}
+    if options.name in ("sentence", "task"):
+        found.add("unit")
     return found
 
 
@@ -165,7 +201,21 @@ def extras(moe: MoEConfig, tokens: int, seed: int = 0) -> Extras:
         learned |= {"group_logits_TP": normals(groups), "group_noise_logits_TP": normals(groups)}
     if getattr(moe.router, "bias_rate", None) is not None:
         learned["bias_E"] = 0.3 * torch.randn(experts, generator=generator, dtype=torch.float64)
+    name = moe.router.name
+    if name == "strictly_balanced":
+        learned["threshold_E"] = torch.rand(experts, generator=generator, dtype=torch.float64) * 2 / experts
+    if name == "hash":
+        made |= {"ids": [7 * t % IDS for t in range(tokens)], "table": [3 * i % experts for i in range(IDS)]}
+    if name == "sentence":
+        made["unit"] = [t // 3 for t in range(tokens)]
+    if name == "task":
+        made["unit"] = [t // 4 % TASKS for t in range(tokens)]
+        learned["task_logits"] = _task_logits(experts, generator)
     return Extras(**{key: made[key] for key in needs(moe)}, **learned)
+
+
+def _task_logits(experts: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(TASKS * experts, generator=generator, dtype=torch.float64)
 
 
 def make_layer(moe: MoEConfig, d_model: int = 4, d_ff: int = 3, scale: float = 1.0) -> MoELayer:
@@ -174,6 +224,8 @@ def make_layer(moe: MoEConfig, d_model: int = 4, d_ff: int = 3, scale: float = 1
     layer = build_moe_layer(moe, d_model=d_model, d_ff=d_ff, layer=LAYER, seed=SEED).double()
     with torch.no_grad():
         for tensor in (*layer.parameters(), *layer.buffers()):
+            if not tensor.is_floating_point():
+                continue
             tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
     return layer
 
@@ -193,7 +245,16 @@ def context(x_BSD: Tensor, padding: str = "none") -> TokenContext:
     if padding == "all":
         valid_BS[:] = False
     sample_B = torch.arange(num_sequences) * 2**31 + 9
-    return TokenContext(valid_BS=None if padding == "none" else valid_BS, sample_B=sample_B)
+    place_BS = torch.arange(seq_len).expand(num_sequences, seq_len) + 2 * torch.arange(
+        num_sequences
+    ).unsqueeze(1)
+    return TokenContext(
+        valid_BS=None if padding == "none" else valid_BS,
+        sample_B=sample_B,
+        token_BS=(5 * place_BS % IDS),
+        segment_BS=torch.arange(seq_len).expand(num_sequences, seq_len) // 3,
+        task_B=torch.arange(num_sequences) % TASKS,
+    )
 
 
 def local_plan(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:
@@ -210,9 +271,15 @@ def oracle_decision(
     *,
     group_of: list[int] | None = None,
     slots: int | None = None,
+    training: bool = True,
 ) -> Decision:
-    """What the configured router decides in training. Groups and slots matter only to a router that retries."""
+    """What the configured router decides in training (or, of those that look at groups, in evaluation).
+
+    Groups matter to those, and, with slots, to a router that retries.
+    """
     options = moe.router
+    if options.name in GROUPED:
+        return _decision_of_groups(logits_TE, valid, moe, given, group_of or [0] * len(valid), training)
     decision = _decision_by_position(logits_TE, valid, moe, given)
     turn = routing.turns(options.priority, decision, given.order)
     if options.name == "switch" and options.attempts > 1:
@@ -223,9 +290,45 @@ def oracle_decision(
     return decision
 
 
+def _decision_of_groups(
+    logits_TE: Tensor, valid: list[bool], moe: MoEConfig, given: Extras, group_of: list[int], training: bool
+) -> Decision:
+    options, k, order = moe.router, moe.top_k, moe.router.slot_order
+    shared = {"group_of": group_of, "training": training, "slot_order": order}
+    if options.name == "expert_choice":
+        return groups.expert_choice(logits_TE, valid, k=k, group_of=group_of)
+    if options.name == "strictly_balanced":
+        return groups.strictly_balanced(logits_TE, valid, k=k, thresholds=given.threshold_E, **shared)
+    if options.name == "base":
+        return groups.base(logits_TE, valid, **shared)
+    return groups.sinkhorn(
+        logits_TE, valid, k=k, tolerance=options.tolerance, iterations=options.iterations, **shared
+    )
+
+
+def _of_units(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, given: Extras) -> tuple[Tensor, Extras]:
+    """Logits and random numbers of each token's unit: its document, or its sequence for a task."""
+    if moe.router.name == "sentence":
+        logits_TE, first = groups.unit_mean(logits_TE, valid, given.unit), groups.firsts(given.unit)
+    else:
+        table = given.task_logits.view(TASKS, -1)
+        if given.unit:
+            logits_TE = logits_TE + torch.stack([table[task] for task in given.unit])
+        first = [t // (given.seq_len or len(valid)) * (given.seq_len or 0) for t in range(len(valid))]
+    return logits_TE, replace(
+        given,
+        uniform=None if given.uniform is None else [given.uniform[t] for t in first],
+        gumbel=None if given.gumbel is None else given.gumbel[first],
+    )
+
+
 def _decision_by_position(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, given: Extras) -> Decision:
     options, k, order = moe.router, moe.top_k, moe.router.slot_order
-    if options.name == "gshard_top2":
+    if options.name == "hash":
+        return groups.hashed(logits_TE, valid, ids=given.ids, table=given.table, slot_order=order)
+    if options.name in ("sentence", "task"):
+        logits_TE, given = _of_units(logits_TE, valid, moe, given)
+    if options.name in ("gshard_top2", "sentence", "task"):
         return routing.gshard_top2(
             logits_TE,
             valid,
@@ -315,10 +418,10 @@ def oracle_layer(x_BSD: Tensor, weights: dict[str, Tensor], moe: MoEConfig, ctx:
     group_of = [t // seq_len if by_sequence else 0 for t in range(len(places))]
     slots = oracle_slots(moe, seq_len if by_sequence else len(places))
     decision = oracle_decision(
-        router_logits(seen_TD, weights["router.weight"]),
+        _oracle_logits(seen_TD, weights.get("router.weight"), moe),
         valid,
         moe,
-        _layer_extras(moe, seen_TD, weights, places),
+        _layer_extras(moe, seen_TD, weights, places, ctx),
         group_of=group_of,
         slots=slots,
     )
@@ -337,6 +440,13 @@ def oracle_layer(x_BSD: Tensor, weights: dict[str, Tensor], moe: MoEConfig, ctx:
     )
 
 
+def _oracle_logits(seen_TD: Tensor, weight_ED: Tensor | None, moe: MoEConfig) -> Tensor:
+    """Zeros where the router has no weight."""
+    if weight_ED is None:
+        return torch.zeros(seen_TD.shape[0], moe.num_experts, dtype=torch.float64)
+    return router_logits(seen_TD, weight_ED)
+
+
 def _draws(stream: int, places: list[tuple[int, int]], lanes: int) -> list[list[float]]:
     return [
         [philox.draw(SEED, stream, LAYER, sample, s, lane) for lane in range(lanes)] for sample, s in places
@@ -344,7 +454,11 @@ def _draws(stream: int, places: list[tuple[int, int]], lanes: int) -> list[list[
 
 
 def _layer_extras(
-    moe: MoEConfig, seen_TD: Tensor, weights: dict[str, Tensor], places: list[tuple[int, int]]
+    moe: MoEConfig,
+    seen_TD: Tensor,
+    weights: dict[str, Tensor],
+    places: list[tuple[int, int]],
+    ctx: TokenContext,
 ) -> Extras:
     """The numbers a layer draws, and its learned extra parts applied to its tokens."""
     wanted, experts, groups = needs(moe), moe.num_experts, moe.router.expert_groups
@@ -376,6 +490,19 @@ def _layer_extras(
         if f"router.{name}" in weights
     }
     bias_E = weights["router.bias"].detach() if "router.bias" in weights else None
+    if "router.threshold" in weights:
+        learned["threshold_E"] = weights["router.threshold"]
+    if "ids" in wanted:
+        found["ids"] = ctx.token_BS.flatten().tolist()
+    if "table" in wanted:
+        found["table"] = weights["router.table"].tolist()
+    if moe.router.name == "sentence":
+        pairs = [(t, int(unit)) for t, row in enumerate(ctx.segment_BS) for unit in row]
+        found["unit"] = [sorted(set(pairs)).index(pair) for pair in pairs]
+    if moe.router.name == "task":
+        length = len(places) // max(len(ctx.task_B), 1)
+        found |= {"unit": [int(task) for task in ctx.task_B for _ in range(length)], "seq_len": length}
+        learned["task_logits"] = weights["router.task_logits"]
     return Extras(**found, **learned, bias_E=bias_E)
 
 

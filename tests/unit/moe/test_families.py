@@ -115,7 +115,7 @@ def test_a_causal_router_does_not_see_the_future(name, factor):
     other_BSD = torch.cat((x_BSD[:, :8], tokens(2, 8, seed=2)), dim=1)
     y_BSD, y2_BSD = (layer(x, context(x_BSD))[0][:, :8].detach() for x in (x_BSD, other_BSD))
     causal = moe.router.looks_ahead is None
-    if causal or factor is None:
+    if causal or (factor is None and moe.router.priority != "position"):
         close(y2_BSD, y_BSD, 1e-13)
     else:
         assert not torch.allclose(y_BSD, y2_BSD), "it says it is not causal, and is"
@@ -189,7 +189,7 @@ def test_impossible_combinations_are_refused_with_the_choices(moe, message):
         Config.model_validate({"moe": moe})
 
 
-@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"gshard_random"}))
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"gshard_random", "base"}))
 def test_no_router_makes_the_host_wait(name):
     layer = make_layer(config(name, num_experts=4))
     x_BSD = tokens(2, 6)

@@ -6,9 +6,15 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from epmoe.config import MoEConfig
+from epmoe.moe.build import ROUTERS
+from epmoe.moe.layer import routing_metrics
+from epmoe.moe.plan import plan_local, plan_slots
 from epmoe.observe.health import MAX_BINS, RouterHistory
-from epmoe.observe.record import record_to_json
+from epmoe.observe.record import StepRecord, record_to_json
+from epmoe.types import RouterInputs
 from tests.unit.observe.samples import health, record
 
 
@@ -59,6 +65,36 @@ def test_overload_is_more_than_three_times_an_even_share():
     assert at_limit.overloaded_experts == ()
     above = history(record(1, layers={1: health(31, 10, 10, 10, 10, 9, 0, 0)})).summary()[0]
     assert above.overloaded_experts == (0,)
+
+
+def routed_step(step: int, busiest: int, experts: int = 8, tokens: int = 80) -> StepRecord:
+    """A step whose router sends ``busiest`` tokens to expert 0 and the others round the rest."""
+    choice = torch.tensor([0 if t < busiest else 1 + t % (experts - 1) for t in range(tokens)])
+    logits_TE = 4.0 * torch.nn.functional.one_hot(choice, experts).double()
+    moe = MoEConfig(num_experts=experts, router="topk", top_k=1)
+    inputs = RouterInputs(logits_TE=logits_TE, valid_T=torch.ones(tokens, dtype=torch.bool))
+    routing = ROUTERS["topk"].route(inputs, moe.router, 1)
+    slots = plan_slots(routing, num_experts=experts, group_size=tokens, capacity=-1)
+    demand = routing_metrics(routing, plan_local(routing, slots))["demand_E"]
+    return record(step, layers={1: health(*demand.tolist())})
+
+
+@pytest.mark.parametrize(("one_more", "flagged"), [(0, False), (1, True)])
+def test_a_router_is_flagged_above_three_even_shares_on_average_over_the_last_fifth(
+    one_more: int, flagged: bool
+):
+    """The line is at 3/8 of 80 tokens, 30: steps with 40 and 20 in turn lie on it, one token more lies above. What was
+    before, everything to one expert, does not count."""
+    before = [routed_step(step, 80) for step in range(1, 81)]
+    window = [
+        routed_step(step, (40 if step % 2 else 20) + one_more * (step == 90)) for step in range(81, 101)
+    ]
+    (summary,) = history(*before, *window).summary()
+    assert sum(summary.health.demand_E) == 20 * 80
+    assert summary.health.demand_E[0] == 20 * 30 + one_more
+    assert summary.flagged == flagged
+    assert summary.overloaded_experts == ((0,) if flagged else ())
+    assert ("OVERLOADED experts 0" in summary.sentence()) == flagged
 
 
 def test_dead_experts_are_named_only_when_dead_all_along():
