@@ -55,7 +55,30 @@ std::string in_brackets(const Sizes& sizes) {
   return text.str();
 }
 
-// The checks of one operator on one device. Those of tensors return the tensor in contiguous memory.
+// The name that PyTorch users know.
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return message(dtype);
+  }
+}
+
+// The checks of one operator on one device, in the words of epmoe/ops/checks.py. Those of tensors return the tensor in
+// contiguous memory.
 struct Check {
   const char* op;
   DeviceType device;
@@ -66,7 +89,7 @@ struct Check {
     EPMOE_CHECK(
         dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
             dtype == ScalarType::Half,
-        op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype);
+        op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", name_of(dtype));
     return placed(tensor, name, sizes);
   }
 
@@ -75,13 +98,13 @@ struct Check {
     const ScalarType dtype = tensor.scalar_type();
     EPMOE_CHECK(
         dtype == ScalarType::Float || dtype == ScalarType::Double,
-        op, ": ", name, " must be float32 or float64, got ", dtype);
+        op, ": ", name, " must be float32 or float64, got ", name_of(dtype));
     return placed(tensor, name, sizes);
   }
 
   Tensor of(ScalarType wanted, const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     const ScalarType dtype = tensor.scalar_type();
-    EPMOE_CHECK(dtype == wanted, op, ": ", name, " must be ", wanted, ", got ", dtype);
+    EPMOE_CHECK(dtype == wanted, op, ": ", name, " must be ", name_of(wanted), ", got ", name_of(dtype));
     return placed(tensor, name, sizes);
   }
 
@@ -96,22 +119,51 @@ struct Check {
     }
     EPMOE_CHECK(
         fits, op, ": ", name, " must have shape ", in_brackets(sizes), ", got ", in_brackets(actual));
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    has_memory(tensor, name);
+    if (tensor.is_contiguous()) {
+      return tensor;
+    }
+    return allocated(name, actual, tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor); });
   }
 
-  // Memory for a result, not filled. The stable ABI does not tell why torch could not give it; at these sizes there is
-  // one reason, and the words are torch's own, for those who look for them.
+  // A storage can be shrunk under its tensors, which then point beyond its end.
+  void has_memory(const Tensor& tensor, const char* name) const {
+    if (tensor.numel() == 0) {
+      return;
+    }
+    int64_t last = tensor.storage_offset();
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+      last += (tensor.size(dim) - 1) * tensor.stride(dim);
+    }
+    int64_t bytes = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    const int64_t held = bytes / static_cast<int64_t>(tensor.element_size());
+    EPMOE_CHECK(
+        last < held,
+        op, ": ", name, " of shape ", in_brackets(tensor.sizes()), " reaches element ", last, " of a storage that holds ",
+        held);
+  }
+
+  // Memory for a result, not filled.
   Tensor fresh(
       const Tensor& like,
       const char* name,
       std::initializer_list<int64_t> sizes,
       std::optional<ScalarType> dtype = std::nullopt) const {
-    try {
+    return allocated(name, sizes, dtype.value_or(like.scalar_type()), [&] {
       return torch::stable::new_empty(like, sizes, dtype);
+    });
+  }
+
+  // The stable ABI does not tell why torch could not give memory; at these sizes there is one reason, and the words are
+  // torch's own, for those who look for them.
+  template <class Sizes, class Allocate>
+  Tensor allocated(const char* name, const Sizes& sizes, ScalarType dtype, const Allocate& allocate) const {
+    try {
+      return allocate();
     } catch (const std::runtime_error&) {
       throw std::runtime_error(message(
-          op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ",
-          dtype.value_or(like.scalar_type())));
+          op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ", name_of(dtype)));
     }
   }
 
@@ -155,6 +207,11 @@ struct Compute<double> {
 };
 template <class Scalar>
 using compute_t = typename Compute<Scalar>::type;
+
+// Flags as bytes: a bool tensor can hold others than 0 and 1, which C++ may not read as bool.
+inline const uint8_t* flags_of(const Tensor& tensor) {
+  return static_cast<const uint8_t*>(tensor.const_data_ptr());
+}
 
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

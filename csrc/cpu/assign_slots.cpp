@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> assign_slots(
   torch::stable::zero_(demand_GE);
   const int64_t* expert = expert_A.const_data_ptr<int64_t>();
   const int64_t* group = group_A.const_data_ptr<int64_t>();
-  const bool* active = active_A.const_data_ptr<bool>();
+  const uint8_t* active = flags_of(active_A);
   int64_t* slot = slot_A.mutable_data_ptr<int64_t>();
   int64_t* demand = demand_GE.mutable_data_ptr<int64_t>();
   for (int64_t a = 0; a < num_entries; ++a) {

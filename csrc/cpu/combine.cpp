@@ -161,7 +161,8 @@ std::tuple<Tensor, Tensor> combine_backward(
 
   Tensor d_rows_ND = check.fresh(rows_ND, "d_rows", {num_rows, width});
   Tensor d_weight_N = check.fresh(weight_N, "d_weight", {num_rows});
-  if (num_rows == 0) {
+  if (d_rows_ND.numel() == 0) {
+    torch::stable::zero_(d_weight_N);
     return {d_rows_ND, torch::stable::to(d_weight_N, weight_in.scalar_type())};
   }
   const RowsByToken by_token(token, num_rows, num_tokens);  // a token's d_y is read once and then from the cache

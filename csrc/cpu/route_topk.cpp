@@ -217,9 +217,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
   check.at_least(policy == SecondPolicy::all ? 1 : 2, top_k, "top_k");
   check.at_most(num_experts, top_k, "top_k");
 
+  EPMOE_CHECK(
+      tau > 0 || policy == SecondPolicy::all || policy == SecondPolicy::none,
+      "route_topk: tau=", tau, " must be positive");
   Draws draws;
   if (policy == SecondPolicy::random) {
-    EPMOE_CHECK(tau > 0, "route_topk: tau=", tau, " must be positive");
     draws = checked_draws(check, uniform_T, sample_T, position_T, num_tokens, seed, layer);
   }
 
@@ -227,10 +229,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
   Tensor ids_TK = check.fresh(logits_TE, "ids", {num_tokens, top_k}, ScalarType::Long);
   Tensor weights_TK = check.fresh(logits_TE, "weights", {num_tokens, top_k});
   Tensor active_TK = check.fresh(logits_TE, "active", {num_tokens, top_k}, ScalarType::Bool);
+  if (num_tokens == 0) {
+    return {probs_TE, ids_TK, weights_TK, active_TK};
+  }
   const Options options{num_experts, top_k, normalize, policy, tau};
   for_wide(logits_TE.scalar_type(), [&]<class Scalar>() {
     const Scalar* logits = logits_TE.const_data_ptr<Scalar>();
-    const bool* valid = valid_T.const_data_ptr<bool>();
+    const uint8_t* valid = flags_of(valid_T);
     Scalar* probs = probs_TE.mutable_data_ptr<Scalar>();
     int64_t* ids = ids_TK.mutable_data_ptr<int64_t>();
     Scalar* weights = weights_TK.mutable_data_ptr<Scalar>();
@@ -240,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
       for (int64_t t = begin; t < end; ++t) {
         route_row<Scalar>(
             logits + t * num_experts,
-            valid[t],
+            valid[t] != 0,
             draws.of(t),
             options,
             order,
@@ -275,14 +280,14 @@ void route_row_backward(
     const Scalar* probs,
     const int64_t* ids,
     const Scalar* chosen,
-    const bool* active,
+    const uint8_t* active,
     const Options& options,
     std::vector<Scalar>& scratch,
     Scalar* d_logits) {
   const int64_t top_k = options.top_k;
   Scalar* d_chosen = scratch.data();
   for (int64_t k = 0; k < top_k; ++k) {
-    d_chosen[k] = d_weights[k] * static_cast<Scalar>(active[k]);
+    d_chosen[k] = d_weights[k] * static_cast<Scalar>(active[k] != 0);
   }
   Scalar more{0};  // what raw weights add to the mean of the gradients of the probabilities
   if (options.normalize) {
@@ -327,13 +332,16 @@ Tensor route_topk_backward(
   check.indices(ids, ids_TK.numel(), num_experts, "topk_ids");
 
   Tensor d_logits_TE = check.fresh(probs_TE, "d_logits", {num_tokens, num_experts});
+  if (num_tokens == 0) {
+    return d_logits_TE;
+  }
   const Options options{num_experts, top_k, normalize, SecondPolicy::all, 0.0};
   for_wide(dtype, [&]<class Scalar>() {
     const Scalar* d_probs = d_probs_TE.const_data_ptr<Scalar>();
     const Scalar* d_weights = d_weights_TK.const_data_ptr<Scalar>();
     const Scalar* probs = probs_TE.const_data_ptr<Scalar>();
     const Scalar* chosen = chosen_TK.const_data_ptr<Scalar>();
-    const bool* active = active_TK.const_data_ptr<bool>();
+    const uint8_t* active = flags_of(active_TK);
     Scalar* d_logits = d_logits_TE.mutable_data_ptr<Scalar>();
     torch::stable::parallel_for(0, num_tokens, grain(4 * num_experts), [&](int64_t begin, int64_t end) {
       std::vector<Scalar> scratch(static_cast<size_t>(2 * top_k));

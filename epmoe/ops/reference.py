@@ -1,7 +1,7 @@
 """Plain PyTorch twin of every operator: the meaning, and the default on any device.
 
 Letters as in ``epmoe.types``. Integers are int64. Rows may have any floating dtype; weights and sums are in the
-compute dtype (at least float32).
+compute dtype (at least float32). What does not fit is a ``ValueError`` (``epmoe.ops.checks``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epmoe.ops import philox
+from epmoe.ops import checks, philox
 from epmoe.types import compute_dtype
 
 DROPLESS = -1
@@ -49,10 +49,8 @@ def route_topk(
     Returns:
         probs_TE, topk_ids_TK, topk_weights_TK (0 where inactive), active_TK. A row is usable where
         ``active_TK[:, 0]``.
-
-    Raises:
-        ValueError: ``second_policy="random"`` with neither kind of draws, or with both.
     """
+    checks.route_topk(logits_TE, valid_T, uniform_T, sample_T, position_T, top_k, second_policy, tau, layer)
     usable_T = usable_rows(logits_TE, valid_T)
     clean_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
     probs_TE = clean_TE.softmax(-1).masked_fill(~usable_T.unsqueeze(1), 0.0)
@@ -60,23 +58,11 @@ def route_topk(
     chosen_TK = clean_TE.gather(1, ids_TK)
     active_TK = usable_T.unsqueeze(1) & chosen_TK.isfinite()
     if second_policy != "all":
-        if second_policy == "random":
-            uniform_T = _uniform(uniform_T, sample_T, position_T, seed, layer)
+        if second_policy == "random" and sample_T is not None and position_T is not None:
+            uniform_T = philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0]
         active_TK[:, 1] &= _second_active(chosen_TK, uniform_T, second_policy, tau)
     weights_TK = chosen_TK.softmax(-1) if normalize else probs_TE.gather(1, ids_TK)
     return probs_TE, ids_TK, weights_TK * active_TK, active_TK
-
-
-def _uniform(
-    uniform_T: Tensor | None, sample_T: Tensor | None, position_T: Tensor | None, seed: int, layer: int
-) -> Tensor:
-    if uniform_T is not None and sample_T is None and position_T is None:
-        return uniform_T
-    if uniform_T is None and sample_T is not None and position_T is not None:
-        return philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0]
-    raise ValueError(
-        "route_topk: second_policy='random' needs either uniform or both sample and position, never both kinds"
-    )
 
 
 def _second_active(chosen_TK: Tensor, uniform_T: Tensor | None, second_policy: str, tau: float) -> Tensor:
@@ -101,6 +87,8 @@ def route_topk_backward(
     normalize: bool,
 ) -> Tensor:
     """Gradient of ``route_topk`` with respect to the logits; decisions are constants."""
+    checks.route_topk_backward(d_probs_TE, d_weights_TK, probs_TE, topk_ids_TK, chosen_logits_TK, active_TK)
+    checks.indices("route_topk_backward", topk_ids_TK, probs_TE.shape[1], "topk_ids")
     d_kept_TK = d_weights_TK * active_TK
     d_probs_TE = d_probs_TE if normalize else d_probs_TE.scatter_add(1, topk_ids_TK, d_kept_TK)
     d_logits_TE = probs_TE * (d_probs_TE - (d_probs_TE * probs_TE).sum(-1, keepdim=True))
@@ -123,6 +111,9 @@ def assign_slots(
         slot_A: slot, or -1 when inactive or over capacity.
         demand_GE: active entries before capacity.
     """
+    checks.assign_slots(expert_A, group_A, active_A, num_groups, num_experts, capacity)
+    checks.indices("assign_slots", expert_A, num_experts, "expert", active_A)
+    checks.indices("assign_slots", group_A, num_groups, "group", active_A)
     num_bins = num_groups * num_experts
     bin_A = torch.where(active_A, group_A * num_experts + expert_A, num_bins)
     sorted_bin_A, order_A = bin_A.sort(stable=True)
@@ -137,7 +128,12 @@ def assign_slots(
 
 def permute(x_TD: Tensor, token_N: Tensor) -> Tensor:
     """Row n of the result is row ``token_N[n]`` of x -> ``[N, D]``."""
-    return x_TD.index_select(0, token_N)
+    checks.permute(x_TD, token_N)
+    try:
+        return x_TD.index_select(0, token_N)
+    except IndexError:  # the numbers are looked for only when there is something to tell
+        checks.indices("permute", token_N, x_TD.shape[0], "token")
+        raise
 
 
 def combine(rows_ND: Tensor, weight_N: Tensor | None, token_N: Tensor, num_tokens: int) -> Tensor:
@@ -145,6 +141,8 @@ def combine(rows_ND: Tensor, weight_N: Tensor | None, token_N: Tensor, num_token
 
     Sums in the compute dtype of the rows, in row order; the result has the rows' dtype.
     """
+    checks.combine(rows_ND, weight_N, token_N, num_tokens)
+    checks.indices("combine", token_N, num_tokens, "token")
     wide_ND = rows_ND.to(compute_dtype(rows_ND.dtype))
     if weight_N is not None:
         wide_ND = wide_ND * weight_N.unsqueeze(1).to(wide_ND.dtype)
@@ -156,6 +154,8 @@ def combine_backward(
     d_y_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, token_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``combine`` with respect to rows and weights."""
+    checks.combine_backward(d_y_TD, rows_ND, weight_N, token_N)
+    checks.indices("combine_backward", token_N, d_y_TD.shape[0], "token")
     d_y_ND = d_y_TD.index_select(0, token_N).to(compute_dtype(rows_ND.dtype))
     d_weight_N = (d_y_ND * rows_ND).sum(-1).to(weight_N.dtype)
     d_rows_ND = d_y_ND * weight_N.unsqueeze(1).to(d_y_ND.dtype)
@@ -167,9 +167,11 @@ def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tenso
 
     Copies the counts to the host, which on CUDA waits for the device.
     """
+    checks.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
+    counts = checks.blocks("grouped_gemm", tokens_per_expert_L, rows_RD.shape[0])  # a host sync on CUDA
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
     start = 0
-    for expert, count in enumerate(tokens_per_expert_L.tolist()):  # a host sync on CUDA
+    for expert, count in enumerate(counts):
         if count:
             torch.mm(rows_RD[start : start + count], weight_LDF[expert], out=out_RF[start : start + count])
         start += count
@@ -179,10 +181,14 @@ def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tenso
 
 def grouped_gemm_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
     """Gradient of ``grouped_gemm`` with respect to the weights -> ``[L, D, F]``; zero for experts without rows."""
+    checks.grouped_gemm_weight_grad(rows_RD, d_out_RF, tokens_per_expert_L)
+    counts = checks.blocks(
+        "grouped_gemm_weight_grad", tokens_per_expert_L, rows_RD.shape[0]
+    )  # a host sync on CUDA
     num_local = tokens_per_expert_L.shape[0]
     d_weight_LDF = rows_RD.new_empty(num_local, rows_RD.shape[1], d_out_RF.shape[1])
     start = 0
-    for expert, count in enumerate(tokens_per_expert_L.tolist()):  # a host sync on CUDA
+    for expert, count in enumerate(counts):
         if count:
             block = slice(start, start + count)
             torch.mm(rows_RD[block].t(), d_out_RF[block], out=d_weight_LDF[expert])
