@@ -20,8 +20,9 @@ SECOND_POLICIES = ("all", "none", "threshold", "random")
 LARGEST = 2**63 - 1
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +34,25 @@ class Check:
 
     def that(self, condition: bool | torch.SymBool, told: Callable[[], str]) -> None:
         """Also of sizes that are symbols: those that only a run can tell are compared there."""
-        torch._check_value(condition, lambda: f"{self.op}: {told()}")
+        if condition is not True:
+            torch._check_value(condition, lambda: f"{self.op}: {told()}")
 
     def tensor(
         self, tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int | None, ...]
     ) -> None:
-        """One of the dtypes, on the device of this call, of the given sizes (None = any)."""
-        *others, last = (_name(dtype) for dtype in dtypes)
-        wanted = f"{', '.join(others)} or {last}" if others else last
-        self.that(tensor.dtype in dtypes, lambda: f"{name} must be {wanted}, got {_name(tensor.dtype)}")
+        """Dense, one of the dtypes, on the device of this call, of the given sizes (None = any)."""
+        self.that(tensor.layout == torch.strided, lambda: f"{name} must be dense, got {tensor.layout}")
+        self.that(
+            tensor.dtype in dtypes,
+            lambda: f"{name} must be {_listed(dtypes)}, got {_listed((tensor.dtype,))}",
+        )
         self.that(
             tensor.device == self.device,
             lambda: f"{name} must be on {self.device} like the tensors before it, got {tensor.device}",
         )
-        shape = ", ".join("any" if size is None else str(size) for size in sizes)
 
         def told() -> str:
+            shape = ", ".join("any" if size is None else str(size) for size in sizes)
             return f"{name} must have shape [{shape}], got {list(tensor.shape)}"
 
         self.that(tensor.dim() == len(sizes), told)

@@ -131,7 +131,7 @@ def permute(x_TD: Tensor, token_N: Tensor) -> Tensor:
     checks.permute(x_TD, token_N)
     try:
         return x_TD.index_select(0, token_N)
-    except IndexError:  # the numbers are looked for only when there is something to tell
+    except (IndexError, RuntimeError):  # the numbers are looked for only when there is something to tell
         checks.indices("permute", token_N, x_TD.shape[0], "token")
         raise
 

@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from epmoe import ops
 from epmoe.ops import native, philox, reference
 from tests.oracle import cases
-
-KERNELS, REASON = ops.kernel_status()
-needs_native = pytest.mark.skipif(KERNELS != "native", reason=f"no native kernels: {REASON}")
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WIDE = (torch.float32, torch.float64)
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Every new tensor is filled with NaN or the largest integer, so that what a kernel leaves out is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def call(name, *args):
-    """The registered operator, below autograd."""
-    with torch.no_grad():
-        return getattr(torch.ops.epmoe, name)(*args)
-
-
-def assert_near(one, other):
-    """Same shape and dtype; integers and flags equal, numbers to rounding."""
-    assert (one.shape, one.dtype) == (other.shape, other.dtype)
-    if not one.is_floating_point():
-        assert torch.equal(one, other)
-        return
-    eps = torch.finfo(one.dtype).eps
-    torch.testing.assert_close(one, other, rtol=32 * eps, atol=32 * eps, equal_nan=True)
-
-
-def assert_same_bits(one, other):
-    assert (one.shape, one.dtype) == (other.shape, other.dtype)
-    assert torch.equal(one.nan_to_num(12345.0), other.nan_to_num(12345.0))
-    assert torch.equal(one.isnan(), other.isnan())
-
-
-def randn(seed, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def randint(seed, bound, count):
-    return torch.randint(0, bound, (count,), generator=torch.Generator().manual_seed(seed))
+from tests.unit.ops.helpers import (
+    FLOATING,
+    REASON,
+    WIDE,
+    assert_near,
+    assert_same_bits,
+    call,
+    needs_native,
+    randint,
+    randn,
+)
 
 
 # ------------------------------------------------------------------------------------------- routing
@@ -104,18 +67,6 @@ def test_second_expert_decisions_equal_the_reference(kind, policy, tau):
         for dtype in WIDE:
             for normalize in (True, False):
                 check_routing(routing_arguments(kind, tokens, 5, 2, normalize, policy, tau, dtype))
-
-
-@needs_native
-@settings(max_examples=20, deadline=None)
-@given(SEEDS, st.integers(1, 80), st.booleans())
-def test_routing_on_fresh_numbers(seed, experts, normalize):
-    top_k = 1 + seed % experts
-    for dtype in WIDE:
-        for kind in ("random", "ties"):
-            check_routing(
-                routing_arguments(kind, 50, experts, top_k, normalize, dtype=dtype, seed=seed), seed
-            )
 
 
 @needs_native
@@ -225,27 +176,6 @@ def test_numbers_that_are_not_finite_pass_through(dtype):
 
 
 @needs_native
-def test_strides_do_not_matter():
-    d_y_TD = torch.ones(()).expand(5, 8)
-    rows_ND, token_N = randn(0, 8, 6).t(), randint(1, 5, 12)[::2]
-    weight_N = randn(2, 6, 2)[:, 1]
-    arguments = (rows_ND, weight_N, token_N, 5)
-    assert_same_bits(call("combine", *arguments), reference.combine(*arguments))
-    for one, other in zip(
-        call("combine_backward", d_y_TD, rows_ND, weight_N, token_N),
-        reference.combine_backward(d_y_TD, rows_ND, weight_N, token_N),
-        strict=True,
-    ):
-        assert_near(one, other)
-    logits, valid, *rest = routing_arguments("random", 16, 5, 2, True, "random")
-    strided = (logits.t().contiguous().t(), valid.repeat(2)[:16], *rest)
-    for one, other in zip(
-        call("route_topk", *strided), call("route_topk", logits, valid, *rest), strict=True
-    ):
-        assert torch.equal(one, other)
-
-
-@needs_native
 def test_results_do_not_depend_on_the_number_of_threads():
     tokens, width, experts = 4000, 96, 16
     token_N = randint(0, tokens, 2 * tokens)
@@ -286,104 +216,6 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for other in outcomes[1:]:
         for one, two in zip(outcomes[0], other, strict=True):
             assert torch.equal(one, two)
-
-
-# ----------------------------------------------------------------------------------------- bad input
-def good(name):
-    """Small valid arguments, by name."""
-    flag, number = torch.ones(4, dtype=torch.bool), torch.arange(4)
-    return {
-        "route_topk": {
-            "logits": torch.randn(4, 3),
-            "valid": flag,
-            "uniform": None,
-            "sample": number,
-            "position": number,
-            "top_k": 2,
-            "normalize": True,
-            "second_policy": "random",
-            "tau": 0.5,
-            "seed": 0,
-            "layer": 0,
-        },
-        "route_topk_backward": {
-            "d_probs": torch.randn(4, 3),
-            "d_weights": torch.randn(4, 2),
-            "probs": torch.rand(4, 3),
-            "topk_ids": torch.zeros(4, 2, dtype=torch.int64),
-            "chosen_logits": torch.randn(4, 2),
-            "active": torch.ones(4, 2, dtype=torch.bool),
-            "normalize": True,
-        },
-        "assign_slots": {
-            "expert": number,
-            "group": number % 2,
-            "active": flag,
-            "num_groups": 2,
-            "num_experts": 4,
-            "capacity": 1,
-        },
-        "combine": {"rows": torch.randn(4, 3), "weight": torch.randn(4), "token": number, "num_tokens": 4},
-        "combine_backward": {
-            "d_y": torch.randn(4, 3),
-            "rows": torch.randn(4, 3),
-            "weight": torch.randn(4),
-            "token": number,
-        },
-    }[name]
-
-
-BAD = [
-    ("route_topk", {"logits": torch.randn(4, 3).half()}, "logits must be float32 or float64, got Half"),
-    ("route_topk", {"logits": torch.randn(4)}, r"logits must have shape \[any, any\], got \[4\]"),
-    ("route_topk", {"valid": torch.ones(5, dtype=torch.bool)}, r"valid must have shape \[4\], got \[5\]"),
-    ("route_topk", {"valid": torch.ones(4)}, "valid must be Bool, got Float"),
-    ("route_topk", {"top_k": 4}, "top_k=4 must be at most 3"),
-    ("route_topk", {"top_k": 1}, "top_k=1 must be at least 2"),
-    ("route_topk", {"top_k": 0, "second_policy": "all"}, "top_k=0 must be at least 1"),
-    ("route_topk", {"second_policy": "best"}, "second_policy='best' must be"),
-    ("route_topk", {"uniform": torch.rand(4)}, "either uniform or both sample and position"),
-    ("route_topk", {"sample": None}, "either uniform or both sample and position"),
-    ("route_topk", {"sample": torch.arange(3)}, r"sample must have shape \[4\], got \[3\]"),
-    ("route_topk", {"position": torch.arange(4).int()}, "position must be Long, got Int"),
-    ("route_topk", {"layer": 65536}, "layer=65536 must be at most 65535"),
-    ("route_topk", {"layer": -1}, "layer=-1 must be at least 0"),
-    ("route_topk", {"tau": 0.0}, "tau=0 must be positive"),
-    ("route_topk_backward", {"topk_ids": torch.full((4, 2), 3)}, r"topk_ids\[0\]=3 must be in \[0, 3\)"),
-    ("route_topk_backward", {"d_probs": torch.randn(4, 3).double()}, "d_probs must be Float, got Double"),
-    ("route_topk_backward", {"d_weights": torch.randn(4, 3)}, r"d_weights must have shape \[4, 2\]"),
-    ("assign_slots", {"expert": torch.tensor([0, 4, 0, 0])}, r"expert\[1\]=4 must be in \[0, 4\)"),
-    ("assign_slots", {"group": torch.tensor([0, 0, -1, 0])}, r"group\[2\]=-1 must be in \[0, 2\)"),
-    ("assign_slots", {"expert": torch.zeros(4)}, "expert must be Long, got Float"),
-    ("assign_slots", {"active": torch.ones(3, dtype=torch.bool)}, r"active must have shape \[4\], got \[3\]"),
-    ("assign_slots", {"capacity": -2}, "capacity=-2 must be at least -1"),
-    ("assign_slots", {"num_groups": -1}, "num_groups=-1 must be at least 0"),
-    ("assign_slots", {"num_groups": 2**40, "num_experts": 2**40}, r"1099511627776\*1099511627776 overflows"),
-    (
-        "assign_slots",
-        {"num_groups": 2**30, "num_experts": 2**32},
-        r"can't allocate memory for demand of shape \[1073741824, ",
-    ),
-    ("combine", {"token": torch.tensor([0, 1, 2, 4])}, r"token\[3\]=4 must be in \[0, 4\)"),
-    ("combine", {"token": torch.tensor([0, -1, 2, 3])}, r"token\[1\]=-1 must be in \[0, 4\)"),
-    ("combine", {"token": torch.arange(3)}, r"token must have shape \[4\], got \[3\]"),
-    ("combine", {"rows": torch.ones(4, 3, dtype=torch.int32)}, "rows must be float32, .* got Int"),
-    ("combine", {"weight": torch.randn(5)}, r"weight must have shape \[4\], got \[5\]"),
-    ("combine", {"num_tokens": -1}, "num_tokens=-1 must be at least 0"),
-    ("combine", {"num_tokens": 2**61}, r"can't allocate memory for y of shape \[2305843009213693952, 3\]"),
-    ("combine_backward", {"d_y": torch.randn(4, 2)}, r"d_y must have shape \[any, 3\], got \[4, 2\]"),
-    ("combine_backward", {"d_y": torch.randn(4, 3).double()}, "d_y must be Float, got Double"),
-    ("combine_backward", {"token": torch.full((4,), 2**40)}, r"token\[0\]=1099511627776 must be in \[0, 4\)"),
-]
-
-
-@needs_native
-@pytest.mark.parametrize(("name", "change", "message"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_input_is_an_exception_with_the_numbers(name, change, message):
-    call(name, *good(name).values())
-    expected = RuntimeError if message.startswith("can't allocate") else ValueError
-    with pytest.raises(expected, match=f"^{name}: .*{message}"):
-        call(name, *(good(name) | change).values())
 
 
 # ------------------------------------------------------------------------------------------- loading
