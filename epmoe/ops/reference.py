@@ -93,7 +93,7 @@ def route_topk_backward(
     d_probs_TE = d_probs_TE if normalize else d_probs_TE.scatter_add(1, topk_ids_TK, d_kept_TK)
     d_logits_TE = probs_TE * (d_probs_TE - (d_probs_TE * probs_TE).sum(-1, keepdim=True))
     if not normalize:
-        return d_logits_TE
+        return d_logits_TE.contiguous()  # whatever the order in memory of the gradients that came
     share_TK = chosen_logits_TK.softmax(-1)
     d_chosen_TK = share_TK * (d_kept_TK - (d_kept_TK * share_TK).sum(-1, keepdim=True))
     return d_logits_TE.scatter_add(1, topk_ids_TK, d_chosen_TK)
