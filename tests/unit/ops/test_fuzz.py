@@ -209,11 +209,11 @@ def row_lists(draw_from):
 def assert_within(one, exact, terms, summed_in):
     """As close to the exact sum as rounding allows, ``terms`` being the sum of absolute values; where a term is not
     finite, the sum is not."""
-    info = torch.finfo(one.dtype)
-    limit = 2.0**-18 if summed_in == torch.float32 else EXACT
-    limit_of_each = terms * (max(info.eps, limit) if info.bits < 64 else limit) + info.smallest_normal
-    in_range = terms <= info.max  # float16 ends early
-    assert ((one.double() - exact).abs() <= limit_of_each)[in_range].all()
+    result, sums_up = torch.finfo(one.dtype), torch.finfo(summed_in)
+    rounding = max(result.eps if result.bits < 64 else 0.0, 2.0**-18 if sums_up.bits < 64 else EXACT)
+    allowed = terms * rounding + max(result.smallest_normal, sums_up.smallest_normal)
+    in_range = terms <= min(result.max, sums_up.max)
+    assert ((one.double() - exact).abs() <= allowed)[in_range].all()
     assert not one[~terms.isfinite()].isfinite().any()
 
 
