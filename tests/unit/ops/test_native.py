@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from epmoe.errors import ConfigError
 from epmoe.ops import native, philox, reference
 from tests.oracle import cases
 from tests.unit.ops.helpers import (
@@ -222,6 +223,12 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_reference_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("EPMOE_KERNELS", "reference")
     assert native.load_kernels() == ("reference", "EPMOE_KERNELS=reference asks for plain PyTorch")
+
+
+def test_kernels_that_do_not_exist_are_refused(monkeypatch):
+    monkeypatch.setenv("EPMOE_KERNELS", "native")
+    with pytest.raises(ConfigError, match="EPMOE_KERNELS=native must be auto or reference"):
+        native.load_kernels()
 
 
 @pytest.mark.parametrize(
