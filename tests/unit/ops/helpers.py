@@ -40,6 +40,8 @@ def laid_out(tensor, layout):
         return tensor.flatten()[0].expand(tensor.shape)
     if layout == "negated" and tensor.dtype in WIDE:
         return torch.complex(tensor, -tensor).conj().imag  # its memory holds the negative
+    if layout == "negated" and tensor.dtype == torch.bool:
+        return (tensor.to(torch.uint8) * 254).view(torch.bool)  # any byte but 0 is true
     return tensor.clone()
 
 
