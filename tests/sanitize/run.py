@@ -119,6 +119,7 @@ def check(sanitizer: Sanitizer, folder: Path) -> None:
         # The exceptions of the kernels are only caught when the C++ library is there before the sanitizer looks.
         "LD_PRELOAD": f"{library(sanitizer.preload)} {library('libstdc++.so.6')}",
         "PYTHONPATH": str(folder / "lib"),
+        "EPMOE_KERNELS": "auto",
         "OMP_NUM_THREADS": "1",
     }
     python = [sys.executable, "-P"]  # not the package of the working folder
@@ -128,21 +129,12 @@ def check(sanitizer: Sanitizer, folder: Path) -> None:
             sys.exit(
                 f"{done.stdout}\n{sanitizer.name}: {probe!r}, wrong on purpose, is not reported as {report!r}"
             )
-    pytest = [
-        *python,
-        "-m",
-        "pytest",
-        "--capture=sys",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        f"pythonpath={folder / 'lib'} {ROOT}",
-    ]
-    done = run([*pytest, *sanitizer.tests], more)
+    # What a sanitizer says before it ends the process must not wait in pytest's files.
+    options = ["--capture=sys", "-pno:cacheprovider", f"-opythonpath={folder / 'lib'} {ROOT}"]
+    done = run([*python, "-m", "pytest", *options, *sanitizer.tests], more)
     finish(done, f"{sanitizer.name}: a test failed, or a kernel was reported")
-    print(
-        f"{sanitizer.name}: {done.stdout.strip().splitlines()[-1]}; reported on purpose: {list(sanitizer.reports)}"
-    )
+    last_line = done.stdout.strip().splitlines()[-1]
+    print(f"{sanitizer.name}: {last_line}; reported on purpose: {list(sanitizer.reports)}")
 
 
 def main() -> None:
