@@ -1,4 +1,4 @@
-# make train | test | check | bench | build | cuda-check | wheel
+# make train | test | sanitize | check | bench | build | cuda-check | wheel
 #
 # Without PYTHON these work in .venv, which is made when there is none and brought up to date when
 # pyproject.toml, setup.py, constraints.txt or csrc/ change. With PYTHON=python3 (or any other interpreter)
@@ -15,11 +15,12 @@ PYTEST_ARGS ?=
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test check bench build cuda-check wheel
+.PHONY: help train test sanitize check bench build cuda-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
 	@echo "make test    all tests; PYTEST_ARGS='-k router' selects"
+	@echo "make sanitize the operator tests on kernels compiled with address, undefined-behaviour and thread sanitizers"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   every benchmark; ARGS=--quick shows in seconds that they run"
 	@echo "make build   compile the native kernels in place, with the torch of PYTHON and no network"
@@ -33,6 +34,9 @@ train: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+sanitize: $(READY)
+	$(PYTHON) tests/sanitize/run.py
 
 check: $(READY)
 	$(PYTHON) -m ruff check .

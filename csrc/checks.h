@@ -56,7 +56,30 @@ std::string in_brackets(const Sizes& sizes) {
   return text.str();
 }
 
-// The checks of one operator. Those of tensors return the tensor in contiguous memory.
+// The name that PyTorch users know.
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return message(dtype);
+  }
+}
+
+// The checks of one operator, in the words of epmoe/ops/checks.py. Those of tensors return the tensor in contiguous
+// memory.
 struct Check {
   const char* op;
   DeviceType device;
@@ -71,7 +94,7 @@ struct Check {
     EPMOE_CHECK(
         dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
             dtype == ScalarType::Half,
-        op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype);
+        op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", name_of(dtype));
     return placed(tensor, name, sizes);
   }
 
@@ -80,7 +103,7 @@ struct Check {
     const ScalarType dtype = tensor.scalar_type();
     EPMOE_CHECK(
         dtype == ScalarType::Float || dtype == ScalarType::Double,
-        op, ": ", name, " must be float32 or float64, got ", dtype);
+        op, ": ", name, " must be float32 or float64, got ", name_of(dtype));
     return placed(tensor, name, sizes);
   }
 
@@ -91,15 +114,19 @@ struct Check {
 
   void dtype(ScalarType wanted, const Tensor& tensor, const char* name) const {
     const ScalarType actual = tensor.scalar_type();
-    EPMOE_CHECK(actual == wanted, op, ": ", name, " must be ", wanted, ", got ", actual);
+    EPMOE_CHECK(actual == wanted, op, ": ", name, " must be ", name_of(wanted), ", got ", name_of(actual));
   }
 
   Tensor placed(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     shaped(tensor, name, sizes);
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    if (tensor.is_contiguous()) {
+      return tensor;
+    }
+    return allocated(
+        name, tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor); });
   }
 
-  // Device and sizes only: for what torch itself will read, whatever its strides.
+  // Device, sizes and memory only: for what torch itself will read, whatever its strides.
   void shaped(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
     EPMOE_CHECK(
         tensor.device().type() == device && (device == DeviceType::CPU || tensor.get_device_index() == device_index),
@@ -112,21 +139,47 @@ struct Check {
     }
     EPMOE_CHECK(
         fits, op, ": ", name, " must have shape ", in_brackets(sizes), ", got ", in_brackets(actual));
+    has_memory(tensor, name);
   }
 
-  // Memory for a result, not filled. The stable ABI does not tell why torch could not give it; at these sizes there is
-  // one reason, and the words are torch's own, for those who look for them.
+  // A storage can be shrunk under its tensors, which then point beyond its end.
+  void has_memory(const Tensor& tensor, const char* name) const {
+    if (tensor.numel() == 0) {
+      return;
+    }
+    int64_t last = tensor.storage_offset();
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+      last += (tensor.size(dim) - 1) * tensor.stride(dim);
+    }
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    const int64_t held = bytes / static_cast<int64_t>(tensor.element_size());
+    EPMOE_CHECK(
+        last < held,
+        op, ": ", name, " of shape ", in_brackets(tensor.sizes()), " reaches element ", last, " of a storage that holds ",
+        held);
+  }
+
+  // Memory for a result, not filled.
   Tensor fresh(
       const Tensor& like,
       const char* name,
       std::initializer_list<int64_t> sizes,
       std::optional<ScalarType> dtype = std::nullopt) const {
-    try {
+    return allocated(name, sizes, dtype.value_or(like.scalar_type()), [&] {
       return torch::stable::new_empty(like, sizes, dtype);
+    });
+  }
+
+  // The stable ABI does not tell why torch could not give memory; at these sizes there is one reason, and the words are
+  // torch's own, for those who look for them.
+  template <class Sizes, class Allocate>
+  Tensor allocated(const char* name, const Sizes& sizes, ScalarType dtype, const Allocate& allocate) const {
+    try {
+      return allocate();
     } catch (const std::runtime_error&) {
       throw std::runtime_error(message(
-          op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ",
-          dtype.value_or(like.scalar_type())));
+          op, ": can't allocate memory for ", name, " of shape ", in_brackets(sizes), " and dtype ", name_of(dtype)));
     }
   }
 
@@ -174,6 +227,11 @@ struct Compute<double> {
 };
 template <class Scalar>
 using compute_t = typename Compute<Scalar>::type;
+
+// Flags as bytes: a bool tensor can hold others than 0 and 1, which C++ may not read as bool.
+inline const uint8_t* flags_of(const Tensor& tensor) {
+  return static_cast<const uint8_t*>(tensor.const_data_ptr());
+}
 
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -54,8 +54,10 @@ struct RouteTopk {
     options = {num_experts, top_k, normalize, parse_policy(second_policy), tau};
     check.at_least(options.policy == SecondPolicy::all ? 1 : 2, top_k, "top_k");
     check.at_most(num_experts, top_k, "top_k");
+    EPMOE_CHECK(
+        tau > 0 || options.policy == SecondPolicy::all || options.policy == SecondPolicy::none,
+        "route_topk: tau=", tau, " must be positive");
     if (options.policy == SecondPolicy::random) {
-      EPMOE_CHECK(tau > 0, "route_topk: tau=", tau, " must be positive");
       take_draws(check, uniform_in, sample_in, position_in, num_tokens, seed, layer);
     }
     probs_TE = check.fresh(logits_TE, "probs", {num_tokens, num_experts});

@@ -172,6 +172,9 @@ Tensor activate(const Tensor& hidden, const std::optional<Tensor>& weight_in, co
   const Check check("activate", DeviceType::CPU, hidden);
   const Inputs in(check, hidden, weight_in, kind);
   Tensor act_RF = check.fresh(in.hidden_RX, "act", {in.num_rows, in.width});
+  if (in.num_rows == 0) {  // of any width, with which nothing is to be counted
+    return act_RF;
+  }
   for_kind(check, kind, [&]<class Kind>(Kind activation) {
     for_floating(in.hidden_RX.scalar_type(), [&]<class Scalar>() {
       const Scalar* hidden_rows = in.hidden_RX.const_data_ptr<Scalar>();
@@ -198,6 +201,9 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward(
   Tensor d_hidden_RX = check.fresh(in.hidden_RX, "d_hidden", {in.num_rows, in.hidden_width});
   Tensor act_RF = check.fresh(in.hidden_RX, "act", {in.num_rows, in.width});
   Tensor d_weight_R = check.fresh(in.hidden_RX, "d_weight", {in.num_rows}, compute_dtype(dtype));
+  if (in.num_rows == 0) {
+    return {d_hidden_RX, act_RF, d_weight_R};
+  }
   for_kind(check, kind, [&]<class Kind>(Kind activation) {
     for_floating(dtype, [&]<class Scalar>() {
       const Scalar* d_act = d_act_RF.const_data_ptr<Scalar>();

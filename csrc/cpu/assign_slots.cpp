@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> assign_slots(
   torch::stable::zero_(given.demand_GE);
   const int64_t* expert = given.expert_A.const_data_ptr<int64_t>();
   const int64_t* group = given.group_A.const_data_ptr<int64_t>();
-  const bool* active = given.active_A.const_data_ptr<bool>();
+  const uint8_t* active = flags_of(given.active_A);
   int64_t* slot = given.slot_A.mutable_data_ptr<int64_t>();
   int64_t* demand = given.demand_GE.mutable_data_ptr<int64_t>();
   const int64_t num_entries = given.expert_A.numel();

@@ -141,36 +141,38 @@ Tensor combine(
 
 std::tuple<Tensor, Tensor> combine_backward(
     const Tensor& d_y_in, const Tensor& rows_in, const Tensor& weight_in, const Tensor& token_in) {
-  const CombineBackward given(DeviceType::CPU, d_y_in, rows_in, weight_in, token_in);
+  CombineBackward given(DeviceType::CPU, d_y_in, rows_in, weight_in, token_in);
   check_indices("combine_backward", given.token_N, given.num_tokens, "token", kUnfilled);
-  if (given.num_rows != 0) {
-    const int64_t width = given.width;
-    const int64_t* token = given.token_N.const_data_ptr<int64_t>();
-    // With lists of rows a token's d_y is read once and then from the cache.
-    const RowsByToken by_token(token, given.num_rows, given.num_tokens);
-    for_floating(given.rows_ND.scalar_type(), [&]<class Scalar>() {
-      const Scalar* d_y = given.d_y_TD.const_data_ptr<Scalar>();
-      const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
-      const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
-      Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
-      auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
-      const int64_t* start = by_token.start_T1.data();
-      const int64_t* row_of = by_token.row_N.data();
-      torch::stable::parallel_for(0, given.num_tokens, grain(width), [&](int64_t begin, int64_t end) {
-        for (int64_t i = start[begin]; i < start[end]; ++i) {
-          const int64_t n = row_of[i];
-          const int64_t at = n * width;
-          d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
-        }
-      });
-      for (int64_t n = 0; n < given.num_rows; ++n) {
-        if (token[n] == kUnfilled) {
-          std::fill_n(d_rows + n * width, width, Scalar(0));
-          d_weight[n] = 0;
-        }
+  if (given.d_rows_ND.numel() == 0) {  // there may be rows without columns, of any number of tokens
+    torch::stable::zero_(given.d_weight_N);
+    return {given.d_rows_ND, torch::stable::to(given.d_weight_N, weight_in.scalar_type())};
+  }
+  const int64_t width = given.width;
+  const int64_t* token = given.token_N.const_data_ptr<int64_t>();
+  // With lists of rows a token's d_y is read once and then from the cache.
+  const RowsByToken by_token(token, given.num_rows, given.num_tokens);
+  for_floating(given.rows_ND.scalar_type(), [&]<class Scalar>() {
+    const Scalar* d_y = given.d_y_TD.const_data_ptr<Scalar>();
+    const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
+    const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
+    Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
+    auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
+    const int64_t* start = by_token.start_T1.data();
+    const int64_t* row_of = by_token.row_N.data();
+    torch::stable::parallel_for(0, given.num_tokens, grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t i = start[begin]; i < start[end]; ++i) {
+        const int64_t n = row_of[i];
+        const int64_t at = n * width;
+        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
       }
     });
-  }
+    for (int64_t n = 0; n < given.num_rows; ++n) {
+      if (token[n] == kUnfilled) {
+        std::fill_n(d_rows + n * width, width, Scalar(0));
+        d_weight[n] = 0;
+      }
+    }
+  });
   return {given.d_rows_ND, torch::stable::to(given.d_weight_N, weight_in.scalar_type())};
 }
 

@@ -48,8 +48,10 @@ struct Blocks {
       : start_L1(static_cast<size_t>(tokens_per_expert_L.size(0)) + 1) {
     const int64_t* count = tokens_per_expert_L.const_data_ptr<int64_t>();
     for (int64_t e = 0; e < num_experts(); ++e) {
-      check.at_least(0, count[e], "tokens_per_expert");
-      check.at_most(num_rows - start_L1[e], count[e], "tokens_per_expert");
+      const int64_t left = num_rows - start_L1[e];
+      EPMOE_CHECK(
+          count[e] >= 0 && count[e] <= left,
+          check.op, ": tokens_per_expert[", e, "]=", count[e], " must be in [0, ", left, "], the rows that are left");
       start_L1[e + 1] = start_L1[e] + count[e];
     }
     EPMOE_CHECK(
@@ -109,10 +111,10 @@ void for_experts(const Blocks& blocks, const Body& body) {
 Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor& tokens_per_expert_in) {
   const Check check("grouped_gemm", DeviceType::CPU, rows_in);
   const Tensor rows_RD = check.floating(rows_in, "rows", {kAnySize, kAnySize});
-  const Tensor tokens_per_expert_L =
-      check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {kAnySize});
   check.dtype(rows_RD.scalar_type(), weight_in, "weight");
-  check.shaped(weight_in, "weight", {tokens_per_expert_L.size(0), rows_RD.size(1), kAnySize});
+  check.shaped(weight_in, "weight", {kAnySize, rows_RD.size(1), kAnySize});
+  const Tensor tokens_per_expert_L =
+      check.of(ScalarType::Long, tokens_per_expert_in, "tokens_per_expert", {weight_in.size(0)});
   const Blocks blocks(check, tokens_per_expert_L, rows_RD.size(0));
 
   const Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_in.size(2)});

@@ -11,6 +11,9 @@ namespace epmoe::cpu {
 Tensor permute(const Tensor& x_in, const Tensor& token_in) {
   const Permute given(DeviceType::CPU, x_in, token_in);
   check_indices("permute", given.token_N, given.num_tokens, "token", kUnfilled);
+  if (given.rows_ND.numel() == 0) {
+    return given.rows_ND;
+  }
   for_floating(given.x_TD.scalar_type(), [&]<class Scalar>() {
     const int64_t width = given.width;
     const int64_t* token = given.token_N.const_data_ptr<int64_t>();

@@ -126,19 +126,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
       DeviceType::CPU, logits_in, valid_in, uniform_T, sample_T, position_T, top_k, normalize, second_policy, tau, seed,
       layer);
   const int64_t num_experts = given.options.num_experts;
+  const int64_t num_tokens = given.valid_T.size(0);
+  if (num_tokens == 0) {  // of any number of experts, with which nothing is to be counted
+    return {given.probs_TE, given.ids_TK, given.weights_TK, given.active_TK};
+  }
   for_wide(given.logits_TE.scalar_type(), [&]<class Scalar>() {
     const Scalar* logits = given.logits_TE.const_data_ptr<Scalar>();
-    const bool* valid = given.valid_T.const_data_ptr<bool>();
+    const uint8_t* valid = flags_of(given.valid_T);
     Scalar* probs = given.probs_TE.mutable_data_ptr<Scalar>();
     int64_t* ids = given.ids_TK.mutable_data_ptr<int64_t>();
     Scalar* weights = given.weights_TK.mutable_data_ptr<Scalar>();
     bool* active = given.active_TK.mutable_data_ptr<bool>();
-    torch::stable::parallel_for(0, given.valid_T.size(0), grain(8 * num_experts), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, num_tokens, grain(8 * num_experts), [&](int64_t begin, int64_t end) {
       std::vector<int64_t> order(static_cast<size_t>(num_experts));
       for (int64_t t = begin; t < end; ++t) {
         route_row<Scalar>(
             logits + t * num_experts,
-            valid[t],
+            valid[t] != 0,
             given.draws.of(t),
             given.options,
             order,
@@ -173,14 +177,14 @@ void route_row_backward(
     const Scalar* probs,
     const int64_t* ids,
     const Scalar* chosen,
-    const bool* active,
+    const uint8_t* active,
     const RouteOptions& options,
     std::vector<Scalar>& scratch,
     Scalar* d_logits) {
   const int64_t top_k = options.top_k;
   Scalar* d_chosen = scratch.data();
   for (int64_t k = 0; k < top_k; ++k) {
-    d_chosen[k] = d_weights[k] * static_cast<Scalar>(active[k]);
+    d_chosen[k] = d_weights[k] * static_cast<Scalar>(active[k] != 0);
   }
   Scalar more{0};  // what raw weights add to the mean of the gradients of the probabilities
   if (options.normalize) {
@@ -214,15 +218,19 @@ Tensor route_topk_backward(
   const int64_t num_experts = given.options.num_experts;
   const int64_t top_k = given.options.top_k;
   check_indices("route_topk_backward", given.ids_TK, num_experts, "topk_ids");
+  const int64_t num_tokens = given.probs_TE.size(0);
+  if (num_tokens == 0) {
+    return given.d_logits_TE;
+  }
   for_wide(given.probs_TE.scalar_type(), [&]<class Scalar>() {
     const Scalar* d_probs = given.d_probs_TE.const_data_ptr<Scalar>();
     const Scalar* d_weights = given.d_weights_TK.const_data_ptr<Scalar>();
     const Scalar* probs = given.probs_TE.const_data_ptr<Scalar>();
     const int64_t* ids = given.ids_TK.const_data_ptr<int64_t>();
     const Scalar* chosen = given.chosen_TK.const_data_ptr<Scalar>();
-    const bool* active = given.active_TK.const_data_ptr<bool>();
+    const uint8_t* active = flags_of(given.active_TK);
     Scalar* d_logits = given.d_logits_TE.mutable_data_ptr<Scalar>();
-    torch::stable::parallel_for(0, given.probs_TE.size(0), grain(4 * num_experts), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, num_tokens, grain(4 * num_experts), [&](int64_t begin, int64_t end) {
       std::vector<Scalar> scratch(static_cast<size_t>(2 * top_k));
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = t * num_experts;

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from epmoe.ops.ffn import ACTIVATIONS
+from epmoe.ops.checks import ACTIVATIONS
 from epmoe.ops.reference import DROPLESS, UNFILLED
 from epmoe.ops.registration import kernel_status, ops
 

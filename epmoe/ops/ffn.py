@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmoe.ops import checks
 from epmoe.ops.gemm import multiply, multiply_weight_grad
-
-ACTIVATIONS = ("swiglu", "gelu", "relu")
 
 
 def expert_ffn(
@@ -38,6 +37,9 @@ def expert_ffn(
     Returns:
         y_RD, and the pre-activation hidden_RX that the backward pass needs.
     """
+    checks.expert_ffn(
+        rows_RD, weight_R, w_in_LDX, w_out_LFD, tokens_per_expert_L, rows_per_expert, activation
+    )
     hidden_RX = multiply(rows_RD, w_in_LDX, tokens_per_expert_L, rows_per_expert)
     act_RF = torch.ops.epmoe.activate(hidden_RX, weight_R, activation)
     return multiply(act_RF, w_out_LFD, tokens_per_expert_L, rows_per_expert), hidden_RX

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epmoe.ops import reference
+from epmoe.ops import checks, reference
 
 
 def multiply(
@@ -58,11 +58,12 @@ def multiply_weight_grad(
 
 
 def _stacked(rows_RX: Tensor, num_local: int, rows_per_expert: int) -> Tensor:
-    return rows_RX.view(num_local, rows_per_expert, rows_RX.shape[1])
+    return rows_RX.reshape(num_local, rows_per_expert, rows_RX.shape[1])
 
 
 def cuda_grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
     """The operator's CUDA kernel: torch's grouped GEMM where it serves; the counts stay on the device."""
+    checks.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
     if not _grouped_mm_serves(rows_RD, weight_LDF.shape[2]):
         return reference.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
     return F.grouped_mm(rows_RD.contiguous(), weight_LDF, offs=_ends(tokens_per_expert_L))
@@ -70,6 +71,7 @@ def cuda_grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: 
 
 def cuda_grouped_gemm_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
     """The same for the gradient of the weights."""
+    checks.grouped_gemm_weight_grad(rows_RD, d_out_RF, tokens_per_expert_L)
     if not _grouped_mm_serves(rows_RD, d_out_RF.shape[1]):
         return reference.grouped_gemm_weight_grad(rows_RD, d_out_RF, tokens_per_expert_L)
     return F.grouped_mm(rows_RD.contiguous().t(), d_out_RF.contiguous(), offs=_ends(tokens_per_expert_L))

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from epmoe import env
+from epmoe.errors import ConfigError
 
 OLDEST_TORCH = "2.11"
 """Whose stable ABI the extension is compiled for, as in setup.py."""
@@ -16,9 +17,19 @@ OLDEST_TORCH = "2.11"
 def load_kernels() -> tuple[str, str]:
     """Registers the native kernels if that is possible -> (name of the kernels that serve, reason).
 
-    The operators must be defined before. Never raises: without native kernels the reference serves.
+    The operators must be defined before. Where there are no native kernels the reference serves.
+
+    Raises:
+        ConfigError: ``EPMOE_KERNELS`` asks for something else than there is.
     """
-    if env.kernels() == "reference":
+    wanted = env.kernels()
+    if wanted not in ("auto", "reference"):
+        raise ConfigError(
+            f"EPMOE_KERNELS={wanted} must be auto or reference",
+            why="native kernels are used wherever they can be loaded; plain PyTorch can be asked for instead",
+            fix="unset EPMOE_KERNELS, or EPMOE_KERNELS=reference; `epmoe doctor` says which kernels serve",
+        )
+    if wanted == "reference":
         return "reference", "EPMOE_KERNELS=reference asks for plain PyTorch"
     if find_spec("epmoe._C") is None:
         return (

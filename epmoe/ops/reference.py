@@ -1,18 +1,16 @@
 """Plain PyTorch twin of every operator: the meaning, and the default on any device.
 
 Letters as in ``epmoe.types``. Integers are int64. Rows may have any floating dtype; weights and sums are in the
-compute dtype (at least float32).
+compute dtype (at least float32). What does not fit is a ``ValueError`` (``epmoe.ops.checks``).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epmoe.ops import philox
+from epmoe.ops import checks, philox
 from epmoe.types import compute_dtype
 
 DROPLESS = -1
@@ -55,10 +53,8 @@ def route_topk(
     Returns:
         probs_TE, topk_ids_TK, topk_weights_TK (0 where inactive), active_TK. A row is usable where
         ``active_TK[:, 0]``.
-
-    Raises:
-        ValueError: ``second_policy="random"`` with neither kind of draws, or with both.
     """
+    checks.route_topk(logits_TE, valid_T, uniform_T, sample_T, position_T, top_k, second_policy, tau, layer)
     usable_T = usable_rows(logits_TE, valid_T)
     clean_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
     probs_TE = clean_TE.softmax(-1).masked_fill(~usable_T.unsqueeze(1), 0.0)
@@ -66,23 +62,11 @@ def route_topk(
     chosen_TK = clean_TE.gather(1, ids_TK)
     active_TK = usable_T.unsqueeze(1) & chosen_TK.isfinite()
     if second_policy != "all":
-        if second_policy == "random":
-            uniform_T = _uniform(uniform_T, sample_T, position_T, seed, layer)
+        if second_policy == "random" and sample_T is not None and position_T is not None:
+            uniform_T = philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0]
         active_TK[:, 1] &= _second_active(chosen_TK, uniform_T, second_policy, tau)
     weights_TK = chosen_TK.softmax(-1) if normalize else probs_TE.gather(1, ids_TK)
     return probs_TE, ids_TK, weights_TK * active_TK, active_TK
-
-
-def _uniform(
-    uniform_T: Tensor | None, sample_T: Tensor | None, position_T: Tensor | None, seed: int, layer: int
-) -> Tensor:
-    if uniform_T is not None and sample_T is None and position_T is None:
-        return uniform_T
-    if uniform_T is None and sample_T is not None and position_T is not None:
-        return philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0]
-    raise ValueError(
-        "route_topk: second_policy='random' needs either uniform or both sample and position, never both kinds"
-    )
 
 
 def _second_active(chosen_TK: Tensor, uniform_T: Tensor | None, second_policy: str, tau: float) -> Tensor:
@@ -107,11 +91,13 @@ def route_topk_backward(
     normalize: bool,
 ) -> Tensor:
     """Gradient of ``route_topk`` with respect to the logits; decisions are constants."""
+    checks.route_topk_backward(d_probs_TE, d_weights_TK, probs_TE, topk_ids_TK, chosen_logits_TK, active_TK)
+    checks.indices("route_topk_backward", topk_ids_TK, probs_TE.shape[1], "topk_ids")
     d_kept_TK = d_weights_TK * active_TK
     d_probs_TE = d_probs_TE if normalize else d_probs_TE.scatter_add(1, topk_ids_TK, d_kept_TK)
     d_logits_TE = probs_TE * (d_probs_TE - (d_probs_TE * probs_TE).sum(-1, keepdim=True))
     if not normalize:
-        return d_logits_TE
+        return d_logits_TE.contiguous()  # whatever the order in memory of the gradients that came
     share_TK = chosen_logits_TK.softmax(-1)
     d_chosen_TK = share_TK * (d_kept_TK - (d_kept_TK * share_TK).sum(-1, keepdim=True))
     return d_logits_TE.scatter_add(1, topk_ids_TK, d_chosen_TK)
@@ -129,6 +115,9 @@ def assign_slots(
         slot_A: slot, or -1 when inactive or over capacity.
         demand_GE: active entries before capacity.
     """
+    checks.assign_slots(expert_A, group_A, active_A, num_groups, num_experts, capacity)
+    checks.indices("assign_slots", expert_A, num_experts, "expert", active_A)
+    checks.indices("assign_slots", group_A, num_groups, "group", active_A)
     num_bins = num_groups * num_experts
     bin_A = torch.where(active_A, group_A * num_experts + expert_A, num_bins)
     sorted_bin_A, order_A = bin_A.sort(stable=True)
@@ -143,6 +132,12 @@ def assign_slots(
 
 def permute(x_TD: Tensor, token_N: Tensor) -> Tensor:
     """Row n of the result is row ``token_N[n]`` of x, or zeros where that is ``UNFILLED`` -> ``[N, D]``."""
+    checks.permute(x_TD, token_N)
+    checks.indices("permute", token_N, x_TD.shape[0], "token", least=UNFILLED)
+    return _rows_of(x_TD, token_N)
+
+
+def _rows_of(x_TD: Tensor, token_N: Tensor) -> Tensor:
     unfilled_N1 = (token_N == UNFILLED).unsqueeze(1)
     if x_TD.shape[0] == 0:  # there is no row to stand in for the unfilled ones
         return x_TD.new_zeros(token_N.shape[0], x_TD.shape[1])
@@ -155,6 +150,8 @@ def combine(rows_ND: Tensor, weight_N: Tensor | None, token_N: Tensor, num_token
     Sums in the compute dtype of the rows, in row order; the result has the rows' dtype. Rows whose token is
     ``UNFILLED`` belong to nobody.
     """
+    checks.combine(rows_ND, weight_N, token_N, num_tokens)
+    checks.indices("combine", token_N, num_tokens, "token", least=UNFILLED)
     wide_ND = rows_ND.to(compute_dtype(rows_ND.dtype))
     if weight_N is not None:
         wide_ND = wide_ND * weight_N.unsqueeze(1).to(wide_ND.dtype)
@@ -168,7 +165,9 @@ def combine_backward(
     d_y_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, token_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``combine`` with respect to rows and weights; zero for unfilled rows."""
-    d_y_ND = permute(d_y_TD, token_N).to(compute_dtype(rows_ND.dtype))
+    checks.combine_backward(d_y_TD, rows_ND, weight_N, token_N)
+    checks.indices("combine_backward", token_N, d_y_TD.shape[0], "token", least=UNFILLED)
+    d_y_ND = _rows_of(d_y_TD, token_N).to(compute_dtype(rows_ND.dtype))
     # An unfilled row may hold anything, and 0 * NaN is NaN.
     d_weight_N = (d_y_ND * rows_ND).sum(-1).masked_fill_(token_N == UNFILLED, 0.0).to(weight_N.dtype)
     d_rows_ND = d_y_ND * weight_N.unsqueeze(1).to(d_y_ND.dtype)
@@ -185,10 +184,11 @@ def activate(hidden_RX: Tensor, weight_R: Tensor | None, kind: str) -> Tensor:
 
     Computes in the compute dtype of the hidden rows; the result has their dtype.
     """
+    checks.activate(hidden_RX, weight_R, kind)
     act_RF = _activation(hidden_RX.to(compute_dtype(hidden_RX.dtype)), kind)
     if weight_R is not None:
         act_RF = act_RF * weight_R.unsqueeze(1).to(act_RF.dtype)
-    return act_RF.to(hidden_RX.dtype)
+    return act_RF.to(hidden_RX.dtype).contiguous()  # whatever the order in memory of the hidden rows
 
 
 def _activation(hidden_RX: Tensor, kind: str) -> Tensor:
@@ -206,6 +206,7 @@ def activate_backward(
     Returns:
         d_hidden_RX, act_RF and d_weight_R (in the compute dtype).
     """
+    checks.activate_backward(d_act_RF, hidden_RX, weight_R, kind)
     dtype = compute_dtype(hidden_RX.dtype)
     wide_RX, d_wide_RF = hidden_RX.to(dtype), d_act_RF.to(dtype)
     weight_R1 = 1.0 if weight_R is None else weight_R.unsqueeze(1).to(dtype)
@@ -222,7 +223,8 @@ def activate_backward(
         d_hidden_RX = torch.ops.aten.gelu_backward(d_wide_RF, wide_RX)
     else:
         d_hidden_RX = d_wide_RF * (wide_RX > 0)
-    return d_hidden_RX.to(hidden_RX.dtype), (act_RF * weight_R1).to(hidden_RX.dtype), d_weight_R
+    d_hidden_RX = d_hidden_RX.to(hidden_RX.dtype).contiguous()
+    return d_hidden_RX, (act_RF * weight_R1).to(hidden_RX.dtype).contiguous(), d_weight_R
 
 
 def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
@@ -233,26 +235,22 @@ def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tenso
 
     Copies the counts to the host, which on CUDA waits for the device.
     """
+    checks.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
+    counts = checks.blocks("grouped_gemm", tokens_per_expert_L, rows_RD.shape[0])  # a host sync on CUDA
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
-    blocks = _blocks(rows_RD, tokens_per_expert_L), _blocks(out_RF, tokens_per_expert_L)
-    for weight_DF, rows_nD, out_nF in zip(weight_LDF, *blocks, strict=True):
+    blocks = zip(weight_LDF, rows_RD.split(counts), out_RF.split(counts), strict=True)
+    for weight_DF, rows_nD, out_nF in blocks:
         torch.mm(rows_nD, weight_DF, out=out_nF)
     return out_RF
 
 
 def grouped_gemm_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
     """Gradient of ``grouped_gemm`` with respect to the weights -> ``[L, D, F]``; zero for experts without rows."""
-    d_weight_LDF = rows_RD.new_empty(tokens_per_expert_L.shape[0], rows_RD.shape[1], d_out_RF.shape[1])
-    blocks = _blocks(rows_RD, tokens_per_expert_L), _blocks(d_out_RF, tokens_per_expert_L)
-    for d_weight_DF, rows_nD, d_out_nF in zip(d_weight_LDF, *blocks, strict=True):
+    checks.grouped_gemm_weight_grad(rows_RD, d_out_RF, tokens_per_expert_L)
+    # The counts wait for the device on CUDA.
+    counts = checks.blocks("grouped_gemm_weight_grad", tokens_per_expert_L, rows_RD.shape[0])
+    d_weight_LDF = rows_RD.new_empty(len(counts), rows_RD.shape[1], d_out_RF.shape[1])
+    blocks = zip(d_weight_LDF, rows_RD.split(counts), d_out_RF.split(counts), strict=True)
+    for d_weight_DF, rows_nD, d_out_nF in blocks:
         torch.mm(rows_nD.t(), d_out_nF, out=d_weight_DF)
     return d_weight_LDF
-
-
-def _blocks(rows_RX: Tensor, tokens_per_expert_L: Tensor) -> Sequence[Tensor]:
-    """Views of each expert's rows."""
-    counts = tokens_per_expert_L.tolist()  # a host sync on CUDA
-    if sum(counts) != rows_RX.shape[0] or min(counts, default=0) < 0:
-        raise ValueError(f"tokens_per_expert={counts} must add up to the {rows_RX.shape[0]} rows")
-    blocks: Sequence[Tensor] = rows_RX.split(counts)
-    return blocks

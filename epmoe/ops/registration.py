@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmoe.ops import ffn, gemm, native, reference
+from epmoe.ops import checks, ffn, gemm, native, reference
 from epmoe.types import compute_dtype
 
 _LIBRARY = torch.library.Library("epmoe", "DEF")
@@ -58,10 +58,12 @@ def kernel_status() -> tuple[str, str]:
 
 # ------------------------------------------------------------------------------------- fake kernels
 @torch.library.register_fake("epmoe::route_topk", lib=_LIBRARY)
-def _(logits: Tensor, valid: Tensor, uniform: Any, sample: Any, position: Any, top_k: int, *_: Any) -> Any:
+def _(logits: Tensor, valid: Tensor, uniform: Any, sample: Any, position: Any, top_k: int, *rest: Any) -> Any:
+    _, second_policy, tau, _, layer = rest
+    checks.route_topk(logits, valid, uniform, sample, position, top_k, second_policy, tau, layer)
     shape_TK = (logits.shape[0], top_k)
     return (
-        torch.empty_like(logits),
+        logits.new_empty(logits.shape),
         logits.new_empty(shape_TK, dtype=torch.int64),
         logits.new_empty(shape_TK),
         logits.new_empty(shape_TK, dtype=torch.bool),
@@ -69,53 +71,63 @@ def _(logits: Tensor, valid: Tensor, uniform: Any, sample: Any, position: Any, t
 
 
 @torch.library.register_fake("epmoe::route_topk_backward", lib=_LIBRARY)
-def _(d_probs: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(d_probs)
+def _(d_probs: Tensor, *rest: Any) -> Tensor:
+    checks.route_topk_backward(d_probs, *rest[:-1])
+    return d_probs.new_empty(d_probs.shape)
 
 
 @torch.library.register_fake("epmoe::assign_slots", lib=_LIBRARY)
-def _(expert: Tensor, group: Tensor, active: Tensor, num_groups: int, num_experts: int, _: int) -> Any:
-    return torch.empty_like(expert), expert.new_empty(num_groups, num_experts)
+def _(expert: Tensor, group: Tensor, active: Tensor, num_groups: int, num_experts: int, capacity: int) -> Any:
+    checks.assign_slots(expert, group, active, num_groups, num_experts, capacity)
+    return expert.new_empty(expert.shape), expert.new_empty(num_groups, num_experts)
 
 
 @torch.library.register_fake("epmoe::permute", lib=_LIBRARY)
 def _(x: Tensor, token: Tensor) -> Tensor:
+    checks.permute(x, token)
     return x.new_empty(token.shape[0], x.shape[1])
 
 
 @torch.library.register_fake("epmoe::combine", lib=_LIBRARY)
 def _(rows: Tensor, weight: Tensor | None, token: Tensor, num_tokens: int) -> Tensor:
+    checks.combine(rows, weight, token, num_tokens)
     return rows.new_empty(num_tokens, rows.shape[1])
 
 
 @torch.library.register_fake("epmoe::combine_backward", lib=_LIBRARY)
 def _(d_y: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> Any:
-    return torch.empty_like(rows), torch.empty_like(weight)
+    checks.combine_backward(d_y, rows, weight, token)
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
 
 
 @torch.library.register_fake("epmoe::activate", lib=_LIBRARY)
 def _(hidden: Tensor, weight: Tensor | None, kind: str) -> Tensor:
+    checks.activate(hidden, weight, kind)
     return hidden.new_empty(hidden.shape[0], hidden.shape[1] // (2 if kind == "swiglu" else 1))
 
 
 @torch.library.register_fake("epmoe::activate_backward", lib=_LIBRARY)
 def _(d_act: Tensor, hidden: Tensor, weight: Tensor | None, kind: str) -> Any:
+    checks.activate_backward(d_act, hidden, weight, kind)
     d_weight = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
-    return torch.empty_like(hidden), torch.empty_like(d_act), d_weight
+    return hidden.new_empty(hidden.shape), hidden.new_empty(d_act.shape), d_weight
 
 
 @torch.library.register_fake("epmoe::expert_ffn", lib=_LIBRARY)
-def _(rows: Tensor, weight: Any, w_in: Tensor, w_out: Tensor, *_: Any) -> Any:
+def _(rows: Tensor, weight: Any, w_in: Tensor, w_out: Tensor, *others: Any) -> Any:
+    checks.expert_ffn(rows, weight, w_in, w_out, *others)
     return rows.new_empty(rows.shape[0], w_out.shape[2]), rows.new_empty(rows.shape[0], w_in.shape[2])
 
 
 @torch.library.register_fake("epmoe::grouped_gemm", lib=_LIBRARY)
 def _(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    checks.grouped_gemm(rows, weight, tokens_per_expert)
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
 @torch.library.register_fake("epmoe::grouped_gemm_weight_grad", lib=_LIBRARY)
 def _(rows: Tensor, d_out: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    checks.grouped_gemm_weight_grad(rows, d_out, tokens_per_expert)
     return rows.new_empty(tokens_per_expert.shape[0], rows.shape[1], d_out.shape[1])
 
 
@@ -189,6 +201,18 @@ for _name, _backward, _save in (
     ("expert_ffn", ffn.expert_ffn_backward, ffn.save_expert_ffn),
 ):
     torch.library.register_autograd(f"epmoe::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
+
+
+def _refuse_second_derivatives(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "route_topk, weighted combine, activate, grouped_gemm and expert_ffn have first derivatives only: their "
+        "backward kernels cannot be differentiated (create_graph=True)"
+    )
+
+
+# Without a rule PyTorch would only warn, and take the derivative for zero.
+for _name in ("route_topk_backward", "combine_backward", "activate_backward", "grouped_gemm_weight_grad"):
+    torch.library.register_autograd(f"epmoe::{_name}", _refuse_second_derivatives, lib=_LIBRARY)
 
 
 # ------------------------------------------------------------------------------------------ autocast

@@ -178,7 +178,7 @@ def test_bad_input_is_an_exception_with_the_numbers(call):
     ):
         with pytest.raises(ValueError, match=message):
             route(*change)
-    with pytest.raises(ValueError, match=r"x must be float32, .* got Int"):
+    with pytest.raises(ValueError, match=r"x must be float32, .* got int32"):
         call("permute", torch.ones(2, 2, dtype=torch.int32), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"token must have shape \[any\], got \[1, 1\]"):
         call("permute", torch.ones(2, 2), torch.tensor([[0]]))

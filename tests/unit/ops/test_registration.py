@@ -1,4 +1,4 @@
-"""The operators as citizens of PyTorch: schemas, fake and meta tensors, autograd registration."""
+"""The operators as citizens of PyTorch: schemas, fake and meta tensors, autograd, compile, autocast."""
 
 from __future__ import annotations
 
@@ -7,71 +7,181 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradgradcheck
 
 from epmoe import ops
+from tests.unit.ops.helpers import as_tuple, call, laid_out, plain, small
+from tests.unit.ops.twins import randn
 
-FLOAT = {"dtype": torch.float64, "requires_grad": True}
+PLAIN = {"second_policy": "all", "sample": None, "position": None}
+SOME = {"token": torch.tensor([ops.UNFILLED, 0, 2, ops.UNFILLED])}
+VARIANTS = [
+    ("route_topk", {}),
+    ("route_topk", {"sample": None, "position": None, "uniform": torch.rand(4)}),
+    ("route_topk", PLAIN | {"normalize": False, "top_k": 3}),
+    ("route_topk_backward", {}),
+    ("route_topk_backward", {"normalize": False}),
+    ("assign_slots", {}),
+    ("permute", {}),
+    ("permute", SOME),
+    ("combine", {}),
+    ("combine", SOME),
+    ("combine", {"weight": None}),
+    ("combine_backward", {}),
+    ("combine_backward", SOME),
+    ("grouped_gemm", {}),
+    ("grouped_gemm_weight_grad", {}),
+]
+ACTIVATION_VARIANTS = [
+    ("activate", {}),
+    ("activate", {"weight": None, "kind": "relu"}),
+    ("activate_backward", {}),
+    ("activate_backward", {"d_act": randn(8, 4, 6), "weight": None, "kind": "gelu"}),
+    ("expert_ffn", {}),
+    ("expert_ffn", {"rows_per_expert": 2, "weight": None}),
+]
+DIFFERENTIABLE = ("route_topk", "permute", "combine", "activate", "grouped_gemm", "expert_ffn")
 
 
-def arguments(name, tokens=5):
-    """Ordinary arguments of an operator."""
-    generator = torch.Generator().manual_seed(0)
-    token = torch.randint(0, max(tokens, 1), (tokens,), generator=generator)
-    logits = torch.randn(tokens, 4, **FLOAT)
-    valid = torch.ones(tokens, dtype=torch.bool)
-    return {
-        "route_topk": (logits, valid, torch.rand(tokens), None, None, 2, True, "random", 0.5, 0, 0),
-        "route_topk_raw": (logits, valid, None, token, token, 3, False, "all", 0.5, 0, 0),
-        "assign_slots": (token % 3, token % 2, valid, 2, 3, 1),
-        "permute": (torch.randn(max(tokens, 1), 3, **FLOAT), token),
-        "combine": (torch.randn(tokens, 3, **FLOAT), torch.randn(tokens, **FLOAT), token, max(tokens, 1)),
-        "combine_plain": (torch.randn(tokens, 3, **FLOAT), None, token, max(tokens, 1)),
-        "grouped_gemm": (
-            torch.randn(tokens, 3, **FLOAT),
-            torch.randn(2, 3, 4, **FLOAT),
-            torch.tensor([tokens // 2, tokens - tokens // 2]),
-        ),
-    }[name]
+def named(value):
+    return value if isinstance(value, str) else "-".join(value) or "plain"
 
 
-NAMES = [
-    "route_topk",
-    "route_topk_raw",
-    "assign_slots",
-    "permute",
-    "combine",
-    "combine_plain",
-    "grouped_gemm",
+def double(name, change, layout="contiguous"):
+    """Arguments in float64, with gradients where the operator has a derivative."""
+    arguments = []
+    for value in (small(name) | change).values():
+        if torch.is_tensor(value):
+            value = laid_out(value.double() if value.is_floating_point() else value, layout)
+            value.requires_grad_(value.is_floating_point() and name in DIFFERENTIABLE)
+        arguments.append(value)
+    return tuple(arguments)
+
+
+@pytest.mark.parametrize(("name", "change"), VARIANTS, ids=named)
+def test_opcheck(name, change):
+    """Schema, autograd registration, fake kernel, and tracing through autograd with symbolic sizes."""
+    operator = getattr(torch.ops.epmoe, name).default
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.library.opcheck(operator, double(name, change))
+
+
+def without_rows(name, arguments):
+    """No tokens and no rows; experts stay, with nothing to do."""
+    if name.startswith("grouped_gemm"):
+        rows, other, counts = arguments
+        return rows[:0], other if name == "grouped_gemm" else other[:0], torch.zeros_like(counts)
+    if name == "expert_ffn":
+        rows, weight, w_in, w_out, counts, each, activation = arguments
+        weight = None if weight is None else weight[:0]
+        return rows[:0], weight, w_in, w_out, counts * 0, None if each is None else 0, activation
+    return tuple(a[:0] if torch.is_tensor(a) else a for a in arguments)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "offset", "no rows"])
+@pytest.mark.parametrize(("name", "change"), VARIANTS + ACTIVATION_VARIANTS, ids=named)
+def test_fake_and_meta_kernels_know_shapes_dtypes_and_strides(name, change, layout):
+    arguments = double(name, change, layout)
+    if layout == "no rows":
+        arguments = without_rows(name, arguments)
+    real = call(name, *arguments)
+    with FakeTensorMode() as mode:
+        fake = call(name, *(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments))
+    meta = call(name, *(a.to("meta") if torch.is_tensor(a) else a for a in arguments))
+    with torch.no_grad():
+        twin = plain(name)(*arguments)
+    for other in (fake, meta, twin):
+        for one, two in zip(as_tuple(real), as_tuple(other), strict=True):
+            assert (one.shape, one.dtype) == (two.shape, two.dtype)
+            assert one.numel() == 0 or one.stride() == two.stride()
+
+
+def test_moves_have_second_derivatives():
+    token = torch.tensor([2, 0, 2])
+    rows, x = randn(0, 3, 2).double().requires_grad_(), randn(1, 4, 2).double().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert gradgradcheck(lambda r: ops.combine(r, None, token, 4), rows)
+        assert gradgradcheck(lambda x: ops.permute(x, token), x)
+
+
+@pytest.mark.parametrize("name", ["route_topk", "combine", "activate", "grouped_gemm", "expert_ffn"])
+def test_second_derivatives_that_do_not_exist_are_refused(name):
+    """Not taken for zero with a warning, as PyTorch would."""
+    arguments = double(name, PLAIN if name == "route_topk" else {})
+    leaves = [a for a in arguments if torch.is_tensor(a) and a.requires_grad]
+    outputs = as_tuple(getattr(ops, name)(*arguments))
+    total = sum(out.pow(2).sum() for out in outputs if out.requires_grad)
+    gradients = torch.autograd.grad(total, leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        sum(g.pow(2).sum() for g in gradients).backward()
+
+
+def moe(logits_TE, x_TD, weight_EDF):
+    """A layer's operators from logits to output, without capacity."""
+    (tokens, experts), top_k = logits_TE.shape, 2
+    valid_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
+    _, ids_TK, weights_TK, active_TK = ops.route_topk(
+        logits_TE, valid_T, None, None, None, top_k, True, "all", 0.5, 0, 0
+    )
+    expert_A = ids_TK.flatten()
+    _, demand_GE = ops.assign_slots(expert_A, expert_A * 0, active_TK.flatten(), 1, experts, ops.DROPLESS)
+    order_A = expert_A.argsort(stable=True)
+    token_A = order_A // top_k
+    rows_AF = ops.grouped_gemm(ops.permute(x_TD, token_A), weight_EDF, demand_GE[0])
+    return ops.combine(rows_AF, weights_TK.flatten().index_select(0, order_A), token_A, tokens)
+
+
+def test_compiles_into_one_graph_for_any_number_of_tokens():
+    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (6, 9):
+        inputs = [randn(tokens, tokens, 3), randn(1, tokens, 4), randn(2, 3, 4, 5)]
+        results = []
+        for function in (moe, compiled):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            y_TD = function(*leaves)
+            results.append([y_TD, *torch.autograd.grad(y_TD.pow(2).sum(), leaves)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+AUTOCAST = [
+    ("route_topk", {}, ["float32", "int64", "float32", "bool"]),
+    ("assign_slots", {}, ["int64", "int64"]),
+    ("permute", {}, ["float32"]),
+    ("permute", {"x": torch.ones(4, 3).half()}, ["float16"]),
+    ("combine", {}, ["float32"]),
+    ("combine", {"rows": torch.ones(4, 3).bfloat16()}, ["bfloat16"]),
+    ("combine_backward", {"weight": torch.ones(4).double()}, ["float32", "float64"]),
+    ("activate", {}, ["float32"]),
+    ("grouped_gemm", {}, ["bfloat16"]),
+    ("grouped_gemm", {"weight": torch.ones(2, 3, 5).half()}, ["bfloat16"]),
+    (
+        "grouped_gemm",
+        {"rows": torch.ones(4, 3).double(), "weight": torch.ones(2, 3, 5).double()},
+        ["float64"],
+    ),
+    ("grouped_gemm_weight_grad", {}, ["float32"]),
 ]
 
 
-def operator(name):
-    base = name.removesuffix("_raw").removesuffix("_plain")
-    return getattr(torch.ops.epmoe, base)
+@pytest.mark.parametrize(("name", "change", "dtypes"), AUTOCAST, ids=lambda v: None)
+def test_autocast_casts_the_expert_gemm_only(name, change, dtypes):
+    arguments = (small(name) | change).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = as_tuple(call(name, *arguments))
+    assert [str(out.dtype) for out in outputs] == [f"torch.{dtype}" for dtype in dtypes]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name):
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.library.opcheck(operator(name).default, arguments(name), test_utils=checks)
-
-
-@pytest.mark.parametrize("tokens", [0, 5])
-@pytest.mark.parametrize("name", NAMES)
-def test_fake_and_meta_kernels_know_shapes_and_dtypes(name, tokens):
-    real = operator(name)(*arguments(name, tokens))
-    with FakeTensorMode() as mode:
-        fake = operator(name)(
-            *(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments(name, tokens))
-        )
-    meta = operator(name)(*(a.to("meta") if torch.is_tensor(a) else a for a in arguments(name, tokens)))
-    for other in (fake, meta):
-        pairs = zip(real, other, strict=True) if isinstance(real, tuple) else [(real, other)]
-        for one, two in pairs:
-            assert (one.shape, one.dtype) == (two.shape, two.dtype)
-            assert one.numel() == 0 or one.stride() == two.stride()
+def test_autocast_leaves_gradients_in_the_dtype_of_their_tensors():
+    leaves = [randn(0, 4, 3), randn(1, 4, 6), randn(2, 3, 6, 5)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", torch.bfloat16):
+        y_TD = moe(*leaves)
+    assert y_TD.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y_TD.float().sum(), leaves)
+    assert [g.dtype for g in gradients] == [torch.float32] * 3
 
 
 def test_kernel_status_names_what_runs():

@@ -52,7 +52,7 @@ def randn(seed, *shape, dtype=torch.float32):
 
 
 def randint(seed, bound, count):
-    return torch.randint(0, bound, (count,), generator=torch.Generator().manual_seed(SEED + seed))
+    return torch.randint(0, max(bound, 1), (count,), generator=torch.Generator().manual_seed(SEED + seed))
 
 
 # ------------------------------------------------------------------------------------------- routing
@@ -89,23 +89,19 @@ def check_ties(call: Call, top_k):
     assert ids_TK.tolist() == [ordered[:top_k], ordered[:top_k], (ordered[40:] + ordered[:40])[:top_k]]
 
 
-def check_draws(call: Call, count):
+def check_draws(call: Call, count, part=0):
     """A decision between two logits compares the draw with a number of our choice: one just above and one just
     below what the reference draws, half a step of the draws away, leave no other draw possible."""
-    seed, layer = -(2**61) + 12345, 40000
-    sample_T = randint(0, 2**40, count)
-    position_T = randint(1, 2**31, count)
-    draw_T = philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0].double()
-
-    def active(threshold_T):
-        logits = torch.stack((torch.zeros(count, dtype=torch.float64), -(2 / threshold_T - 1).log()), dim=1)
-        counters = (None, sample_T, position_T)
-        valid = torch.ones(count, dtype=torch.bool)
-        return call("route_topk", logits, valid, *counters, 2, True, "random", 0.5, seed, layer)[3][:, 1]
-
-    assert active(draw_T + 2.0**-25).all()
-    below = draw_T > 0
-    assert not active((draw_T - 2.0**-25).clamp_min(2.0**-30))[below].any()
+    seed, layer = (part - 76) * (2**56 + 12345), (40000 + part * 429) % 2**16
+    sample_T, position_T = randint(part, 2**40, count), randint(part + 1, 2**32, count)
+    counters, valid = (sample_T, position_T), torch.ones(count, dtype=torch.bool)
+    draw_T = philox.uniform(seed, philox.SECOND_EXPERT, layer, *counters, 1)[:, 0].double()
+    for step in (2.0**-25, -(2.0**-25)):
+        threshold_T = (draw_T + step).clamp_min(2.0**-30)
+        logits = torch.stack((torch.zeros_like(draw_T), -(2 / threshold_T - 1).log()), dim=1)
+        routing = (logits, valid, None, *counters, 2, True, "random", 0.5, seed, layer)
+        used_T = call("route_topk", *routing)[3][:, 1]
+        assert torch.equal(used_T, threshold_T > draw_T)
 
 
 def check_experts_out_of_range(call: Call):
