@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ LISTS = [
     (0, []),
 ]
 JUNK = [math.nan, math.inf, -math.inf, 3e38]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every new tensor is filled with NaN, so that what a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
 
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)
 lists = pytest.mark.parametrize(("num_tokens", "tokens"), LISTS)
