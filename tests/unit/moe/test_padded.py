@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -223,14 +225,15 @@ def fake_outcome(layer, x_BSD, ctx):
                 setattr(module, name, mode.from_tensor(parameter))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, mode.from_tensor(buffer))
-        fields = {"valid_BS": ctx.valid_BS, "sample_B": ctx.sample_B}
-        fake_ctx = TokenContext(**{k: v if v is None else mode.from_tensor(v) for k, v in fields.items()})
-        outcome(layer, mode.from_tensor(x_BSD), fake_ctx)
+        fields = {field.name: getattr(ctx, field.name) for field in dataclasses.fields(ctx)}
+        given = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+        outcome(layer, mode.from_tensor(x_BSD), TokenContext(**given))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "base"])
 def test_no_content_decides_anything(name):
-    """Routing, dispatch, experts, combine, losses, metrics and the whole backward pass."""
+    """Routing, dispatch, experts, combine, losses, metrics and the whole backward pass. Only BASE's exact assignment is
+    solved on the host."""
     moe = config(name, num_experts=4, capacity_factor=0.7)
     x_BSD = tokens(2, 6)
     fake_outcome(layer_of(moe, VARIANTS[0]), x_BSD, context(x_BSD, "some"))
