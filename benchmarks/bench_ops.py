@@ -255,7 +255,9 @@ def main() -> None:
     """Runs the benchmark."""
     parser = arguments_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=None, help="samples of each contender; default 7")
-    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them; default all")
+    parser.add_argument(
+        "--sweeps", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them; default all"
+    )
     parser.add_argument(
         "--new-pages", action="store_true", help="CPU: let freed memory go back to the system"
     )
