@@ -182,9 +182,8 @@ def bench(shell: Shell) -> Iterator[Row]:
     _, seconds = shell.run(*PYTHON, "benchmarks/bench_ops.py", "--sweeps", "base", *out, str(results))
     yield from operator_rows(shell, json.loads(results.read_text(encoding="utf-8")), seconds)
     for number, sizes in enumerate(LAYERS):
-        name = " ".join(f"{size}={value}" for size, value in sizes.items())
         if number == 1 and shell.gpu_gib < LARGE_GIB:
-            yield shell.row(f"layer {name}", f"not run: wants {LARGE_GIB:.0f} GiB of GPU memory")
+            yield shell.row(f"layer {sizes}", f"not run: wants {LARGE_GIB:.0f} GiB of GPU memory")
             continue
         results = shell.folder / f"layer-{number}.json"
         shape = [word for size, value in sizes.items() for word in (f"--{size}", str(value))]
@@ -200,7 +199,7 @@ def train(shell: Shell) -> Iterator[Row]:
     from epmoe.observe.record import read_records
 
     out = shell.folder / "run"
-    _, seconds = shell.run(*PYTHON, "-m", "epmoe", "train", CONFIG, f"out={out}")
+    _, seconds = shell.run(*PYTHON, "-m", "epmoe", "train", CONFIG, f"out={out}", "train.device=cuda")
     config = load_config(ROOT / CONFIG)
     # The corpus is large enough for the whole vocabulary.
     sizes = (config.model, config.moe, config.data.vocab_size)
@@ -224,12 +223,10 @@ PARTS: dict[str, Callable[[Shell], Iterator[Row]]] = {
 # -------------------------------------------------------------------------------------------- from results
 def count_tests(report: Path) -> tuple[int, int]:
     """Kernel tests that passed, and what was skipped, from pytest's report (all others would have failed it)."""
-    tests = [
-        (case.get("classname", ""), case.find("skipped"))
-        for case in ElementTree.parse(report).iter("testcase")
-    ]
-    passed = sum(skipped is None and name.endswith("test_kernels") for name, skipped in tests)
-    return passed, sum(skipped is not None for _, skipped in tests)
+    tests = list(ElementTree.parse(report).iter("testcase"))
+    ran = [test for test in tests if test.find("skipped") is None]
+    passed = sum(test.get("classname", "").endswith("test_kernels") for test in ran)
+    return passed, len(tests) - len(ran)
 
 
 def operator_rows(shell: Shell, result: Mapping[str, Any], seconds: float) -> Iterator[Row]:
@@ -248,18 +245,15 @@ def layer_rows(shell: Shell, result: Mapping[str, Any], seconds: float) -> Itera
     """Forward and backward relative to balanced products, and whether plain PyTorch gets the same."""
     for case in result["cases"]:
         sizes = case["shape"]
-        name = " ".join(f"{short}={sizes[long]}" for short, long in (("D", "d_model"), ("F", "d_ff")))
-        name = f"layer {name} E={sizes['num_experts']} {sizes['activation']}"
+        name = f"layer D={sizes['d_model']} F={sizes['d_ff']} E={sizes['num_experts']} {sizes['activation']}"
         rows = {row["contender"]: row for row in case["rows"]}
         share = rows["epmoe"]["share_of_bound"]["median"]
         judged = shell.against(f">= {LAYER_SHARE}", share >= LAYER_SHARE)
         yield shell.row(f"{name}, speed of balanced bmm", f"{share:.3f}", seconds, **judged)
-        same = ORACLE in rows
-        value = (
-            f"differs by {rows[ORACLE]['difference']['output']:.0e}"
-            if same
-            else case["unavailable"].get(ORACLE, "")
-        )
+        if same := ORACLE in rows:
+            value = f"differs by {rows[ORACLE]['difference']['output']:.0e}"
+        else:
+            value = case["unavailable"][ORACLE]
         yield shell.row(f"{name}, plain PyTorch", value, seconds, bar="the same result", passed=same)
 
 
