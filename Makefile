@@ -1,4 +1,4 @@
-# make train | test | sanitize | check | bench | build | cuda-check | wheel
+# make train | test | sanitize | check | bench | build | cuda-check | gpu-check | wheel
 #
 # Without PYTHON these work in .venv, which is made when there is none and brought up to date when
 # pyproject.toml, setup.py, constraints.txt or csrc/ change. With PYTHON=python3 (or any other interpreter)
@@ -12,10 +12,11 @@ endif
 RANKS ?= 2
 ARGS ?=
 PYTEST_ARGS ?=
+PART ?=
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test sanitize check bench build cuda-check wheel
+.PHONY: help train test sanitize check bench build cuda-check gpu-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
@@ -25,6 +26,7 @@ help:
 	@echo "make bench   every benchmark; ARGS=--quick shows in seconds that they run"
 	@echo "make build   compile the native kernels in place, with the torch of PYTHON and no network"
 	@echo "make cuda-check   only compile the CUDA kernels: needs nvcc, neither a GPU nor a torch with CUDA"
+	@echo "make gpu-check    build, tests, benchmarks and a training run on one GPU; PART=build|test|bench|train: one of them"
 	@echo "make wheel   a wheel with the native kernels in dist/"
 	@echo "PYTHON=...   use this interpreter as it is and install nothing"
 
@@ -45,7 +47,7 @@ check: $(READY)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 bench: $(READY)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; PYTHONPATH=. $(PYTHON) "$$script" $(ARGS); done
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) "$$script" $(ARGS); done
 
 build: $(READY)
 	EPMOE_NATIVE=1 $(PYTHON) setup.py --quiet build_ext --inplace --force
@@ -53,6 +55,9 @@ build: $(READY)
 
 cuda-check: $(READY)
 	$(PYTHON) setup.py --quiet cuda_check
+
+gpu-check: $(READY)
+	$(PYTHON) benchmarks/gpu_check.py $(PART)
 
 wheel: $(READY)
 	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -156,17 +156,21 @@ def assign_slots(inputs: Inputs) -> OpCase:
     num_experts = inputs.shape.num_experts
     expert_A = inputs.expert_A
 
-    def one_hot() -> Outputs:
-        mask_AE = F.one_hot(expert_A, num_experts)
-        slot_A = (mask_AE.cumsum(0) - 1).gather(1, expert_A.unsqueeze(1)).squeeze(1)
-        return slot_A, mask_AE.sum(0, keepdim=True)
-
     values = (expert_A, inputs.group_A, inputs.active_A, 1, num_experts, DROPLESS)
     return OpCase(
         name="assign_slots",
-        contenders={**twins("assign_slots", *values), "one-hot cumsum": one_hot},
+        contenders={
+            **twins("assign_slots", *values),
+            "one-hot cumsum": lambda: _one_hot_slots(expert_A, num_experts),
+        },
         bound_bytes=expert_A.numel() * (3 * INDEX_BYTES + 1) + num_experts * INDEX_BYTES,
     )
+
+
+def _one_hot_slots(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    mask_AE = F.one_hot(expert_A, num_experts)
+    slot_A = (mask_AE.cumsum(0) - 1).gather(1, expert_A.unsqueeze(1)).squeeze(1)
+    return slot_A, mask_AE.sum(0, keepdim=True)
 
 
 def routing_prologue(inputs: Inputs) -> OpCase:
@@ -180,9 +184,17 @@ def routing_prologue(inputs: Inputs) -> OpCase:
         listed = (id_TK.t().reshape(-1), inputs.group_A, active_TK.t().reshape(-1))
         return weight_TK, *kernels.assign_slots(*listed, 1, shape.num_experts, DROPLESS)
 
+    def plain() -> Outputs:
+        chosen_TK, id_TK = inputs.logits_TE.topk(shape.top_k, dim=-1)
+        return chosen_TK.softmax(-1), *_one_hot_slots(id_TK.t().reshape(-1), shape.num_experts)
+
     return OpCase(
         name=PROLOGUE,
-        contenders={"native": lambda: prologue(ops), "reference": lambda: prologue(reference)},
+        contenders={
+            "native": lambda: prologue(ops),
+            "reference": lambda: prologue(reference),
+            "topk, one-hot cumsum": plain,
+        },
         bound_bytes=route_topk(inputs).bound_bytes + assign_slots(inputs).bound_bytes,
     )
 

@@ -7,16 +7,26 @@ import time
 
 import torch
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bfloat16 peak of GPUs by a part of their name, from the makers' data sheets."""
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Dense bfloat16 peak of GPUs by a part of their name, from the makers' data sheets; the first that fits."""
+
+
+def peak_of(name: str) -> float | None:
+    """Peak of a GPU in FLOP/s by the name torch gives it, None where it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak of one device in FLOP/s, None where it is not known (CPUs among them)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def memory_gib(device: torch.device) -> float:

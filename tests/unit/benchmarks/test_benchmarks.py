@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,17 +72,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: json.loads((base / f"{name}.json").read_text()) for name in extra}
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The benchmarks' own modules can be imported."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
-
-
 def test_every_result_says_where_it_comes_from(results: dict[str, Any]) -> None:
     for result in results.values():
         assert {"device", "kernels", "load_average", "commit", "command", "hardware"} <= result.keys()
@@ -129,6 +117,20 @@ def test_a_step_is_split_into_parts(results: dict[str, Any]) -> None:
         assert all(row["shares"][part] > 0 for part in ("attention", "head and loss", "optimizer"))
     assert all(sparse["shares"][part] > 0 for part in ("routing", "row moves", "expert GEMM"))
     assert dense["shares"]["routing"] == dense["shares"]["expert GEMM"] == 0.0
+
+
+@pytest.mark.usefixtures("bench")
+def test_the_gpu_check_reads_these_results(results: dict[str, Any], tmp_path: Path) -> None:
+    from gpu_check import MOVES, Shell, layer_rows, operator_rows
+
+    shell = Shell(part="bench", gpu="NVIDIA H100 80GB HBM3", gpu_gib=79.1, folder=tmp_path)
+    rows = list(operator_rows(shell, results["ops"], 1.0))
+    assert len(rows) == len(MOVES) + 1
+    assert rows[-1].what.startswith("routing prologue")
+    speed, same = layer_rows(shell, results["layer"], 1.0)
+    assert "swiglu" in speed.what
+    assert same.passed
+    assert same.value.startswith("differs by")
 
 
 @pytest.mark.usefixtures("bench")
