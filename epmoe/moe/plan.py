@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from epmoe.ops import DROPLESS, UNFILLED, assign_slots
 from epmoe.types import DispatchPlan, Routing
 
 
-@torch.compiler.assume_constant_result  # plain numbers in and out: nothing for a compiler to look into
 def expert_capacity(moe: MoEConfig, group_size: int, *, training: bool) -> int:
     """Slots per expert and group, C; ``DROPLESS`` (-1) where there is no limit.
 
@@ -29,13 +27,22 @@ def expert_capacity(moe: MoEConfig, group_size: int, *, training: bool) -> int:
     static group size, padding included, so that C is equal on all ranks. The factor is taken as the decimal number
     the user wrote: 1.1 * 10 slots are 11, not 12.
     """
+    share: tuple[int, int] | None = _slots_per_token(moe, training)
+    if share is None:
+        return DROPLESS
+    numerator, denominator = share
+    slots = min(group_size, max(moe.min_capacity, -(-numerator * group_size // denominator)))
+    return -(-slots // moe.capacity_multiple) * moe.capacity_multiple
+
+
+@torch.compiler.assume_constant_result  # the same for every batch, and nothing for a compiler to look into
+def _slots_per_token(moe: MoEConfig, training: bool) -> tuple[int, int] | None:
+    """Numerator and denominator of cf * (K if per_assignment else 1) / E; None = no limit."""
     factor = moe.capacity_factor if training else moe.capacity_factor_eval
     if factor is None:
-        return DROPLESS
+        return None
     per_token = moe.top_k if moe.capacity_unit == "per_assignment" else 1
-    even = Fraction(str(factor)) * per_token * group_size / moe.num_experts
-    slots = min(group_size, max(moe.min_capacity, ceil(even)))
-    return -(-slots // moe.capacity_multiple) * moe.capacity_multiple
+    return (Fraction(str(factor)) * per_token / moe.num_experts).as_integer_ratio()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

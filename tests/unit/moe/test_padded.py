@@ -270,15 +270,18 @@ def test_neither_do_the_experts_inside():
 
 # ------------------------------------------------------------------------------------------- compiling
 def compiled_equals_eager(backend):
-    """One graph forward, one backward; a second batch of the same shape does not compile again."""
-    for save in ("output", "hidden"):
-        moe = config("gshard_random", num_experts=4, capacity_factor=0.7, min_capacity=0)
+    """One graph forward, one backward. Another batch of the same shape does not compile again; the first one of another
+    shape does, with sizes left open, and then no other."""
+    for group, save in (("sequence", "output"), ("rank", "hidden")):
+        moe = config("gshard_random", num_experts=4, capacity_factor=0.7, group=group, allow_non_causal=True)
         layer = layer_of(moe, {"dispatcher": "padded", "save": save})
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend=backend)
-        for seed in (0, 1):
-            x_BSD = tokens(2, 6, seed=seed)
-            with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
+        for seed, (shape, known) in enumerate(
+            (((2, 6), False), ((2, 6), True), ((3, 9), False), ((5, 7), True))
+        ):
+            x_BSD = tokens(*shape, seed=seed)
+            with torch.compiler.set_stance("fail_on_recompile" if known else "default"):
                 assert_same_function(compiled, layer, x_BSD, context(x_BSD, "some"))
 
 
