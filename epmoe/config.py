@@ -170,11 +170,12 @@ class MoEConfig(Section):
     dispatcher: Literal["auto", "local", "all_to_all", "padded"] = "auto"
     """How rows reach their experts: reordered on a rank that holds all of them; exactly the kept rows between ranks;
     or blocks of the full capacity, whose static shapes need no word from the device (one rank or several; dropless
-    passes are ragged). ``auto``: padded between CUDA ranks with a capacity factor, else local or all_to_all."""
+    passes are ragged). ``auto``: padded on CUDA with a capacity factor, else local or all_to_all."""
     save: Literal["output", "hidden"] = "output"
     """What a layer keeps of the experts' work for the backward pass besides the rows and their pre-activation: their
-    results, or (``hidden``) nothing, because the combine weights are applied inside the experts. Less memory; with
-    experts on several ranks one more small exchange in each direction."""
+    results, or (``hidden``) nothing, because the combine weights are applied inside the experts. One row less for
+    every row that the experts get; with experts on several ranks one more small exchange in each pass, of a weight for
+    every row. Experts that are modules of yours keep what they keep, and their results."""
     losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = Field(
         default={"balance": 0.01, "z": 0.001}
     )

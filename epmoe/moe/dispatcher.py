@@ -69,7 +69,7 @@ class AllToAllDispatcher:
     """Experts spread over the ranks of a group in ascending order; exactly the kept rows travel (ragged).
 
     Costs per layer: forward one exchange of counts, one device-to-host copy (how many rows go where) and two
-    exchanges of rows; backward two exchanges of rows; with ``weigh_rows`` one more, small, in each direction.
+    exchanges of rows; backward two exchanges of rows; with ``weigh_rows`` one more, small, in each pass.
     What the experts cost is theirs.
 
     Args:
@@ -113,6 +113,10 @@ class PaddedDispatcher:
     So a layer can be compiled in one piece and captured in a CUDA graph; what travels and what the experts multiply is
     the capacity and not the kept rows. Without a capacity there is no such block: those passes (evaluation, as a rule)
     go the ragged way.
+
+    Costs per layer: two exchanges of rows in each pass, no exchange of counts and no copy to the host; with
+    ``weigh_rows`` one more exchange, small, in each pass. Experts that are modules also see the zero rows; what they
+    make of them is thrown away.
 
     Args:
         group: The ranks that share the experts, which feed the same number of tokens; None = all of the job.
