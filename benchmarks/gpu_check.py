@@ -2,10 +2,10 @@
 
     make gpu-check [PART=build|test|bench|train] [PYTHON=python3]
 
-Every part ends after at most 8 minutes and can be run alone; what one says does not depend on another, but that the
-kernels are built. A part that fails is shown with the end of its output, and the others still run. At the end there is
-one table, also written to ``results/gpu-check-<machine>.md``. The exit code is 1 when anything failed, and 0 with one
-line where there is no GPU. Bars are those of an H100; on other GPUs they are shown and decide nothing.
+Every part ends after at most 8 minutes and, once the kernels are built, can be run alone. A part that fails is shown
+with the end of its output, and the others still run. At the end there is one table, also written to
+``results/gpu-check-<machine>.md``. The exit code is 1 when anything failed, and 0 with one line where there is no GPU.
+Bars are those of an H100; on other GPUs they are shown and decide nothing.
 """
 
 from __future__ import annotations
@@ -212,12 +212,7 @@ def train(shell: Shell) -> Iterator[Row]:
     yield from speed_rows(shell, records, flops_per_token(*sizes, config.data.seq_len), seconds)
 
 
-PARTS: dict[str, Callable[[Shell], Iterator[Row]]] = {
-    "build": build,
-    "test": test,
-    "bench": bench,
-    "train": train,
-}
+PARTS = {part.__name__: part for part in (build, test, bench, train)}
 
 
 # -------------------------------------------------------------------------------------------- from results
@@ -343,7 +338,8 @@ def missing_packages() -> list[str]:
     """What this Python lacks of what the project, its build and its tests import."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = [re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]]
-    imported = {"pyyaml": "yaml", "tensorboard": "torch"}  # a run does without TensorBoard
+    names.remove("tensorboard")  # a run does without
+    imported = {"pyyaml": "yaml"}
     return [name for name in (*names, "setuptools", "pytest") if find_spec(imported.get(name, name)) is None]
 
 
