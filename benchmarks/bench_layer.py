@@ -46,7 +46,7 @@ from layers import (
 )
 from parts import MOE_RULES, MOVES, ROUTING, moe_labels, part_times, peak_bytes, saved_bytes
 from peers import PEERS
-from plot import Bar, bar_chart
+from plot import Bar, bar_chart, share_bar
 from rich.progress import Progress
 from torch import Tensor
 
@@ -293,17 +293,7 @@ def picture(cases: Sequence[dict[str, Any]], labels: Sequence[str], facts: dict[
         shares: list[tuple[str, Spread]] = [
             (row["contender"], row["share_of_bound"]) for row in case["rows"] if row["contender"] != "bound"
         ]
-        return [
-            Bar(
-                label=name,
-                value=s.median,
-                text=f"{s.median:.0%}",
-                low=s.low,
-                high=s.high,
-                ours=name == "epmoe",
-            )
-            for name, s in shares
-        ]
+        return [share_bar(name, share, ours=name == "epmoe") for name, share in shares]
 
     return bar_chart(
         "A mixture-of-experts layer, forward and backward",

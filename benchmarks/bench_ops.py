@@ -43,7 +43,7 @@ from operators import (
     make_inputs,
     transformer_engine,
 )
-from plot import Bar, bar_chart
+from plot import Bar, bar_chart, share_bar
 from torch import Tensor
 
 SWEEPS = ("base", "dtype", "E", "T", "K", "D")
@@ -231,16 +231,7 @@ def picture(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
                 if row["sweep"] == "base" and name != "native"
                 else f"{name}, E={sizes['num_experts']} {kind}"
             )
-            groups.setdefault(row["op"], []).append(
-                Bar(
-                    label=label,
-                    value=share.median,
-                    text=f"{share.median:.0%}",
-                    low=share.low,
-                    high=share.high,
-                    ours=name == "native",
-                )
-            )
+            groups.setdefault(row["op"], []).append(share_bar(label, share, ours=name == "native"))
     return bar_chart(
         "Operators against the bound",
         f"torch {facts['versions']['torch']}, {facts['device']}, {facts['threads_per_rank']} threads, kernels "

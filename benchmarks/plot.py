@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from common import Spread
+
 from epmoe.observe.chart import nice_ticks
 
 WIDTH, LEFT, RIGHT, TOP = 960, 250, 150, 84
@@ -31,6 +33,13 @@ class Bar:
     low: float | None = None
     high: float | None = None
     ours: bool = False
+
+
+def share_bar(label: str, share: Spread, *, ours: bool) -> Bar:
+    """A bar for a share of something, as a percentage with its quartiles."""
+    return Bar(
+        label=label, value=share.median, text=f"{share.median:.0%}", low=share.low, high=share.high, ours=ours
+    )
 
 
 def bar_chart(

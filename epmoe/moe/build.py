@@ -230,6 +230,6 @@ def build_moe_layer(
     )
     layer_class = soft.SoftMoELayer if moe.router.name == "soft" else MoELayer
     moe_layer = layer_class(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
-    if moe.dispatcher == "padded" or moe.router.no_capacity:
-        moe_layer.dispatcher = PaddedDispatcher(None, local=True, weigh_rows=moe.save == "hidden")
+    if moe.dispatcher != "all_to_all":  # which needs ranks; until then the layer keeps its local one
+        moe_layer.dispatcher = build_dispatcher(moe, None, ep_size=1, device_type="cpu")
     return moe_layer

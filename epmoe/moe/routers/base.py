@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from epmoe.config_routers import BaseOptions
-from epmoe.moe.routers.common import Choices, as_routing, groups_of, top_ids
+from epmoe.moe.routers.common import Choices, as_routing, groups_of, probabilities, top_ids
 from epmoe.moe.routers.family import Family, FloatArray
 from epmoe.ops.reference import usable_rows
 from epmoe.types import RouterInputs, Routing
@@ -37,7 +37,7 @@ def route(inputs: RouterInputs, options: BaseOptions, top_k: int = 1) -> Routing
     """
     logits_TE = inputs.logits_TE
     usable_T = usable_rows(logits_TE, inputs.valid_T)
-    clean_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
+    clean_TE, probs_TE = probabilities(logits_TE, usable_T)
     if inputs.training:
         ids_T1 = _assigned(inputs, clean_TE.detach(), usable_T).unsqueeze(1)
     else:
@@ -45,7 +45,7 @@ def route(inputs: RouterInputs, options: BaseOptions, top_k: int = 1) -> Routing
     chosen_T1 = clean_TE.gather(1, ids_T1)
     active_T1 = usable_T.unsqueeze(1) & chosen_T1.isfinite()
     choices = Choices(
-        probs_TE=clean_TE.softmax(-1) * usable_T.unsqueeze(1),
+        probs_TE=probs_TE,
         ids_TK=ids_T1,
         weights_TK=chosen_T1.sigmoid() * active_T1,
         active_TK=active_T1,

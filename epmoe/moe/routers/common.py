@@ -123,16 +123,21 @@ def count_broken(valid_T: Tensor, usable_T: Tensor, logits_TE: Tensor) -> Tensor
     return (valid_T & ~usable_T & (logits_TE != -torch.inf).any(-1)).sum()
 
 
+def probabilities(logits_TE: Tensor, usable_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with 0 in the rows of tokens that are not usable, and their softmax, which is 0 in these rows."""
+    unusable_T1 = ~usable_T.unsqueeze(1)
+    clean_TE = logits_TE.masked_fill(unusable_T1, 0.0)
+    return clean_TE, clean_TE.softmax(-1).masked_fill(unusable_T1, 0.0)
+
+
 def scored(logits_TE: Tensor, usable_T: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities, and log-probabilities for comparing tokens -> ``probs_TE`` (zero rows where not usable) and int64
     ``score_TE``, in steps of 1/PRIORITY_STEPS from float64: equal ones tie whatever their last bits.
 
     Where an expert is not available, or a token not usable, the score is ``UNAVAILABLE``.
     """
-    unusable_T1 = ~usable_T.unsqueeze(1)
-    clean_TE = logits_TE.masked_fill(unusable_T1, 0.0)
-    probs_TE = clean_TE.softmax(-1).masked_fill(unusable_T1, 0.0)
-    closed_TE = unusable_T1 | (clean_TE == -torch.inf)
+    clean_TE, probs_TE = probabilities(logits_TE, usable_T)
+    closed_TE = ~usable_T.unsqueeze(1) | (clean_TE == -torch.inf)
     log_TE = clean_TE.detach().double().log_softmax(-1).masked_fill(closed_TE, 0.0)
     score_TE = (log_TE * PRIORITY_STEPS).round().long()
     return probs_TE, score_TE.masked_fill(closed_TE, UNAVAILABLE)

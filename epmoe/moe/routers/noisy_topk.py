@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epmoe.config_routers import NoisyTopKOptions
-from epmoe.moe.routers.common import as_routing, choose, drawn_normal, numbers_given, top_ids
+from epmoe.moe.routers.common import as_routing, choose, drawn_normal, numbers_given, probabilities, top_ids
 from epmoe.moe.routers.family import Family, Part, zeros
 from epmoe.moe.routers.topk import normalizes
 from epmoe.ops import philox
@@ -43,8 +43,7 @@ def route(inputs: RouterInputs, options: NoisyTopKOptions, top_k: int) -> Routin
         load_TE = win_probability(clean_TE, noisy_TE, scale_TE, top_k, usable_T, own=paper)
         load_E = load_TE.sum(0)
     if not paper:
-        unusable_T1 = ~usable_T.unsqueeze(1)
-        importance_E = clean_TE.masked_fill(unusable_T1, 0.0).softmax(-1).masked_fill(unusable_T1, 0.0).sum(0)
+        importance_E = probabilities(clean_TE, usable_T)[1].sum(0)
     return as_routing(inputs, options, choices, logits_TE=noisy_TE, load_E=load_E, importance_E=importance_E)
 
 

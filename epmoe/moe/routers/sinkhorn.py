@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from epmoe.config_routers import SinkhornOptions
-from epmoe.moe.routers.common import PRIORITY_STEPS, UNAVAILABLE, Choices, as_routing, groups_of, top_ids
+from epmoe.moe.routers.common import (
+    PRIORITY_STEPS,
+    UNAVAILABLE,
+    Choices,
+    as_routing,
+    groups_of,
+    probabilities,
+    top_ids,
+)
 from epmoe.moe.routers.family import Family
 from epmoe.ops.reference import usable_rows
 from epmoe.types import RouterInputs, Routing
@@ -21,9 +29,7 @@ def route(inputs: RouterInputs, options: SinkhornOptions, top_k: int) -> Routing
     """
     logits_TE = inputs.logits_TE
     usable_T = usable_rows(logits_TE, inputs.valid_T)
-    unusable_T1 = ~usable_T.unsqueeze(1)
-    clean_TE = logits_TE.masked_fill(unusable_T1, 0.0)
-    probs_TE = clean_TE.softmax(-1).masked_fill(unusable_T1, 0.0)
+    clean_TE, probs_TE = probabilities(logits_TE, usable_T)
     preferred_TE = clean_TE
     if inputs.training:
         num_groups, size = groups_of(inputs)
