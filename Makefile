@@ -47,7 +47,7 @@ check: $(READY)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 bench: $(READY)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) "$$script" $(ARGS); done
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; THP_MEM_ALLOC_ENABLE=$${THP_MEM_ALLOC_ENABLE:-1} PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) "$$script" $(ARGS); done
 
 build: $(READY)
 	EPMOE_NATIVE=1 $(PYTHON) setup.py --quiet build_ext --inplace --force
