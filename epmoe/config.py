@@ -130,9 +130,15 @@ AUX_LOSSES = (
     "communication_balance",
 )
 GROUP_LOSSES = ("device_balance", "communication_balance")
+TASK_LOSSES = ("cooperative", "competitive", "mixture_nll", "edd")
 
 
 def _known_loss(name: str) -> str:
+    if name in TASK_LOSSES:
+        raise ValueError(
+            f"{name} is made from the target and every expert's own output, which a layer inside a model does not "
+            f"have; call it in your own training loop (epmoe.moe.mixture). Here: {', '.join(AUX_LOSSES)}"
+        )
     if name not in AUX_LOSSES:
         raise ValueError(f"unknown auxiliary loss; choices: {', '.join(AUX_LOSSES)}")
     return name
@@ -199,7 +205,7 @@ class MoEConfig(Section):
             values["router"] = router = {"name": router}
         if isinstance(router, dict):
             values["router"] = router = {"name": "gshard_top2", **router}
-        fixed = _fixed_top_k(router)
+        fixed = _fixed_top_k(router, values.get("num_experts", cls.model_fields["num_experts"].default))
         if fixed is not None:
             values.setdefault("top_k", fixed)
         return values
@@ -210,6 +216,11 @@ class MoEConfig(Section):
         if router.fixed_top_k not in (None, self.top_k):
             raise ValueError(
                 f"router {router.name} sends every token to {router.fixed_top_k} expert(s), got top_k={self.top_k}; "
+                f"leave top_k out, or use router: topk"
+            )
+        if router.every_expert and self.top_k != self.num_experts:
+            raise ValueError(
+                f"router {router.name} sends every token to all {self.num_experts} experts, got top_k={self.top_k}; "
                 f"leave top_k out, or use router: topk"
             )
         if self.top_k > self.num_experts:
@@ -239,10 +250,12 @@ def _names(wanted: Callable[[type[RouterOptions]], bool]) -> str:
     return ", ".join(name for name, cls in router_classes().items() if wanted(cls))
 
 
-def _fixed_top_k(router: Any) -> int | None:
+def _fixed_top_k(router: Any, num_experts: Any) -> int | None:
     """Experts per token of a router that is still a mapping, or already options."""
     if isinstance(router, dict):
         router = router_classes().get(str(router.get("name")))
+    if getattr(router, "every_expert", False) and isinstance(num_experts, int):
+        return num_experts
     return getattr(router, "fixed_top_k", None)
 
 
@@ -369,6 +382,15 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _losses_are_added(self) -> Config:
+        if self.moe is not None and getattr(self.moe.router, "router_loss", False):
+            raise ValueError(
+                "moe.router.router_loss says that a training loop of your own trains the router, and epmoe train has "
+                "none; leave it out, or use epmoe.moe.mixture in Python"
+            )
+        return self
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:

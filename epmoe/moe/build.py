@@ -30,7 +30,7 @@ from epmoe.moe.losses import (
     z_loss,
 )
 from epmoe.moe.router import Router
-from epmoe.moe.routers import deepseek, gshard_top2, hierarchical, noisy_topk, switch, topk
+from epmoe.moe.routers import deepseek, dense, gshard_top2, hierarchical, noisy_topk, switch, topk
 from epmoe.moe.routers.family import Family
 
 ROUTERS: dict[str, Family] = {
@@ -40,6 +40,7 @@ ROUTERS: dict[str, Family] = {
     "noisy_topk": noisy_topk.FAMILY,
     "hierarchical": hierarchical.FAMILY,
     "deepseek": deepseek.FAMILY,
+    "dense": dense.FAMILY,
 }
 
 

@@ -48,7 +48,7 @@ def compare(moe, x_BSD, ctx):
 @pytest.mark.parametrize("slot_order", ["choice_major", "token_major"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers(name, slot_order):
-    experts = {"two_levels_wide": 8, "v3": 8, "two_levels": 4, "v2": 4}.get(name, 5)
+    experts = {"two_levels_wide": 8, "v3": 8, "two_levels": 4, "v2": 4, "dense_groups": 4}.get(name, 5)
     moe = config(name, slot_order=slot_order, num_experts=experts, capacity_factor=0.5, min_capacity=0)
     x_BSD = tokens(3, 7)
     result = compare(moe, x_BSD, context(x_BSD, "some"))
