@@ -30,7 +30,7 @@ class ExpertOutputs:
     logits_TK: Tensor
     """The router's logits of these experts, differentiable; -inf where one was not evaluated (padding, dropped)."""
     expert_TK: Tensor
-    """int64: which experts they are."""
+    """int64: which experts they are; -1 where one was not evaluated."""
 
 
 def run_experts(
@@ -57,22 +57,19 @@ def run_experts(
     y_TO = LocalDispatcher().combine(rows_NO, routing, plan).to(x_BSD.dtype)
     num_tokens = x_BSD.shape[0] * x_BSD.shape[1]
     width = routing.token_A.shape[0] // num_tokens if num_tokens else layer.moe.top_k
-    outputs_TKO, expert_TK, evaluated_TK = _by_token(rows_NO, plan, routing, width)
+    outputs_TKO, expert_TK = _by_token(rows_NO, plan, routing, width)
     if probes:
         draws = layer.router.draws(ctx, x_BSD.shape[1], x_BSD.device)
         if draws is None:
             raise missing_draws("probes")
         extra = _probe_routing(routing, draws, probes)
-        found = (outputs_TKO, expert_TK, evaluated_TK)
-        probed = _by_token(*_rows(layer, x_BSD, ctx, extra, DROPLESS), extra, probes)
-        outputs_TKO, expert_TK, evaluated_TK = (
-            torch.cat(both, 1) for both in zip(found, probed, strict=True)
-        )
+        found = _by_token(*_rows(layer, x_BSD, ctx, extra, DROPLESS), extra, probes)
+        outputs_TKO, expert_TK = torch.cat((outputs_TKO, found[0]), 1), torch.cat((expert_TK, found[1]), 1)
     return ExpertOutputs(
         y_BSO=y_TO.unflatten(0, x_BSD.shape[:2]),
         report=layer.report(routing, plan, ctx, x_BSD.shape[1]),
         outputs_TKO=outputs_TKO,
-        logits_TK=routing.logits_TE.gather(1, expert_TK).masked_fill(~evaluated_TK, -torch.inf),
+        logits_TK=routing.logits_TE.gather(1, expert_TK.clamp(min=0)).masked_fill(expert_TK < 0, -torch.inf),
         expert_TK=expert_TK,
     )
 
@@ -81,8 +78,8 @@ def _check(layer: MoELayer, probes: int) -> None:
     if not isinstance(layer.dispatcher, LocalDispatcher):
         raise ValueError(
             f"the outputs of a token's experts can only be compared where all of them are, and with "
-            f"{type(layer.dispatcher).__name__} they are spread over ranks and come back as one sum: EDD and the losses "
-            f"of mixtures need parallel.ep_size=1 and dispatcher auto or local"
+            f"{type(layer.dispatcher).__name__} they are spread over ranks and come back as one sum: EDD and the "
+            f"losses of mixtures need parallel.ep_size=1 and dispatcher auto or local"
         )
     name = layer.moe.router.name
     if name not in SOFTMAX_ROUTERS:
@@ -118,18 +115,14 @@ def _rows(
     return mean_of(rows), plan
 
 
-def _by_token(
-    rows_NO: Tensor, plan: DispatchPlan, routing: Routing, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows at [token, choice], zeros elsewhere; the experts' numbers; and where there was a row."""
+def _by_token(rows_NO: Tensor, plan: DispatchPlan, routing: Routing, width: int) -> tuple[Tensor, Tensor]:
+    """Rows and the numbers of their experts at [token, choice]; zeros and -1 elsewhere."""
     num_tokens = routing.valid_T.shape[0]
-    place_A = routing.token_A * width + routing.choice_A
-    place_N = place_A[plan.assignment_N]
-    outputs = rows_NO.new_zeros(num_tokens * width, rows_NO.shape[1]).index_copy(0, place_N, rows_NO)
-    experts = torch.zeros_like(place_A).scatter(0, place_A, routing.expert_A)
-    evaluated = torch.zeros_like(routing.active_A).scatter(0, place_A, plan.slot_A >= 0)
-    shape = (num_tokens, width)
-    return outputs.view(*shape, rows_NO.shape[1]), experts.view(shape), evaluated.view(shape)
+    place_N = (routing.token_A * width + routing.choice_A)[plan.assignment_N]
+    outputs_XO = rows_NO.new_zeros(num_tokens * width, rows_NO.shape[1]).index_copy(0, place_N, rows_NO)
+    expert_X = torch.full((num_tokens * width,), -1, device=place_N.device)
+    expert_X = expert_X.index_copy(0, place_N, routing.expert_A[plan.assignment_N])
+    return outputs_XO.view(num_tokens, width, rows_NO.shape[1]), expert_X.view(num_tokens, width)
 
 
 def _probe_routing(routing: Routing, draws: Draws, probes: int) -> Routing:

@@ -83,9 +83,10 @@ class MoELayer(nn.Module):
     def route(self, x_BSD: Tensor, ctx: TokenContext) -> Routing:
         """The router's decision. Arguments as for ``forward``."""
         group_size, capacity = self.group_and_capacity(x_BSD)
-        return self.router(
+        routing: Routing = self.router(
             x_BSD.flatten(0, 1), ctx, seq_len=x_BSD.shape[1], group_size=group_size, capacity=capacity
         )
+        return routing
 
     def group_and_capacity(self, x_BSD: Tensor) -> tuple[int, int]:
         """Tokens that share a capacity, and each expert's slots among them."""

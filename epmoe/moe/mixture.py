@@ -155,7 +155,8 @@ def _similarity(outputs_TKO: Tensor, present_TK: Tensor, kind: str) -> tuple[Ten
     """Mean similarity over each token's pairs of outputs, 0 where there is no pair, and whether there is one."""
     outputs_TKO = torch.where(present_TK.unsqueeze(-1), outputs_TKO, 0.0)
     outputs_TKO = outputs_TKO.to(compute_dtype(outputs_TKO.dtype))
-    i_P, j_P = torch.triu_indices(*present_TK.shape[1:] * 2, offset=1, device=outputs_TKO.device)
+    width = present_TK.shape[1]
+    i_P, j_P = torch.triu_indices(width, width, offset=1, device=outputs_TKO.device)
     pair_TP = present_TK[:, i_P] & present_TK[:, j_P]
     if kind == "cosine":
         length_TK1 = outputs_TKO.square().sum(-1, keepdim=True).clamp(min=NORM_EPS**2).sqrt()
