@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -35,11 +35,9 @@ PIXELS, CLASSES = 64, 10
 BALANCE = 0.01
 BATCH = 128
 
-DENSE, SPARSE, TOP1 = (
-    {"name": "dense"},
-    {"name": "topk", "normalize": True},
-    {"name": "topk", "normalize": False},
-)
+DENSE: Mapping[str, object] = {"name": "dense"}
+SPARSE: Mapping[str, object] = {"name": "topk", "normalize": True}
+TOP1: Mapping[str, object] = {"name": "topk", "normalize": False}
 GATE_NOISE, INPUT_NOISE = {"gate": "uniform"}, {"draws": 10, "sigma": 0.1}
 
 
@@ -48,7 +46,7 @@ class Variant:
     """One row of the table."""
 
     name: str
-    router: dict[str, object]
+    router: Mapping[str, object]
     top_k: int | None = None
     probes: int = 0
     edd: EddOptions | None = None
@@ -72,7 +70,9 @@ def variants() -> list[Variant]:
         for kind, smoothing in (("gate noise", GATE_NOISE), ("10 noisy inputs", INPUT_NOISE)):
             router_S = {**router, "smoothing": smoothing}
             found.append(Variant(name=f"{name}, {kind}", router=router_S, top_k=top_k))
-    found += [Variant(name=f"dense, {name}", router=DENSE, objective=name) for name in ("competitive", "likelihood")]
+    found += [
+        Variant(name=f"dense, {name}", router=DENSE, objective=name) for name in ("competitive", "likelihood")
+    ]
     pick = {**DENSE, "pooling": "max_pick", "router_loss": True}
     found.append(Variant(name="dense, max pick, EDD strong", router=pick, edd=EDD_PRESETS["strong"]))
     return found
@@ -127,7 +127,9 @@ def objective(variant: Variant, found: ExpertOutputs, label_T: Tensor) -> Tensor
     return loss
 
 
-def train(layer: MoELayer, variant: Variant, images_TD: Tensor, label_T: Tensor, epochs: int, seed: int) -> None:
+def train(
+    layer: MoELayer, variant: Variant, images_TD: Tensor, label_T: Tensor, epochs: int, seed: int
+) -> None:
     """Adam, batches of 128. An image has another sample number, and so other random draws, in every epoch."""
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +168,9 @@ def load() -> tuple[Tensor, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3, help="runs per row; the table has their mean")
     parser.add_argument("--experts", type=int, default=4)

