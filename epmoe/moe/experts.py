@@ -64,18 +64,25 @@ class FFNExperts(nn.Module):
 
 
 class ModuleExperts(nn.Module):
-    """Any modules that map rows ``[n, D]`` to rows ``[n, D]`` as experts.
+    """Any modules that map rows ``[n, D]`` to rows as experts.
 
     Args:
         modules: Experts of this rank, in ascending global order.
         num_experts: Experts over all ranks, E; None = these are all.
         first_expert: Global id of ``modules[0]``. Parameter names carry global ids.
+        d_out: Width of the rows that come out; None = D.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], *, num_experts: int | None = None, first_expert: int = 0
+        self,
+        modules: Sequence[nn.Module],
+        *,
+        num_experts: int | None = None,
+        first_expert: int = 0,
+        d_out: int | None = None,
     ) -> None:
         super().__init__()
+        self.d_out = d_out
         self.num_experts = num_experts or len(modules)
         self.first_expert = first_expert
         self.experts = nn.ModuleDict({str(first_expert + i): module for i, module in enumerate(modules)})
@@ -86,13 +93,14 @@ class ModuleExperts(nn.Module):
         return len(self.experts)
 
     def forward(self, batch: ExpertBatch) -> Tensor:
-        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, D]``."""
+        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, d_out]``."""
         if batch.rows_per_expert is None:
             blocks = batch.rows_RD.split(batch.tokens_per_expert_L.tolist())  # a host sync on CUDA
         else:
             blocks = batch.rows_RD.split([batch.rows_per_expert] * self.num_local)
+        width = self.d_out or batch.rows_RD.shape[1]
         outputs = [
-            module(block) if block.shape[0] else _touch(module, block)
+            module(block) if block.shape[0] else _touch(module, block[:, :1].expand(-1, width))
             for module, block in zip(self.experts.values(), blocks, strict=True)
         ]
         # One dtype whatever autocast made of each block: ranks that exchange the rows must agree on it.

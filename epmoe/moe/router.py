@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from epmoe.config_routers import RouterOptions
 from epmoe.moe.routers.common import missing_draws
-from epmoe.moe.routers.family import Family, Init, Part
+from epmoe.moe.routers.family import Family, Init, Part, zeros
+from epmoe.moe.smoothing import gate_noise
 from epmoe.ops import DROPLESS, philox
 from epmoe.types import Draws, RouterInputs, Routing, TokenContext, compute_dtype
 
@@ -64,7 +65,11 @@ class Router(nn.Module):
     def initial_laws(self) -> dict[str, Init]:
         """How the tensors start that do not follow the model's law, by name."""
         laws = {part.name: part.init for part in self.parts}
-        return laws if self.family.weight_init is None else laws | {"weight": self.family.weight_init}
+        smoothing = self.options.smoothing
+        weight_init = self.family.weight_init
+        if smoothing is not None and smoothing.gate != "none":
+            weight_init = zeros
+        return laws if weight_init is None else laws | {"weight": weight_init}
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -96,7 +101,7 @@ class Router(nn.Module):
             ValueError: The policy draws random numbers and ``ctx.sample_B`` is None.
         """
         dtype = compute_dtype(x_TD.dtype)
-        draws = self._draws(ctx, seq_len, x_TD.device)
+        draws = self.draws(ctx, seq_len, x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = self._jitter(x_TD.to(dtype), draws)
             # A row that is not finite is left out of the product, whose backward would put 0 * NaN into the weight's
@@ -105,8 +110,9 @@ class Router(nn.Module):
             finite_T1 = x_TD.detach().sum(-1, keepdim=True).isfinite()
             x_TD = torch.where(finite_T1, x_TD, 0.0)
             fields: dict[str, Any] = {p.field: self._field(p, x_TD) for p in self.parts if p.field}
+            logits_TE = self._smooth(self._logits(x_TD), draws)
             inputs = RouterInputs(
-                logits_TE=self._logits(x_TD).masked_fill(~finite_T1, torch.nan),
+                logits_TE=logits_TE.masked_fill(~finite_T1, torch.nan),
                 valid_T=_valid(x_TD, ctx),
                 draws=draws,
                 training=self.training,
@@ -146,7 +152,8 @@ class Router(nn.Module):
                 buffer: Tensor = getattr(self, part.name)
                 buffer.copy_(part.update(buffer, demand_E.to(buffer.device), self.options, step))
 
-    def _draws(self, ctx: TokenContext, seq_len: int, device: torch.device) -> Draws | None:
+    def draws(self, ctx: TokenContext, seq_len: int, device: torch.device) -> Draws | None:
+        """Counters of this layer's random numbers for the tokens; None when it is not known which samples they are."""
         if ctx.sample_B is None:
             return None
         return Draws(
@@ -155,6 +162,14 @@ class Router(nn.Module):
             sample_T=ctx.sample_B.repeat_interleave(seq_len),
             position_T=torch.arange(seq_len, device=device).repeat(ctx.sample_B.shape[0]),
         )
+
+    def _smooth(self, logits_TE: Tensor, draws: Draws | None) -> Tensor:
+        options = self.options.smoothing
+        if not self.training or options is None or options.gate == "none":
+            return logits_TE
+        if draws is None:
+            raise missing_draws("smoothing")
+        return logits_TE + gate_noise(options, draws, logits_TE.shape[1]).to(logits_TE.dtype)
 
     def _jitter(self, x_TD: Tensor, draws: Draws | None) -> Tensor:
         """Multiplies the router's own copy of the input by U[1-eps, 1+eps) (Switch, arXiv:2101.03961)."""
