@@ -92,10 +92,10 @@ def step_labels(trainer: Trainer) -> list[Label]:
     model: Decoder = trainer.model
     labels: list[Label] = [
         (model, "forward", DECODER),
-        (trainer.optimizer, "step", OPTIMIZER),
-        (trainer.gradients, "zero", GRADIENTS),
-        (trainer.gradients, "reduce", GRADIENTS),
-        (trainer, "_norm", GRADIENTS),
+        (trainer.engine, "step", OPTIMIZER),
+        (trainer.engine, "zero", GRADIENTS),
+        (trainer.engine, "reduce", GRADIENTS),
+        (trainer.engine, "norm", GRADIENTS),
         (trainer.data, "batch", DATA),
     ]
     for block in model.blocks:

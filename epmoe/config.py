@@ -309,6 +309,7 @@ class ParallelConfig(Section):
     """How ranks share the work."""
 
     engine: Literal["native"] = "native"
+    """Who holds weights, gradients and optimizer state. ``native``: the dense ones every rank, experts their owner."""
     ep_size: Positive | Literal["auto"] = "auto"
     """Ranks over which the experts are spread; auto = the largest common divisor of world size and experts."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
