@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -92,9 +93,8 @@ def nodes(count: int, *, rate_mbit: float, burst_bytes: int = 32768) -> Iterator
     switch = f"{job}-switch"
     made = [Node(name=f"{job}-{i}", address=f"{NETWORK}.{i + 1}") for i in range(count)]
     try:
-        names = "".join(f"{node.address} {node.name}\n" for node in made)
         for node in made:
-            _write_names(node, "127.0.0.1 localhost\n" + names)
+            _write_names(node, made)
         _run("ip", "netns", "add", switch)
         _run("ip", "-n", switch, "link", "add", "bridge0", "type", "bridge")
         _run("ip", "-n", switch, "link", "set", "bridge0", "up")
@@ -112,12 +112,14 @@ def nodes(count: int, *, rate_mbit: float, burst_bytes: int = 32768) -> Iterator
                 _run("ip", "netns", "delete", name)
 
 
-def _write_names(node: Node, hosts: str) -> None:
+def _write_names(node: Node, everybody: Sequence[Node]) -> None:
     """``ip netns exec`` shows these in /etc: without them every look at a peer's name waits for a name server that
     the node cannot reach."""
+    lines = ["127.0.0.1 localhost", f"{node.address} {socket.gethostname()}"]
+    lines += [f"{prefix}{other.address} {other.name}" for other in everybody for prefix in ("", "::ffff:")]
     folder = OWN_FILES / node.name
     folder.mkdir(parents=True)
-    (folder / "hosts").write_text(hosts)
+    (folder / "hosts").write_text("\n".join(lines) + "\n")
     (folder / "resolv.conf").write_text("")
 
 
