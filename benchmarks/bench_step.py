@@ -82,7 +82,8 @@ def make_trainer(config: Config, place: runtime.Runtime) -> Trainer:
     prepared = prepare(config.data)
     data = TrainData(prepared, config.data, config.seed)
     num_experts = config.moe.num_experts if config.moe else place.world_size
-    mesh = build_mesh(place, choose_ep_size(config.parallel.ep_size, place.world_size, num_experts))
+    ep_size = choose_ep_size(config.parallel.ep_size, place.world_size, num_experts)
+    mesh = build_mesh(place, ep_size, config.parallel)
     model = build_model(config, prepared.padded_vocab_size, device=place.device, mesh=mesh)
     return Trainer(config, place, mesh, model=model, data=data, stop=StopFlag())
 

@@ -38,12 +38,18 @@ class MoELayer(nn.Module):
         """Adds counts up over all ranks; None = there is only this one."""
         self.moe, self.losses = moe, dict(losses)
 
-    def forward(self, x_BSD: Tensor, ctx: TokenContext | None = None) -> tuple[Tensor, RouterReport]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        ctx: TokenContext | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, RouterReport]:
         """Routes, dispatches, computes, combines.
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
+            beside: Computed from x_BSD too, while rows travel if the dispatcher overlaps, and added to the result.
 
         Returns:
             y_BSD and the report with losses (differentiable sums) and metrics.
@@ -65,8 +71,11 @@ class MoELayer(nn.Module):
             group_size=group_size,
             capacity=capacity,
         )
+        beside_BSD = None if beside is None else beside(x_BSD)
         y_TD = self.dispatcher.combine(self.experts(batch), routing, plan)
-        return y_TD.to(x_BSD.dtype).view_as(x_BSD), self.report(routing, plan, ctx, seq_len)
+        y_BSD = y_TD.to(x_BSD.dtype).view_as(x_BSD)
+        report = self.report(routing, plan, ctx, seq_len)
+        return y_BSD if beside_BSD is None else y_BSD + beside_BSD, report
 
     def report(self, routing: Routing, plan: DispatchPlan, ctx: TokenContext, seq_len: int) -> RouterReport:
         """Losses and metrics of one forward pass. With ``balance_scope: global``, in training, a collective."""
