@@ -54,6 +54,8 @@ from epmoe.train.recording import Recorder
 WARM_UP_STEPS = 3
 EVAL_BATCH = 32
 """Windows of a validation pass."""
+ORIGIN = ("commit", "threads_per_rank", "kernels", "load_average")
+"""What every line says about where it comes from."""
 HEALTH_WINDOW = 0.2
 """Part of the steps, the last one, that load and drops are taken from."""
 
@@ -191,7 +193,7 @@ def measure_speed(
 
 def _origin(place: runtime.Runtime) -> dict[str, Any]:
     facts = where(place.device)
-    return {key: facts[key] for key in ("commit", "threads_per_rank", "kernels", "load_average")}
+    return {key: facts[key] for key in ORIGIN}
 
 
 # ------------------------------------------------------------------------------------------- command line

@@ -151,6 +151,7 @@ def test_what_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytes
         return {"bits_per_byte": 2.0, "train_seconds": 1.0, "validation_seconds": 1.0}
 
     monkeypatch.setattr(bench_routers, "train_once", train_once)
+    monkeypatch.setattr(bench_routers, "where", lambda _: dict.fromkeys(bench_routers.ORIGIN))
     place, prepared = SimpleNamespace(device=CPU), SimpleNamespace(fingerprint="f")
     store, arguments = tmp_path / "r.jsonl", SimpleNamespace(seeds=2, minutes=9.0, log_every=1, quick=True)
     with pytest.raises(KeyboardInterrupt):
