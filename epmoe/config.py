@@ -131,9 +131,15 @@ AUX_LOSSES = (
     "batchwise_threshold",
 )
 GROUP_LOSSES = ("device_balance", "communication_balance")
+TASK_LOSSES = ("cooperative", "competitive", "mixture_nll", "edd")
 
 
 def _known_loss(name: str) -> str:
+    if name in TASK_LOSSES:
+        raise ValueError(
+            f"{name} is made from the target and every expert's own output, which a layer inside a model does not "
+            f"have; call it in your own training loop (epmoe.moe.mixture). Here: {', '.join(AUX_LOSSES)}"
+        )
     if name not in AUX_LOSSES:
         raise ValueError(f"unknown auxiliary loss; choices: {', '.join(AUX_LOSSES)}")
     return name
@@ -214,6 +220,11 @@ class MoEConfig(Section):
                 f"router {router.name} sends every token to {router.fixed_top_k} expert(s), got top_k={self.top_k}; "
                 f"leave top_k out, or use router: topk"
             )
+        if router.every_expert and self.top_k != self.num_experts:
+            raise ValueError(
+                f"router {router.name} sends every token to all {self.num_experts} experts, got top_k={self.top_k}; "
+                f"leave top_k out, or use router: topk"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}")
         router.check(num_experts=self.num_experts, top_k=self.top_k)
@@ -265,6 +276,8 @@ def _fill_in(values: dict[str, Any], family: type[RouterOptions]) -> None:
     """What a router's definition says about the rest of the section, where the section does not."""
     if family.fixed_top_k is not None:
         values.setdefault("top_k", family.fixed_top_k)
+    if family.every_expert:
+        values.setdefault("top_k", values.get("num_experts", MoEConfig.model_fields["num_experts"].default))
     if family.default_losses is not None:
         values.setdefault("losses", dict(family.default_losses))
     if family.no_capacity:
@@ -296,6 +309,7 @@ class ParallelConfig(Section):
     """How ranks share the work."""
 
     engine: Literal["native"] = "native"
+    """Who holds weights, gradients and optimizer state. ``native``: the dense ones every rank, experts their owner."""
     ep_size: Positive | Literal["auto"] = "auto"
     """Ranks over which the experts are spread; auto = the largest common divisor of world size and experts."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -418,6 +432,15 @@ class Config(Section):
             raise ValueError(
                 f"moe.router.num_tasks={router.num_tasks} is less than the {len(sources)} data.sources, each of which "
                 f"is a task; set num_tasks to at least {len(sources)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_are_added(self) -> Config:
+        if self.moe is not None and getattr(self.moe.router, "router_loss", False):
+            raise ValueError(
+                "moe.router.router_loss says that a training loop of your own trains the router, and epmoe train has "
+                "none; leave it out, or use epmoe.moe.mixture in Python"
             )
         return self
 

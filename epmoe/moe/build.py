@@ -35,6 +35,7 @@ from epmoe.moe.router import Router
 from epmoe.moe.routers import (
     base,
     deepseek,
+    dense,
     expert_choice,
     gshard_top2,
     hash,
@@ -64,6 +65,7 @@ ROUTERS: dict[str, Family] = {
     "sentence": sentence.FAMILY,
     "task": task.FAMILY,
     "soft": soft.FAMILY,
+    "dense": dense.FAMILY,
 }
 
 

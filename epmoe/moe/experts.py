@@ -74,18 +74,25 @@ class FFNExperts(nn.Module):
 
 
 class ModuleExperts(nn.Module):
-    """Any modules that map rows ``[n, D]`` to rows ``[n, D]`` as experts.
+    """Any modules that map rows ``[n, D]`` to rows as experts.
 
     Args:
         modules: Experts of this rank, in ascending global order.
         num_experts: Experts over all ranks, E; None = these are all.
         first_expert: Global id of ``modules[0]``. Parameter names carry global ids.
+        d_out: Width of the rows that come out; None = D.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], *, num_experts: int | None = None, first_expert: int = 0
+        self,
+        modules: Sequence[nn.Module],
+        *,
+        num_experts: int | None = None,
+        first_expert: int = 0,
+        d_out: int | None = None,
     ) -> None:
         super().__init__()
+        self.d_out = d_out
         self.num_experts = num_experts or len(modules)
         self.first_expert = first_expert
         self.experts = nn.ModuleDict({str(first_expert + i): module for i, module in enumerate(modules)})
@@ -96,22 +103,23 @@ class ModuleExperts(nn.Module):
         return len(self.experts)
 
     def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
-        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, D]``; a pipeline's
-        rows come home."""
+        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, d_out]``; a
+        pipeline's rows come home."""
         if isinstance(batch, ExpertBatch):
-            return _through_modules(batch, self.experts.values())
+            return _through_modules(batch, self.experts.values(), self.d_out)
         modules = iter(self.experts.values())
         parts = [[*islice(modules, count)] for count in batch.num_local]
-        return batch.through([partial(_through_modules, modules=part) for part in parts])
+        return batch.through([partial(_through_modules, modules=part, d_out=self.d_out) for part in parts])
 
 
-def _through_modules(batch: ExpertBatch, modules: Iterable[nn.Module]) -> Tensor:
+def _through_modules(batch: ExpertBatch, modules: Iterable[nn.Module], d_out: int | None) -> Tensor:
     if batch.rows_per_expert is None:
         blocks = batch.rows_RD.split(batch.tokens_per_expert_L.tolist())  # a host sync on CUDA
     else:
         blocks = batch.rows_RD.split([batch.rows_per_expert] * batch.tokens_per_expert_L.shape[0])
+    width = d_out or batch.rows_RD.shape[1]
     outputs = [
-        module(block) if block.shape[0] else _touch(module, block)
+        module(block) if block.shape[0] else _touch(module, block[:, :1].expand(-1, width))
         for module, block in zip(modules, blocks, strict=True)
     ]
     # One dtype whatever autocast made of each block: ranks that exchange the rows must agree on it.

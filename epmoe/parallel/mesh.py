@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from epmoe.comm.exchange import Exchange
@@ -134,3 +135,8 @@ def split_expert_id(name: str) -> tuple[str, int | None]:
         return name, None
     start, end = match.span(1)
     return f"{name[: start - 1]}*{name[end - 1 :]}", int(match.group(1))
+
+
+def is_stacked(name: str, tensor: Tensor) -> bool:
+    """Whether dim 0 of a tensor counts this rank's experts."""
+    return is_expert(name) and tensor.ndim > 0 and split_expert_id(name)[1] is None

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from epmoe.parallel.mesh import ExpertMesh, is_expert, split_expert_id
+from epmoe.parallel.mesh import ExpertMesh, is_stacked, split_expert_id
+from epmoe.train.engine import Engine
 from epmoe.train.manifest import TensorRecord
-from epmoe.train.optimizer import Optimizer, named_weights
+from epmoe.train.optimizer import named_weights
 from epmoe.train.shards import DTYPES
 
 MAX_LISTED = 10
@@ -36,18 +37,13 @@ class Held(NamedTuple):
     """Experts there should be over the ep group; 0 = the same on every rank."""
 
 
-def local_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """This rank's tensors by checkpoint key; without an optimizer only the weights."""
-    weights = named_weights(model) if optimizer is None else optimizer.weights()
+def local_tensors(model: nn.Module, engine: Engine | None) -> dict[str, Tensor]:
+    """This rank's tensors by checkpoint key; without an engine only the model's."""
+    weights = named_weights(model) if engine is None else engine.weights()
     tensors = {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
-    if optimizer is not None:
-        tensors |= {f"optim.{name}": tensor.detach() for name, tensor in optimizer.state().items()}
+    if engine is not None:
+        tensors |= {f"optim.{name}": tensor.detach() for name, tensor in engine.state().items()}
     return tensors
-
-
-def is_stacked(key: str, tensor: Tensor) -> bool:
-    """Whether dim 0 of a tensor counts this rank's experts."""
-    return is_expert(key) and tensor.ndim > 0 and split_expert_id(key)[1] is None
 
 
 def as_entries(tensors: Mapping[str, Tensor], mesh: ExpertMesh | None) -> dict[str, Tensor]:

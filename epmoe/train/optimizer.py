@@ -1,4 +1,4 @@
-"""AdamW (torch's or apex's) or SGD over the gradient buffers, float32 masters, learning rates by step.
+"""AdamW (torch's or apex's) or SGD over gradients by name, float32 masters, learning rates by step.
 
 State is reached by fully qualified parameter name, because that is what a checkpoint is keyed by.
 """
@@ -6,6 +6,7 @@ State is reached by fully qualified parameter name, because that is what a check
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 from epmoe.config import OptimizerConfig
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import load_apex
-from epmoe.parallel.gradients import Gradients
-from epmoe.parallel.mesh import is_expert, split_expert_id
+from epmoe.parallel.mesh import is_stacked
 
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -57,8 +57,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def decays(name: str, parameter: Tensor, embeddings: set[int]) -> bool:
     """Whether weight decay applies: to matrices (each expert's own, where they are stacked) but embeddings."""
-    stacked = is_expert(name) and split_expert_id(name)[1] is None
-    return parameter.ndim - stacked >= 2 and id(parameter) not in embeddings
+    return parameter.ndim - is_stacked(name, parameter) >= 2 and id(parameter) not in embeddings
 
 
 class Optimizer:
@@ -70,10 +69,10 @@ class Optimizer:
     Args:
         config: The ``optimizer`` section.
         model: Its parameters that require gradients are trained.
-        gradients: Their gradient buffers.
+        gradients: Their gradients by name, in place; at least float32.
     """
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, gradients: Gradients) -> None:
+    def __init__(self, config: OptimizerConfig, model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
         self._model = model
         self._masters: dict[str, Tensor] = {}
         self._trained: dict[str, Tensor] = {}
@@ -81,7 +80,7 @@ class Optimizer:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            view = gradients.views[name]
+            view = gradients[name]
             tensor: Tensor = parameter
             if view.dtype != parameter.dtype:
                 tensor = parameter.detach().to(view.dtype)
@@ -101,7 +100,7 @@ class Optimizer:
             }
 
     def step(self, lr: float) -> None:
-        """One update from the gradients in the buffers, at the given learning rate."""
+        """One update from the gradients, at the given learning rate."""
         for group in self._torch.param_groups:
             group["lr"] = lr
         self._torch.step()

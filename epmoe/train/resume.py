@@ -118,9 +118,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
         data_fingerprint=data.fingerprint,
         tokenizer_hash=prepared.tokenizer.sha256,
     )
-    record = load_checkpoint(
-        found.checkpoint, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh
-    )
+    record = load_checkpoint(found.checkpoint, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)
     counters = dict(record.trainer)
     seconds = float(counters.pop("seconds"))
     trainer.progress = Progress(step=record.step, samples=record.samples, tokens=record.tokens, **counters)
@@ -146,4 +144,4 @@ def _start_from(config: Config, trainer: Trainer, prepared: PreparedData) -> Non
             why="the rows of its embedding would stand for other tokens",
             fix="data.tokenizer=RUN/tokenizer/tokenizer.json, with RUN the run it comes from",
         )
-    load_weights(start, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh)
+    load_weights(start, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)

@@ -277,7 +277,7 @@ class Run:
             save_checkpoint(
                 self.folder.path / FOLDER,
                 model=self.trainer.model,
-                optimizer=self.trainer.optimizer,
+                engine=self.trainer.engine,
                 mesh=self.trainer.mesh,
                 record=self._training_record(),
                 keep=self.config.checkpoint.keep,

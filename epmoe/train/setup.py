@@ -16,6 +16,7 @@ from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.parallelize import shard_experts
 from epmoe.parallel.runtime import gather_text, raise_together
+from epmoe.train.engine import Engine, NativeEngine
 from epmoe.train.optimizer import load_fused_adam
 
 PARAMETER_DTYPE = {
@@ -109,3 +110,8 @@ def build_model(
     if init:
         init_weights(model, config.seed)
     return model
+
+
+def build_engine(config: Config, model: Decoder, mesh: ExpertMesh) -> Engine:
+    """The engine of ``parallel.engine`` for a model from ``build_model``. A collective."""
+    return NativeEngine(config.optimizer, model, mesh)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -35,9 +35,15 @@ def token_loss(logits_BSV: Tensor, batch: Batch) -> Tensor:
 
 
 def micro_step(
-    model: Decoder, batch: Batch, *, num_tokens: float, coefficients: Mapping[str, float], precision: str
+    model: Decoder,
+    batch: Batch,
+    *,
+    num_tokens: float,
+    coefficients: Mapping[str, float],
+    precision: str,
+    backward: Callable[[Tensor], None],
 ) -> Sums:
-    """Forward and backward of one micro-batch; gradients add up in ``.grad``.
+    """Forward and backward of one micro-batch; ``backward`` takes the objective.
 
     The objective is (task loss + sum of coefficient * auxiliary loss) / ``num_tokens``, all of them sums over tokens;
     with ``num_tokens`` counted over all ranks and micro-batches of the step, gradients only ever need to be summed.
@@ -52,7 +58,7 @@ def micro_step(
     for report in reports:
         for name, value in report.losses.items():
             objective = objective + coefficients[name] * value
-    (objective / num_tokens).backward()
+    backward(objective / num_tokens)
     return {"loss": loss.detach(), **report_sums(reports)}
 
 

@@ -156,7 +156,7 @@ def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation:
         counts.append({k: v for k, v in result.sums.items() if k.endswith("kept_E")})
         demands.append([result.sums[f"{layer}.demand_E"].tolist() for layer in (0, 1)])
         if step == 0:
-            gradients = {name: view.clone() for name, view in trainer.gradients.views.items()}
+            gradients = {name: part.local.clone() for name, part in trainer.engine.gradients().items()}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return {"losses": losses, "norms": norms, "clips": clips, "gradients": gradients, "counts": counts,
             "demands": demands, "weights": weights, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip

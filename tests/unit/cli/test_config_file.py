@@ -364,7 +364,7 @@ def test_exchanges_and_overlaps_that_cannot_be():
         train=TrainConfig(global_batch_size=12),
         parallel=ParallelConfig(exchange="hierarchical", ranks_per_node=4),
     )
-    with pytest.raises(ConfigError, match="ep_size=6 and ranks_per_node=4.*hold parts of nodes") as caught:
+    with pytest.raises(ConfigError, match=r"ep_size=6 and ranks_per_node=4.*hold parts of nodes") as caught:
         check_layout(six, 12)
     assert "valid values of ep_size: 1, 2, 4, 12" in str(caught.value)
 
@@ -372,6 +372,7 @@ def test_exchanges_and_overlaps_that_cannot_be():
 def test_sharing_work_with_the_wire_needs_shared_experts(write):
     assert "there are no shared experts" in mistakes(write("parallel: {overlap_shared: true}\n"))
     load_config(write("parallel: {overlap_shared: true}\nmoe: {shared_experts: 1}\n"))
+
 
 def test_names_in_the_configuration_are_those_the_layer_can_build(write):
     assert sorted(LOSSES) == sorted(AUX_LOSSES)
