@@ -85,7 +85,7 @@ def test_a_peer_killed_while_rows_are_on_their_way(
     dead = outcomes.pop(victim)
     assert dead.exit_code == -signal.SIGKILL
     first = min(outcome.ended_after_s for outcome in outcomes)
-    assert first - dead.ended_after_s < 1.0
+    assert first - dead.ended_after_s < 1.5  # half of it for the roll call; 0.7 on a quiet machine
     for outcome in outcomes:
         assert outcome.result.code == 7
         assert f"lost rank(s) [{victim}] at step 1, phase training, layer 1: dead" in outcome.result.message
