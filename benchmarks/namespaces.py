@@ -192,7 +192,14 @@ def _first_failure(agents: Sequence[subprocess.Popen[bytes]], deadline: float) -
     running = [number for number, process in enumerate(agents) if process.poll() is None]
     if running:
         return f"torchrun was not done in time on node(s) {running}"
-    return next((f"torchrun on node {n} ended with status {a.returncode}" for n, a in enumerate(agents) if a.returncode), None)
+    return next(
+        (
+            f"torchrun on node {n} ended with status {a.returncode}"
+            for n, a in enumerate(agents)
+            if a.returncode
+        ),
+        None,
+    )
 
 
 def _tail(log: Path) -> str:

@@ -1,6 +1,6 @@
 """One rank of a job over several nodes: trains with each exchange and writes down what it sent to whom.
 
-    torchrun ... -m tests.distributed.nodes_worker FOLDER
+torchrun ... -m tests.distributed.nodes_worker FOLDER
 """
 
 from __future__ import annotations

@@ -114,7 +114,9 @@ def test_times_on_the_link(ranks: list[dict[str, Any]], where: list[Node], capsy
         print(f"\n{NUM_NODES} nodes x {RANKS_PER_NODE} ranks, {RATE_MBIT:g} Mbit/s: milliseconds of a step")
         for kind, result in ranks[0].items():
             num_bytes, messages = (total(ranks, kind, what) // STEPS for what in ("bytes", "messages"))
-            print(f"  {kind:24} {1e3 * min(result['seconds'][1:]):7.1f}   {num_bytes:9,} bytes in {messages} messages")
+            print(
+                f"  {kind:24} {1e3 * min(result['seconds'][1:]):7.1f}   {num_bytes:9,} bytes in {messages} messages"
+            )
 
 
 def test_a_run_over_nodes(where: list[Node], tmp_path: Path) -> None:
