@@ -1,112 +1,6 @@
-#include "kernels.h"
-
-#include <array>
-#include <atomic>
-#include <vector>
+#include "experts.h"
 
 namespace epmoe::cpu {
-namespace {
-
-// out = a @ b by torch's GEMM, whatever library that is. Batches of one: measured 1 to 8% faster than mm of the same.
-// The tensors must be detached: worker threads track gradients.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor detach(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// Rows as the only matrix of a batch.
-Tensor as_batch(const Tensor& rows_RX) {
-  return torch::stable::unsqueeze(detach(rows_RX), 0);
-}
-
-// Consecutive rows of a new matrix, or of a stack of them, as the only matrix of a batch. Not a view: worker threads
-// know nothing of inference mode, outside which nothing that was made inside may be written.
-Tensor part_of(const Tensor& made, int64_t first_row, int64_t num_rows) {
-  const int64_t width = made.size(made.dim() - 1);
-  return torch::stable::from_blob(
-      made.mutable_data_ptr(),
-      {1, num_rows, width},
-      {num_rows * width, width, 1},
-      made.device(),
-      made.scalar_type(),
-      first_row * width);
-}
-
-// Consecutive blocks of rows, one for each expert.
-struct Blocks {
-  std::vector<int64_t> start_L1;
-
-  Blocks(const Check& check, const Tensor& tokens_per_expert_L, int64_t num_rows)
-      : start_L1(static_cast<size_t>(tokens_per_expert_L.size(0)) + 1) {
-    const int64_t* count = tokens_per_expert_L.const_data_ptr<int64_t>();
-    for (int64_t e = 0; e < num_experts(); ++e) {
-      const int64_t left = num_rows - start_L1[e];
-      EPMOE_CHECK(
-          count[e] >= 0 && count[e] <= left,
-          check.op, ": tokens_per_expert[", e, "]=", count[e], " must be in [0, ", left, "], the rows that are left");
-      start_L1[e + 1] = start_L1[e] + count[e];
-    }
-    EPMOE_CHECK(
-        start_L1.back() == num_rows,
-        check.op, ": tokens_per_expert must add up to the ", num_rows, " rows, got ", start_L1.back());
-  }
-
-  int64_t num_experts() const {
-    return static_cast<int64_t>(start_L1.size()) - 1;
-  }
-  int64_t count(int64_t expert) const {
-    return start_L1[expert + 1] - start_L1[expert];
-  }
-  Tensor of(Tensor& rows_1RX, int64_t expert) const {
-    return torch::stable::narrow(rows_1RX, 1, start_L1[expert], count(expert));
-  }
-};
-
-// Calls body(expert) for every expert. Small blocks are shared out among the threads, one GEMM on one core, as a
-// batched GEMM would; an expert with a large share of the rows gets all threads for itself, one after the other.
-template <class Body>
-void for_experts(const Blocks& blocks, const Body& body) {
-  const int64_t num_threads = torch::stable::get_num_threads();
-  const int64_t num_experts = blocks.num_experts();
-  const auto is_large = [&](int64_t expert) {
-    return num_threads == 1 || 2 * num_threads * blocks.count(expert) > blocks.start_L1.back();
-  };
-  for (int64_t expert = 0; expert < num_experts; ++expert) {
-    if (is_large(expert)) {
-      body(expert);
-    }
-  }
-  if (num_threads == 1) {
-    return;
-  }
-  // Neighbours stay on one thread, or threads would wait for each other where new memory comes in large pages. Who has
-  // finished its own experts helps with what is left of the others'.
-  const auto first_of = [&](int64_t share) { return share * num_experts / num_threads; };
-  std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(num_threads));
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t turn = 0; turn < num_threads; ++turn) {
-        const int64_t share = (thread + turn) % num_threads;
-        const int64_t past = first_of(share + 1);
-        for (int64_t expert; (expert = first_of(share) + taken[share]++) < past;) {
-          if (!is_large(expert)) {
-            body(expert);
-          }
-        }
-      }
-    }
-  });
-}
-
-}  // namespace
 
 Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor& tokens_per_expert_in) {
   const Check check("grouped_gemm", DeviceType::CPU, rows_in);
@@ -120,7 +14,7 @@ Tensor grouped_gemm(const Tensor& rows_in, const Tensor& weight_in, const Tensor
   const Tensor out_RF = check.fresh(rows_RD, "out", {rows_RD.size(0), weight_in.size(2)});
   Tensor rows_1RD = as_batch(rows_RD);
   Tensor weight_LDF = detach(weight_in);
-  for_experts(blocks, [&](int64_t expert) {
+  for_experts(blocks, [&](int64_t expert, int64_t) {
     if (blocks.count(expert) > 0) {
       const Tensor out_1nF = part_of(out_RF, blocks.start_L1[expert], blocks.count(expert));
       multiply(blocks.of(rows_1RD, expert), torch::stable::narrow(weight_LDF, 0, expert, 1), out_1nF);
@@ -141,7 +35,7 @@ Tensor grouped_gemm_weight_grad(const Tensor& rows_in, const Tensor& d_out_in, c
       check.fresh(rows_RD, "d_weight", {blocks.num_experts(), rows_RD.size(1), d_out_RF.size(1)});
   Tensor rows_1RD = as_batch(rows_RD);
   Tensor d_out_1RF = as_batch(d_out_RF);
-  for_experts(blocks, [&](int64_t expert) {
+  for_experts(blocks, [&](int64_t expert, int64_t) {
     Tensor d_weight_1DF = part_of(d_weight_LDF, expert * rows_RD.size(1), rows_RD.size(1));
     if (blocks.count(expert) > 0) {
       multiply(torch::stable::transpose(blocks.of(rows_1RD, expert), 1, 2), blocks.of(d_out_1RF, expert), d_weight_1DF);

@@ -61,6 +61,9 @@ def expert_ffn_backward(ctx: Any, d_y_RD: Tensor | None, _: Any) -> tuple[Tensor
     blocks = (counts_L, ctx.rows_per_expert)
     needs_rows, needs_weight, needs_w_in, needs_w_out = ctx.needs_input_grad[:4]
     d_y_RD = d_y_RD.contiguous()
+    if d_y_RD.device.type == "cpu" and weight_R is None and all(ctx.needs_input_grad[i] for i in (0, 2, 3)):
+        a, b, c = torch.ops.epmoe.expert_ffn_backward(d_y_RD, rows_RD, weight_R, w_in_LDX, w_out_LFD, counts_L, hidden_RX, ctx.activation)
+        return a, None, b, c, None, None, None
     d_act_RF = multiply(d_y_RD, w_out_LFD.transpose(1, 2), *blocks)
     d_hidden_RX, act_RF, d_weight_R = torch.ops.epmoe.activate_backward(
         d_act_RF, hidden_RX, weight_R, ctx.activation

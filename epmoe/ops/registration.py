@@ -41,6 +41,7 @@ _LIBRARY.define(
     "expert_ffn(Tensor rows, Tensor? weight, Tensor w_in, Tensor w_out, Tensor tokens_per_expert, "
     "SymInt? rows_per_expert, str activation) -> (Tensor, Tensor)"
 )
+_LIBRARY.define("expert_ffn_backward(Tensor d_y, Tensor rows, Tensor? weight, Tensor w_in, Tensor w_out, Tensor tokens_per_expert, Tensor hidden, str activation) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.impl("expert_ffn", ffn.expert_ffn, "CompositeExplicitAutograd")
 
 _LIBRARY.impl("grouped_gemm", gemm.cuda_grouped_gemm, "CUDA")
