@@ -26,6 +26,30 @@ inline SecondPolicy parse_policy(const std::string& name) {
   return SecondPolicy::random;
 }
 
+enum class Activation { swiglu, gelu, relu };
+
+inline Activation parse_activation(const Check& check, const std::string& value, const char* name) {
+  if (value == "swiglu") {
+    return Activation::swiglu;
+  }
+  if (value == "gelu") {
+    return Activation::gelu;
+  }
+  EPMOE_CHECK(value == "relu", check.op, ": ", name, "='", value, "' must be one of swiglu, gelu, relu");
+  return Activation::relu;
+}
+
+// Activated columns of that many: gate and then up columns for swiglu.
+inline int64_t activated_width(const Check& check, Activation activation, int64_t columns, const char* name) {
+  if (activation != Activation::swiglu) {
+    return columns;
+  }
+  EPMOE_CHECK(
+      columns % 2 == 0,
+      check.op, ": ", name, " has ", columns, " columns, but swiglu needs pairs of gate and up columns");
+  return columns / 2;
+}
+
 struct RouteTopk {
   Tensor logits_TE, valid_T;
   std::optional<Tensor> uniform_T, sample_T, position_T;  // what `draws` points into

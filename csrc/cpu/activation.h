@@ -6,6 +6,7 @@
 #include "exp.h"
 #include "kernels.h"
 #include "lanes.h"
+#include "operators.h"
 
 namespace epmoe::cpu {
 
@@ -77,10 +78,11 @@ template <class Kind, class Scalar>
   }
 }
 
-// One row of gradients, the weighted activation once more, and the gradient of the weight, which is returned.
+// One row of gradients, and the gradient of the weight, which is returned. `act` holds the gradient of the activation
+// and then the weighted activation: each number is read before its own place is written, and no other number's place is
+// touched, so that vectors of any width do the same.
 template <class Kind, class Scalar>
 [[gnu::always_inline]] inline compute_t<Scalar> activate_row_backward_of(
-    const Scalar* d_act,
     const Scalar* gate,
     const Scalar* up,
     compute_t<Scalar> weight,
@@ -91,7 +93,7 @@ template <class Kind, class Scalar>
   using Wide = compute_t<Scalar>;
   Lanes<Wide, kRowLanes> dot;
   for_lanes<kRowLanes>(width, [&](int64_t f, int64_t lane) __attribute__((always_inline)) {
-    const Wide upstream = static_cast<Wide>(d_act[f]);
+    const Wide upstream = static_cast<Wide>(act[f]);
     const Activated<Wide> out = Kind::of(static_cast<Wide>(gate[f]), static_cast<Wide>(up[f]));
     dot.partial[lane] += upstream * out.value;
     store(d_gate[f], weight * upstream * out.d_gate);
@@ -104,13 +106,12 @@ template <class Kind, class Scalar>
 }
 
 #define EPMOE_ACTIVATION_LOOPS(Kind, Scalar)                                                                       \
-  EPMOE_VECTOR_CLONES static void activate_row(                                                                           \
+  EPMOE_VECTOR_CLONES static void activate_row(                                                                    \
       Kind, const Scalar* gate, const Scalar* up, compute_t<Scalar> weight, int64_t width, Scalar* act) {          \
     activate_row_of<Kind>(gate, up, weight, width, act);                                                           \
   }                                                                                                                \
-  EPMOE_VECTOR_CLONES static compute_t<Scalar> activate_row_backward(                                                     \
+  EPMOE_VECTOR_CLONES static compute_t<Scalar> activate_row_backward(                                              \
       Kind,                                                                                                        \
-      const Scalar* d_act,                                                                                         \
       const Scalar* gate,                                                                                          \
       const Scalar* up,                                                                                            \
       compute_t<Scalar> weight,                                                                                    \
@@ -118,7 +119,7 @@ template <class Kind, class Scalar>
       Scalar* d_gate,                                                                                              \
       Scalar* d_up,                                                                                                \
       Scalar* act) {                                                                                               \
-    return activate_row_backward_of<Kind>(d_act, gate, up, weight, width, d_gate, d_up, act);                      \
+    return activate_row_backward_of<Kind>(gate, up, weight, width, d_gate, d_up, act);                             \
   }
 #define EPMOE_ACTIVATION_LOOPS_OF(Kind)   \
   EPMOE_ACTIVATION_LOOPS(Kind, float)     \
@@ -128,16 +129,17 @@ template <class Kind, class Scalar>
 EPMOE_ACTIVATION_LOOPS_OF(SwiGLU)
 EPMOE_ACTIVATION_LOOPS_OF(GELU)
 EPMOE_ACTIVATION_LOOPS_OF(ReLU)
+#undef EPMOE_ACTIVATION_LOOPS_OF
+#undef EPMOE_ACTIVATION_LOOPS
 
-// Calls body with the activation's type and the number of hidden columns that make one activated column.
+// Calls body with the activation's type.
 template <class Body>
-void for_kind(const Check& check, const std::string& kind, const Body& body) {
-  if (kind == "swiglu") {
+void for_activation(Activation activation, const Body& body) {
+  if (activation == Activation::swiglu) {
     body(SwiGLU{});
-  } else if (kind == "gelu") {
+  } else if (activation == Activation::gelu) {
     body(GELU{});
   } else {
-    EPMOE_CHECK(kind == "relu", check.op, ": kind='", kind, "' must be one of swiglu, gelu, relu");
     body(ReLU{});
   }
 }
