@@ -36,4 +36,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
 
 namespace epmoe::cuda {
 #include "signatures.inc"
+
+Tensor activate(const Tensor& hidden_RX, const std::optional<Tensor>& weight_R, const std::string& kind);
+
+std::tuple<Tensor, Tensor, Tensor> activate_backward(
+    const Tensor& d_act_RF, const Tensor& hidden_RX, const std::optional<Tensor>& weight_R, const std::string& kind);
 }  // namespace epmoe::cuda

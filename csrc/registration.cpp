@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe, CUDA, library) {
   library.impl("permute", TORCH_BOX(&epmoe::cuda::permute));
   library.impl("combine", TORCH_BOX(&epmoe::cuda::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cuda::combine_backward));
+  library.impl("activate", TORCH_BOX(&epmoe::cuda::activate));
+  library.impl("activate_backward", TORCH_BOX(&epmoe::cuda::activate_backward));
 }
 #else
 #define EPMOE_CUDA ""

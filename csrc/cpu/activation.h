@@ -31,14 +31,14 @@ inline double normal_tail(double x, double) {
 
 // What an activation gives, and its derivatives with respect to the gate (or only input) and the up input.
 template <class Wide>
-struct Activated {
+struct Slopes {
   Wide value, d_gate, d_up;
 };
 
 struct SwiGLU {
   static constexpr bool kGated = true;
   template <class Wide>
-  [[gnu::always_inline]] static inline Activated<Wide> of(Wide gate, Wide up) {
+  [[gnu::always_inline]] static inline Slopes<Wide> of(Wide gate, Wide up) {
     const Wide decay = exp_negative(gate < 0 ? gate : -gate);
     const Wide share = (gate < 0 ? decay : Wide{1}) / (1 + decay);  // sigmoid(gate)
     const Wide silu = gate * share;
@@ -49,7 +49,7 @@ struct SwiGLU {
 struct GELU {
   static constexpr bool kGated = false;
   template <class Wide>
-  [[gnu::always_inline]] static inline Activated<Wide> of(Wide x, Wide) {
+  [[gnu::always_inline]] static inline Slopes<Wide> of(Wide x, Wide) {
     constexpr Wide kBellHeight = static_cast<Wide>(0.39894228040143267794);  // 1 / sqrt(2 pi)
     const Wide bell = exp_negative(-x * x / 2);
     const Wide tail = normal_tail(x < 0 ? -x : x, bell);
@@ -61,7 +61,7 @@ struct GELU {
 struct ReLU {
   static constexpr bool kGated = false;
   template <class Wide>
-  [[gnu::always_inline]] static inline Activated<Wide> of(Wide x, Wide) {
+  [[gnu::always_inline]] static inline Slopes<Wide> of(Wide x, Wide) {
     // Written so that NaN stays NaN.
     return {x < 0 ? Wide{0} : x, x > 0 ? Wide{1} : Wide{0}, 0};
   }
@@ -94,7 +94,7 @@ template <class Kind, class Scalar>
   Lanes<Wide, kRowLanes> dot;
   for_lanes<kRowLanes>(width, [&](int64_t f, int64_t lane) __attribute__((always_inline)) {
     const Wide upstream = static_cast<Wide>(act[f]);
-    const Activated<Wide> out = Kind::of(static_cast<Wide>(gate[f]), static_cast<Wide>(up[f]));
+    const Slopes<Wide> out = Kind::of(static_cast<Wide>(gate[f]), static_cast<Wide>(up[f]));
     dot.partial[lane] += upstream * out.value;
     store(d_gate[f], weight * upstream * out.d_gate);
     if constexpr (Kind::kGated) {
