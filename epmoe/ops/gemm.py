@@ -20,7 +20,11 @@ Blocks = int | Tensor | list[int]
 
 
 def split(
-    op: str, rows_RD: Tensor, tokens_per_expert_L: Tensor, rows_per_expert: int | None, widths: tuple[int, ...]
+    op: str,
+    rows_RD: Tensor,
+    tokens_per_expert_L: Tensor,
+    rows_per_expert: int | None,
+    widths: tuple[int, ...],
 ) -> Blocks:
     """How the products of one operator find their experts' rows.
 
@@ -46,7 +50,9 @@ def multiply(rows_RD: Tensor, weight_LDF: Tensor, blocks: Blocks) -> Tensor:
     if isinstance(blocks, Tensor):
         return F.grouped_mm(rows_RD.contiguous(), weight_LDF, offs=blocks)
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
-    for weight_DF, rows_nD, out_nF in zip(weight_LDF, rows_RD.split(blocks), out_RF.split(blocks), strict=True):
+    for weight_DF, rows_nD, out_nF in zip(
+        weight_LDF, rows_RD.split(blocks), out_RF.split(blocks), strict=True
+    ):
         torch.mm(rows_nD, weight_DF, out=out_nF)
     return out_RF
 
