@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
   const Scratch d_hidden(check, like, "d_hidden", blocks, given.hidden_width);
   for_experts(blocks, [&](int64_t expert, int64_t thread) {
     const int64_t start = blocks.start_L1[expert], count = blocks.count(expert);
-    // Products of no rows are zeros; what is zero has no need of the rest.
+    // An expert without rows still has gradients of its matrices: products of no rows, which are zeros.
     const Matrix rows_nD = rows_of(like, start, count), d_y_nD = rows_of(d_y_RD, start, count);
     const Matrix act_nF = act.rows(thread, count), d_hidden_nX = d_hidden.rows(thread, count);
     if (count > 0) {
