@@ -26,7 +26,7 @@ from tests.oracle.deepseek import moved_bias
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
 STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5,
          "ragged": 5, "padded": 5, "hidden": 5, "padded_hidden": 5,
-         "native": 3, "fsdp": 3, "fsdp_hybrid": 3,
+         "native": 2, "fsdp": 2, "fsdp_hybrid": 2,
          "soft": 3, "strictly_balanced": 3}  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
     "noisy_topk": {"router": {"name": "noisy_topk", "jitter": 0.05}},
