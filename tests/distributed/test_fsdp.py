@@ -18,11 +18,13 @@ from epmoe.config_file import override_config
 from epmoe.parallel import runtime
 from epmoe.parallel.fsdp import rows_here, shard_model
 from epmoe.parallel.mesh import build_mesh
+from epmoe.train.loop import Trainer
 from epmoe.train.manifest import read_manifest, step_folder
 from epmoe.train.setup import build_engine, build_model
+from epmoe.train.signals import StopFlag
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import attempts, history, make_config, status
-from tests.distributed.test_parity import VOCAB, config
+from tests.distributed.test_parity import VOCAB, Samples, config
 from tests.distributed.test_torchrun import LIMIT_S, log_of, torchrun
 
 SHORT = ["train.steps=4", "train.eval_every=2", "checkpoint.every=0"]
@@ -126,6 +128,37 @@ def test_experts_that_are_modules_are_refused(tmp_path: Path) -> None:
     [message] = run_ranks(1, _modules, tmp_path)
     assert "blocks.0.moe.experts is a ModuleExperts" in message
     assert "engine native" in message
+
+
+def _two_experts_only(rank: int) -> list[list[float]]:
+    place = runtime.start("cpu", 60.0)
+    found = []
+    for ep_size in (1, 2, 4):
+        cfg = override_config(config("topk", "fp64", 2, 4), [*FSDP, "moe.capacity_factor=null"])
+        mesh = build_mesh(place, ep_size)
+        model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
+        trainer = Trainer(cfg, place, mesh, model=model, data=Samples(), stop=StopFlag())  # type: ignore[arg-type]
+        for name, tensor in trainer.engine.weights().items():
+            if name.endswith("router.weight"):
+                rows_here(tensor).zero_()  # equal logits: everything goes to experts 0 and 1
+        result = trainer.step()
+        sums = torch.zeros(4, dtype=torch.float64)
+        for name, part in trainer.engine.gradients().items():
+            if name.endswith("experts.w_in"):
+                rows = slice(part.first_row, part.first_row + part.local.shape[0])
+                sums[rows] += part.local.abs().sum(dim=(1, 2))
+        torch.distributed.all_reduce(sums)
+        found.append([result.grad_norm, *sums.tolist()])
+    return found
+
+
+def test_experts_and_ranks_without_a_row_have_zero_gradients_and_wait_for_nobody(tmp_path: Path) -> None:
+    for layouts in run_ranks(4, _two_experts_only, tmp_path):
+        for norm, *by_expert in layouts:
+            assert norm == pytest.approx(layouts[0][0], rel=1e-12)
+            assert by_expert == pytest.approx(layouts[0][1:], rel=1e-9)
+            assert by_expert[0] > 0 < by_expert[1]
+            assert by_expert[2:] == [0.0, 0.0]
 
 
 # ------------------------------------------------------------------------------------------- a real job
