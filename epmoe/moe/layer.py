@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from epmoe.config import MoEConfig
+from epmoe.config_routers import SmoothingOptions
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
 from epmoe.moe.router import Router
+from epmoe.moe.routers.common import missing_draws
+from epmoe.moe.smoothing import noisy_copy
 from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
 
 
@@ -38,35 +41,95 @@ class MoELayer(nn.Module):
         """Adds counts up over all ranks; None = there is only this one."""
         self.moe, self.losses = moe, dict(losses)
 
-    def forward(self, x_BSD: Tensor, ctx: TokenContext | None = None) -> tuple[Tensor, RouterReport]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        ctx: TokenContext | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, RouterReport]:
         """Routes, dispatches, computes, combines.
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
+            beside: Computed from x_BSD too, while rows travel if the dispatcher overlaps, and added to the result.
 
         Returns:
-            y_BSD and the report with losses (differentiable sums) and metrics.
+            y_BSD (as wide as the experts' outputs) and the report with losses (differentiable sums) and metrics.
 
         Raises:
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
                 ``ctx.sample_B`` is missing.
         """
-        num_sequences, seq_len = x_BSD.shape[:2]
-        x_TD = x_BSD.flatten(0, 1)
         ctx = ctx or TokenContext()
-        group_size = seq_len if self.moe.group == "sequence" else num_sequences * seq_len
-        capacity = expert_capacity(self.moe, group_size, training=self.training)
-        routing = self.router(x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity)
-        batch, plan = self.dispatcher.dispatch(
-            x_TD,
-            routing,
-            num_experts=self.moe.num_experts,
-            group_size=group_size,
-            capacity=capacity,
+        copies = self.copies(x_BSD, ctx)
+        if self.rerouted:
+            y_BSD, report = _mean([self._chain(copy_BSD, (copy_BSD,), ctx, None) for copy_BSD in copies])
+            return y_BSD if beside is None else y_BSD + beside(x_BSD), report
+        return self._chain(x_BSD, copies, ctx, beside)
+
+    def _chain(
+        self,
+        x_BSD: Tensor,
+        copies: Iterable[Tensor],
+        ctx: TokenContext,
+        beside: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, RouterReport]:
+        """The mean output of copies of the input that all go where the input goes, plus what is computed beside."""
+        routing = self.route(x_BSD, ctx)
+        group_size, capacity = self.group_and_capacity(x_BSD)
+        outputs, beside_BSD = [], None
+        for copy_BSD in copies:
+            batch, plan = self.dispatcher.dispatch(
+                copy_BSD.flatten(0, 1),
+                routing,
+                num_experts=self.moe.num_experts,
+                group_size=group_size,
+                capacity=capacity,
+            )
+            if beside is not None and beside_BSD is None:
+                beside_BSD = beside(x_BSD)
+            outputs.append(self.dispatcher.combine(self.experts(batch), routing, plan))
+        y_BSD = mean_of(outputs).to(x_BSD.dtype).unflatten(0, x_BSD.shape[:2])
+        report = self.report(routing, plan, ctx, x_BSD.shape[1])
+        return y_BSD if beside_BSD is None else y_BSD + beside_BSD, report
+
+    def route(self, x_BSD: Tensor, ctx: TokenContext) -> Routing:
+        """The router's decision. Arguments as for ``forward``."""
+        group_size, capacity = self.group_and_capacity(x_BSD)
+        routing: Routing = self.router(
+            x_BSD.flatten(0, 1), ctx, seq_len=x_BSD.shape[1], group_size=group_size, capacity=capacity
         )
-        y_TD = self.dispatcher.combine(self.experts(batch), routing, plan)
-        return y_TD.to(x_BSD.dtype).view_as(x_BSD), self.report(routing, plan, ctx, seq_len)
+        return routing
+
+    def group_and_capacity(self, x_BSD: Tensor) -> tuple[int, int]:
+        """Tokens that share a capacity, and each expert's slots among them."""
+        num_sequences, seq_len = x_BSD.shape[:2]
+        group_size = seq_len if self.moe.group == "sequence" else num_sequences * seq_len
+        return group_size, expert_capacity(self.moe, group_size, training=self.training)
+
+    @property
+    def _noisy(self) -> SmoothingOptions | None:
+        """How the input is smoothed now; None = it is not."""
+        smoothing = self.router.options.smoothing
+        return smoothing if self.training and smoothing is not None and smoothing.draws else None
+
+    @property
+    def rerouted(self) -> bool:
+        """Whether every copy of the input is routed on its own."""
+        return self._noisy is not None and self._noisy.reroute
+
+    def copies(self, x_BSD: Tensor, ctx: TokenContext) -> Iterator[Tensor]:
+        """The inputs whose outputs are averaged: noisy copies with ``smoothing.draws``, in training; else x itself."""
+        smoothing = self._noisy
+        if smoothing is None:
+            yield x_BSD
+            return
+        draws = self.router.draws(ctx, x_BSD.shape[1], x_BSD.device)
+        if draws is None:
+            raise missing_draws("smoothing")
+        for index in range(smoothing.draws):
+            yield noisy_copy(x_BSD.flatten(0, 1), draws, index, smoothing.sigma).view_as(x_BSD)
 
     def report(self, routing: Routing, plan: DispatchPlan, ctx: TokenContext, seq_len: int) -> RouterReport:
         """Losses and metrics of one forward pass. With ``balance_scope: global``, in training, a collective."""
@@ -93,6 +156,18 @@ class MoELayer(nn.Module):
             if self.sum_over_ranks is not None:
                 total_X = self.sum_over_ranks(total_X)  # a collective of E + 1 numbers
         return replace(inputs, global_count_E=total_X[:-1], global_tokens=total_X[-1])
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of one shape."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)
+
+
+def _mean(results: Sequence[tuple[Tensor, RouterReport]]) -> tuple[Tensor, RouterReport]:
+    """Mean outputs and losses; the metrics are those of the first copy, so that a token is counted once."""
+    outputs, reports = zip(*results, strict=True)
+    losses = {name: mean_of([report.losses[name] for report in reports]) for name in reports[0].losses}
+    return mean_of(outputs), RouterReport(losses=losses, metrics=reports[0].metrics)
 
 
 def balance_count(moe: MoEConfig) -> str:
