@@ -11,6 +11,7 @@ DeepSpeed is optional and slow to import: only functions here import it, on firs
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,7 @@ def load_deepspeed(device_type: str) -> Any:
     # Compiled at the first start on every machine otherwise, for collectives of inference that nobody calls here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.all_gather_into_tensor` is deprecated")
     return deepspeed
 
 

@@ -86,6 +86,9 @@ class DeepSpeedEngine:
         if config.name != "sgd":
             fill_state(self._torch, updated)
         if self._stage:
+            # At ZeRO 2 the buffer of gradients that travel has the dtype of the first parameter otherwise, and the
+            # float32 gradients of routers would be rounded to bfloat16 in it.
+            self._optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
             self._optimizer._lazy_init_hp_params_optimizer_state()
         self._copies: dict[tuple[str, str], Tensor] = {}
         """Whole tensors that ``weights`` and ``state`` handed out, by parameter and key of the state; "" = weight."""
