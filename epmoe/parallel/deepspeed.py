@@ -11,6 +11,7 @@ DeepSpeed is optional and slow to import: only functions here import it, on firs
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from typing import Any
 
@@ -44,14 +45,14 @@ def load_deepspeed(device_type: str) -> Any:
             why=f"{type(error).__name__}: {error}",
             fix="pip install --no-build-isolation 'epmoe[deepspeed]', or parallel.engine=native or fsdp",
         ) from error
-    version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
-    if version < OLDEST:
+    if tuple(int(number) for number in re.findall(r"\d+", deepspeed.__version__)[:3]) < OLDEST:
         raise ConfigError(
-            f"parallel.engine=deepspeed needs deepspeed {'.'.join(map(str, OLDEST))} or newer, not {deepspeed.__version__}",
+            f"parallel.engine=deepspeed needs version {'.'.join(map(str, OLDEST))}, not {deepspeed.__version__}",
             fix="pip install --no-build-isolation --upgrade deepspeed",
         )
-    # Compiled at the first start on every machine otherwise, for collectives of inference that nobody calls here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The operators DeepSpeed may compile. Left alone it tries compilers out, and on a CPU builds one when it starts,
+    # for collectives of inference that nobody calls here.
+    deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.all_gather_into_tensor` is deprecated")
     return deepspeed
@@ -82,8 +83,8 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
         held, wanted = getattr(layer.experts, "num_local", None), layer.moe.num_experts // mesh.ep_size
         if held != wanted:
             raise ValueError(
-                f"{name or 'the layer'} holds {held} experts, but {layer.moe.num_experts} over {mesh.ep_size} ranks are "
-                f"{wanted} on each; call epmoe.shard_experts(model, mesh) first"
+                f"{name or 'the layer'} holds {held} experts, but {layer.moe.num_experts} over {mesh.ep_size} ranks "
+                f"are {wanted} on each; call epmoe.shard_experts(model, mesh) first"
             )
         mark_experts(layer, mesh)
     load_deepspeed(mesh.device_mesh.device_type)

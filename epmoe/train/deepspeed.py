@@ -207,7 +207,7 @@ class DeepSpeedEngine:
 
 def _name_groups(optimizer: torch.optim.Optimizer, mesh: ExpertMesh, names: dict[int, str]) -> dict[str, int]:
     """Tells DeepSpeed which groups are experts -> the group of each parameter."""
-    found = {}
+    found: dict[str, int] = {}
     for index, group in enumerate(optimizer.param_groups):
         members = [names[id(parameter)] for parameter in group["params"]]
         group["moe"] = is_expert(members[0])
