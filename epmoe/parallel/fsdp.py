@@ -9,6 +9,7 @@ FSDP2 averages by default. Here every sum is a sum: the objective is already div
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from epmoe.models.decoder import Block, Decoder
+from epmoe.moe.experts import FFNExperts
 from epmoe.parallel.mesh import ExpertMesh, is_stacked
 
 
@@ -61,7 +63,12 @@ def shard_model(
         compute_dtype: Of gathered parameters, but for routers; None = their own. Gradients are then summed in float32.
         materialise: Called with the name of every module and the module, before its own parameters (not those of its
             children) are cut; only one block is whole at a time.
+
+    Raises:
+        ValueError: Experts that are modules; shards need the stacked ones.
     """
+    # A result that is a view must not be changed in place, FSDP warns; nothing here changes results in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     done: set[nn.Module] = set()
     dense = mesh.device_mesh if hybrid else _world(mesh)
 
@@ -81,6 +88,11 @@ def shard_model(
         path = f"blocks.{i}"
         assert isinstance(block, Block)
         if block.moe is not None:
+            if not isinstance(block.moe.experts, FFNExperts):
+                raise ValueError(
+                    f"{path}.moe.experts is a {type(block.moe.experts).__name__}; engine fsdp cuts stacked experts "
+                    f"(FFNExperts) only, modules of your own train with engine native"
+                )
             cut(f"{path}.moe.experts", block.moe.experts, mesh.device_mesh["edp"], compute_dtype)
             if compute_dtype is not None:
                 cut(f"{path}.moe", block.moe, dense, None)
