@@ -3,7 +3,7 @@
 DeepSpeed reduces a parameter over fewer ranks when two things are true: the parameter says so (``allreduce`` and
 ``group_name``), and the model has a module of DeepSpeed's own MoE class, which names the groups. epmoe's layers are not
 of that class, so a module that computes nothing stands in for it: the marker. See
-docs/adr/0001-deepspeed-sees-our-experts-through-a-marker.md.
+docs/adr/0002-deepspeed-sees-our-experts-through-a-marker.md.
 
 DeepSpeed is optional and slow to import: only functions here import it, on first use.
 """
