@@ -63,8 +63,7 @@ class DeepSpeedEngine:
 
     Args:
         config: The ``optimizer`` section.
-        model: With this rank's experts; gets a marker module. All its parameters may have up to 32 bits, at stage 0
-            exactly.
+        model: With this rank's experts; gets a marker module. Parameters are float32, at ZeRO 1 and 2 also bfloat16.
         mesh: Who shares experts with whom.
         zero_stage: 0 = nothing in partitions, 1 = optimizer state, 2 = reduced gradients too.
     """
@@ -163,22 +162,22 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """See ``Engine``. At ZeRO 1 and 2 float32 masters, put together from all ranks' partitions."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
         weights = named_weights(self._model)
         if self._stage:
-            from deepspeed.utils import safe_get_full_fp32_param
-
             for name, parameter in self._trained.items():
                 weights[name] = self._copies[name, ""] = safe_get_full_fp32_param(parameter)
         return weights
 
     def state(self) -> dict[str, Tensor]:
         """See ``Engine``. At ZeRO 1 and 2 put together from all ranks' partitions."""
-        state = {}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():
             for key, value in self._torch.state[self._updated(name)].items():
-                if self._stage and value.ndim:
-                    from deepspeed.utils import safe_get_full_optimizer_state
-
+                if self._stage and value.ndim:  # the number of steps is the same in every partition
                     value = self._copies[name, key] = safe_get_full_optimizer_state(parameter, key)
                 state[f"{name}.{key}"] = value
         return state
