@@ -18,6 +18,12 @@ from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.smoothing import noisy_copy
 from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
 
+UNREDUCED = (
+    "the experts of this layer are spread over ranks, and nobody sums their gradients over the ranks that hold the same "
+    "ones; call prepare(model, mesh) of epmoe.parallel.ddp, .fsdp or .deepspeed before the model is wrapped, or make "
+    "epmoe.parallel.gradients.Gradients(model, mesh) and reduce with it"
+)
+
 
 class MoELayer(nn.Module):
     """Sparse mixture of experts: ``y = sum over chosen experts of weight * expert(x)``; the caller adds the residual.
@@ -39,6 +45,8 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher(weigh_rows=moe.save == "hidden")
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         """Adds counts up over all ranks; None = there is only this one."""
+        self.unreduced = False
+        """Its experts are spread over ranks, and nobody sums their gradients yet: it cannot be trained."""
         self.moe, self.losses = moe, dict(losses)
 
     def forward(
@@ -60,7 +68,10 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
                 ``ctx.sample_B`` is missing.
+            RuntimeError: In training, its experts are spread over ranks and nobody reduces their gradients.
         """
+        if self.unreduced and self.training and torch.is_grad_enabled():
+            raise RuntimeError(UNREDUCED)
         ctx = ctx or TokenContext()
         copies = self.copies(x_BSD, ctx)
         if self.rerouted:

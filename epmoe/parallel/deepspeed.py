@@ -20,6 +20,7 @@ from torch import nn
 from epmoe import env
 from epmoe.errors import ConfigError
 from epmoe.moe.layer import MoELayer
+from epmoe.parallel.layers import spread_layers, take_over
 from epmoe.parallel.mesh import ExpertMesh
 
 OLDEST = (0, 19, 8)
@@ -78,15 +79,10 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
         ConfigError: DeepSpeed is not installed.
         ValueError: A layer does not hold this rank's share of the experts.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
-    for name, layer in layers:
-        held, wanted = getattr(layer.experts, "num_local", None), layer.moe.num_experts // mesh.ep_size
-        if held != wanted:
-            raise ValueError(
-                f"{name or 'the layer'} holds {held} experts, but {layer.moe.num_experts} over {mesh.ep_size} ranks "
-                f"are {wanted} on each; call epmoe.shard_experts(model, mesh) first"
-            )
+    layers = spread_layers(model, mesh)
+    for _, layer in layers:
         mark_experts(layer, mesh)
+    take_over(model)
     load_deepspeed(mesh.device_mesh.device_type)
     _adopt_groups(mesh)
     if layers:
