@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/deepspeed_moe.py
 
-``prepare`` tells DeepSpeed which ranks share which experts; without it ``deepspeed.initialize`` stops.
-"""
+``prepare`` tells DeepSpeed which ranks share which experts; without it ``deepspeed.initialize`` stops."""
 
 from __future__ import annotations
 
