@@ -33,6 +33,7 @@ from epmoe import TokenContext, build_moe_layer, shard_experts
 from epmoe.comm.exchange import Exchange, Trip, exchange_rows
 from epmoe.config import MoEConfig, ParallelConfig
 from epmoe.parallel import runtime
+from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
 
 WIDTH = 256
@@ -133,6 +134,7 @@ def overlap(place: runtime.Runtime, rounds: int, quick: bool) -> list[dict[str, 
             mesh = build_mesh(place, place.world_size, ParallelConfig(overlap_chunks=parts))
             layer = build_moe_layer(moe, d_model=WIDTH, d_ff=d_ff)
             shard_experts(layer, mesh)
+            take_over(layer)
 
             def step(layer: Any = layer, x_BSD: Tensor = x_BSD, context: Any = context) -> None:
                 x = x_BSD.clone().requires_grad_()

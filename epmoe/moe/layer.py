@@ -19,9 +19,9 @@ from epmoe.moe.smoothing import noisy_copy
 from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
 
 UNREDUCED = (
-    "the experts of this layer are spread over ranks, and nobody sums their gradients over the ranks that hold the same "
-    "ones; call prepare(model, mesh) of epmoe.parallel.ddp, .fsdp or .deepspeed before the model is wrapped, or make "
-    "epmoe.parallel.gradients.Gradients(model, mesh) and reduce with it"
+    "the experts of this layer are spread over ranks, and nobody sums their gradients over the ranks that hold the "
+    "same ones; call prepare(model, mesh) of epmoe.parallel.ddp, .fsdp or .deepspeed before the model is wrapped, or "
+    "make epmoe.parallel.gradients.Gradients(model, mesh) and reduce with it"
 )
 
 

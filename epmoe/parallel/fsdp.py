@@ -115,7 +115,11 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
             raise ValueError(_only_stacked(f"{name}.experts", layer.experts))
         fully_shard(layer.experts, mesh=mesh.device_mesh["edp"])
         assert isinstance(layer.experts, FSDPModule)
-        layer.experts.set_gradient_divide_factor(float(mesh.world_size))
+        layer.experts.set_gradient_divide_factor(1.0)
+        layer.experts.set_force_sum_reduction_for_comms(True)
+        # Not by a divide factor: torch 2.13 applies one twice where no rank holds the same experts and gradients are
+        # neither float32 nor bfloat16.
+        layer.experts.set_all_reduce_hook(lambda total: total.div_(mesh.world_size))  # type: ignore[arg-type]
     take_over(model)
 
 

@@ -19,9 +19,9 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
     """Leaves every MoE layer of ``model`` only this rank's experts and connects it to the ranks with the others.
 
     Stacked experts are cut; their parameters are new objects afterwards: build optimizers later. Experts that are
-    modules must already be this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``). A layer whose experts
-    are spread is not trained before something reduces their gradients: ``Gradients`` of ``epmoe.parallel.gradients``, or
-    ``prepare`` of ``epmoe.parallel.ddp``, ``.fsdp`` or ``.deepspeed``.
+    modules must already be this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``). A layer whose
+    experts are spread is not trained before something reduces their gradients: ``Gradients`` of
+    ``epmoe.parallel.gradients``, or ``prepare`` of ``epmoe.parallel.ddp``, ``.fsdp`` or ``.deepspeed``.
 
     Raises:
         ValueError: ``dispatcher: local`` while the experts are spread over several ranks; modules that are not this

@@ -26,7 +26,6 @@ from epmoe.train.checkpoint import load_checkpoint, save_checkpoint, verify_chec
 from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
-from examples import deepspeed_moe
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import VOCAB, Samples, config, worst_error
 from tests.distributed.tiny import record
@@ -287,30 +286,3 @@ def test_a_checkpoint_of_partitions_loads_on_another_number_of_ranks(tmp_path: P
             for name, wanted in whole.items():
                 rows = wanted.chunk(ep)[rank % ep] if is_stacked(name, wanted) else wanted
                 assert torch.equal(got[name], rows), name
-
-
-# ------------------------------------------------------------------------------------------- the example
-def example(rank: int, helper: str | None) -> float | str:
-    """What the example returns, or why it stops when a helper's call is removed."""
-    with pytest.MonkeyPatch.context() as patch:
-        if helper is not None:
-            patch.setattr(deepspeed_moe, helper, lambda model, mesh: None)
-        try:
-            return deepspeed_moe.main()
-        except (AssertionError, ValueError) as error:
-            return str(error)
-
-
-def test_the_example_learns(tmp_path: Path) -> None:
-    assert all(loss < 0.1 for loss in run_ranks(2, example, tmp_path, None))
-
-
-@pytest.mark.parametrize(
-    ("helper", "message"),
-    [
-        ("prepare", "expert data parallel group is not initialized"),
-        ("shard_experts", "holds 4 experts, but 4 over 2 ranks are 2 on each; call epmoe.shard_experts"),
-    ],
-)
-def test_the_example_stops_without_its_helpers(tmp_path: Path, helper: str, message: str) -> None:
-    assert all(message in stopped for stopped in run_ranks(2, example, tmp_path, helper))

@@ -14,6 +14,7 @@ from epmoe.config import MoEConfig
 from epmoe.moe.dispatcher import AllToAllDispatcher, LocalDispatcher
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel import runtime
+from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
 
@@ -49,6 +50,9 @@ def share_modules(rank: int) -> dict[str, Any]:
     layer = module_layer(2 * rank, 2)
     held = [id(parameter) for parameter in layer.parameters()]
     shard_experts(layer, mesh)
+    with pytest.raises(RuntimeError, match="nobody sums their gradients"):
+        layer(tokens(rank))
+    take_over(layer)
     y_BSD, _ = layer(tokens(rank))
     result: dict[str, Any] = {
         "output": y_BSD.detach(),
