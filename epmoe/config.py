@@ -314,6 +314,18 @@ class ParallelConfig(Section):
     """Ranks over which the experts are spread; auto = the largest common divisor of world size and experts."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A collective that takes longer than this ends the job."""
+    exchange: Literal["flat", "hierarchical"] = "flat"
+    """How rows travel between the ranks that share the experts: from each to each; or first inside a node, then between
+    nodes, with one message for each other node instead of one for each of its ranks. The same bits."""
+    ranks_per_node: Positive | Literal["auto"] = "auto"
+    """For ``hierarchical``; auto = what the launcher says."""
+    wire_dtype: Literal["bf16", "fp16"] | None = None
+    """Dtype of rows while they travel, in both directions and passes; null = that of the layer."""
+    overlap_chunks: Positive = 1
+    """Rows travel in this many parts, each for some of every rank's experts: one is computed while others are on the
+    way, forward and backward. At most the experts on a rank."""
+    overlap_shared: bool = False
+    """Shared experts are computed while rows travel."""
 
 
 class OptimizerConfig(Section):
@@ -456,3 +468,28 @@ def choose_ep_size(ep_size: int | Literal["auto"], world_size: int, num_experts:
             f"valid values: {valid}"
         )
     return ep_size
+
+
+def choose_node_size(ranks_per_node: int, world_size: int, ep_size: int) -> int:
+    """Ranks of an ep group that share a node: all of them, or as many as a node has.
+
+    Raises:
+        ValueError: Nodes of different sizes, or ep groups that hold parts of nodes; the message lists what is valid.
+    """
+    if ranks_per_node >= world_size:
+        return ep_size
+    if world_size % ranks_per_node:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ValueError(
+            f"ranks_per_node={ranks_per_node} must divide the world size {world_size}; valid values: {valid}"
+        )
+    if ranks_per_node % ep_size == 0:
+        return ep_size
+    if ep_size % ranks_per_node == 0:
+        return ranks_per_node
+    sizes = (n for n in range(1, world_size + 1) if world_size % n == 0)
+    valid = ", ".join(str(n) for n in sizes if n % ranks_per_node == 0 or ranks_per_node % n == 0)
+    raise ValueError(
+        f"ep_size={ep_size} and ranks_per_node={ranks_per_node}: the ranks that share the experts hold parts of nodes, "
+        f"and a hierarchical exchange needs whole ones; valid values of ep_size: {valid}"
+    )

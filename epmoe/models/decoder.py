@@ -91,10 +91,8 @@ class Block(nn.Module):
         if self.ffn is not None:
             return self.ffn(x_BSD), None
         assert self.moe is not None  # the constructor sets one of the two
-        out_BSD, report = self.moe(x_BSD, ctx)
-        if self.shared is not None:
-            out_BSD = out_BSD + self.shared(x_BSD)
-        return out_BSD, report
+        moe_out: tuple[Tensor, RouterReport] = self.moe(x_BSD, ctx, self.shared)
+        return moe_out
 
 
 class Decoder(nn.Module):

@@ -41,12 +41,18 @@ class MoELayer(nn.Module):
         """Adds counts up over all ranks; None = there is only this one."""
         self.moe, self.losses = moe, dict(losses)
 
-    def forward(self, x_BSD: Tensor, ctx: TokenContext | None = None) -> tuple[Tensor, RouterReport]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        ctx: TokenContext | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, RouterReport]:
         """Routes, dispatches, computes, combines.
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
+            beside: Computed from x_BSD too, while rows travel if the dispatcher overlaps, and added to the result.
 
         Returns:
             y_BSD (as wide as the experts' outputs) and the report with losses (differentiable sums) and metrics.
@@ -58,16 +64,21 @@ class MoELayer(nn.Module):
         ctx = ctx or TokenContext()
         copies = self.copies(x_BSD, ctx)
         if self.rerouted:
-            return _mean([self._chain(copy_BSD, (copy_BSD,), ctx) for copy_BSD in copies])
-        return self._chain(x_BSD, copies, ctx)
+            y_BSD, report = _mean([self._chain(copy_BSD, (copy_BSD,), ctx, None) for copy_BSD in copies])
+            return y_BSD if beside is None else y_BSD + beside(x_BSD), report
+        return self._chain(x_BSD, copies, ctx, beside)
 
     def _chain(
-        self, x_BSD: Tensor, copies: Iterable[Tensor], ctx: TokenContext
+        self,
+        x_BSD: Tensor,
+        copies: Iterable[Tensor],
+        ctx: TokenContext,
+        beside: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, RouterReport]:
-        """The mean output of copies of the input that all go where the input goes."""
+        """The mean output of copies of the input that all go where the input goes, plus what is computed beside."""
         routing = self.route(x_BSD, ctx)
         group_size, capacity = self.group_and_capacity(x_BSD)
-        outputs = []
+        outputs, beside_BSD = [], None
         for copy_BSD in copies:
             batch, plan = self.dispatcher.dispatch(
                 copy_BSD.flatten(0, 1),
@@ -76,9 +87,12 @@ class MoELayer(nn.Module):
                 group_size=group_size,
                 capacity=capacity,
             )
+            if beside is not None and beside_BSD is None:
+                beside_BSD = beside(x_BSD)
             outputs.append(self.dispatcher.combine(self.experts(batch), routing, plan))
-        y_TD = mean_of(outputs).to(x_BSD.dtype)
-        return y_TD.unflatten(0, x_BSD.shape[:2]), self.report(routing, plan, ctx, x_BSD.shape[1])
+        y_BSD = mean_of(outputs).to(x_BSD.dtype).unflatten(0, x_BSD.shape[:2])
+        report = self.report(routing, plan, ctx, x_BSD.shape[1])
+        return y_BSD if beside_BSD is None else y_BSD + beside_BSD, report
 
     def route(self, x_BSD: Tensor, ctx: TokenContext) -> Routing:
         """The router's decision. Arguments as for ``forward``."""

@@ -21,7 +21,7 @@ from epmoe.observe.display import make_display, say
 from epmoe.observe.record import read_records
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
 from epmoe.parallel import runtime
-from epmoe.parallel.mesh import build_mesh
+from epmoe.parallel.mesh import build_mesh, flat_after_all
 from epmoe.parallel.runtime import Runtime
 from epmoe.train.checkpoint import FOLDER, save_checkpoint
 from epmoe.train.evaluate import Evaluation, evaluate
@@ -167,7 +167,8 @@ class Run:
         runtime.require_equal("prepared data", self.prepared.fingerprint)
         data = TrainData(self.prepared, config.data, config.seed)
         num_experts = config.moe.num_experts if config.moe else 1
-        mesh = build_mesh(place, choose_ep_size(config.parallel.ep_size, place.world_size, num_experts))
+        ep_size = choose_ep_size(config.parallel.ep_size, place.world_size, num_experts)
+        mesh = build_mesh(place, ep_size, config.parallel)
         vocab_size = self.prepared.padded_vocab_size
         model = build_model(
             config, vocab_size, device=place.device, mesh=mesh, accelerators=self.accelerators
@@ -190,6 +191,8 @@ class Run:
         say(_layout(self.config, self.trainer))
         if self.accelerators.note:
             say(f"attention: {self.accelerators.note}")
+        if (why := flat_after_all(self.trainer.mesh)) is not None:
+            say(f"exchange: flat instead of hierarchical, {why}")
         if warning := text_warning(self.prepared):
             say(f"warning: {warning}")
         if self.trainer.num_micro > 1 and self.config.moe and self.config.moe.balance_scope == "global":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmoe.config import Config
+from epmoe.config import Config, ParallelConfig
 from epmoe.data.loader import Batch
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh, is_expert
@@ -26,7 +26,9 @@ from tests.oracle.deepseek import moved_bias
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
 STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5,
          "ragged": 5, "padded": 5, "hidden": 5, "padded_hidden": 5,
-         "soft": 3, "strictly_balanced": 3}  # fmt: skip
+         "soft": 3, "strictly_balanced": 3,
+         "hierarchical": 5, "hierarchical_padded": 5, "overlap": 5, "overlap_padded": 5,
+         "twelve": 3, "everything": 3, "wire": 3, "wire_hierarchical": 3}  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
     "noisy_topk": {"router": {"name": "noisy_topk", "jitter": 0.05}},
     "deepseek": {
@@ -51,7 +53,30 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
 }
 """The MoE section of routers that are more than a name, and of other ways to the experts."""
-SAME_FUNCTION = {"padded": "ragged", "hidden": "ragged", "padded_hidden": "ragged"}
+ROUTERS |= {
+    "hierarchical": ROUTERS["ragged"],
+    "hierarchical_padded": ROUTERS["padded"],
+    "overlap": ROUTERS["hidden"],
+    "overlap_padded": ROUTERS["padded"],
+    "twelve": {"router": "gshard_top2", "num_experts": 12},
+    "everything": {"router": "gshard_top2", "num_experts": 12, "dispatcher": "padded"},
+    "wire": {"router": "gshard_top2", "dispatcher": "all_to_all"},  # which also rounds on one rank
+    "wire_hierarchical": {"router": "gshard_top2", "dispatcher": "padded"},
+}
+TWO_NODES: dict[str, Any] = {"exchange": "hierarchical", "ranks_per_node": 2}
+PARALLEL: dict[str, dict[str, Any]] = {
+    "hierarchical": TWO_NODES,
+    "hierarchical_padded": TWO_NODES,
+    "overlap": {"overlap_chunks": 2},
+    "overlap_padded": {"overlap_chunks": 2, "overlap_shared": True},
+    "everything": {"overlap_chunks": 3, "overlap_shared": True, **TWO_NODES},
+    "wire": {"wire_dtype": "bf16"},
+    "wire_hierarchical": {"wire_dtype": "bf16", "overlap_shared": True, **TWO_NODES},
+}
+"""Their parallel section."""
+SAME_FUNCTION = {"padded": "ragged", "hidden": "ragged", "padded_hidden": "ragged",
+                 "hierarchical": "ragged", "hierarchical_padded": "ragged", "overlap": "ragged",
+                 "overlap_padded": "ragged", "everything": "twelve", "wire_hierarchical": "wire"}  # fmt: skip
 """What must train as something else does."""
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (2, 4)}
 """World size -> ep sizes."""
@@ -99,6 +124,7 @@ def config(router: str, precision: str, accumulation: int, world_size: int) -> C
             "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "d_ff": 24,
                       "qk_norm": True, "init_std": 0.2, "dropout": 0.1},
             "moe": moe,
+            "parallel": PARALLEL.get(router, {}),
             "optimizer": {"name": "sgd", "lr": 0.3, "warmup_steps": 2, "clip_norm": 0.8},
             "train": {"steps": STEPS[router], "global_batch_size": GLOBAL_BATCH, "precision": precision,
                       "micro_batch_size": GLOBAL_BATCH // accumulation // world_size},
@@ -109,8 +135,12 @@ def config(router: str, precision: str, accumulation: int, world_size: int) -> C
 def train_cells(rank: int, cells: list[tuple[int, str, str, int]]) -> list[dict[str, Any]]:
     """Trains each (ep_size, router, precision, accumulation) for a few steps in this world."""
     place = runtime.start("cpu", 60.0)
-    meshes = {ep_size: build_mesh(place, ep_size) for ep_size in sorted({cell[0] for cell in cells})}
-    return [train_cell(place, meshes[ep_size], *rest) for ep_size, *rest in cells]
+    layouts = {(ep_size, ParallelConfig(**PARALLEL.get(router, {}))) for ep_size, router, *_ in cells}
+    meshes = {layout: build_mesh(place, *layout) for layout in sorted(layouts, key=repr)}
+    return [
+        train_cell(place, meshes[ep_size, ParallelConfig(**PARALLEL.get(router, {}))], router, *rest)
+        for ep_size, router, *rest in cells
+    ]
 
 
 def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation: int) -> dict[str, Any]:
@@ -182,6 +212,17 @@ CELLS += [
     (world, ep, router, "fp64", 1)
     for world, ep in ((1, 1), (2, 2))
     for router in ("soft", "strictly_balanced")
+]
+CELLS += [
+    (1, 1, "twelve", "fp64", 1),
+    (1, 1, "wire", "fp64", 1),
+    (2, 2, "overlap_padded", "fp64", 1),
+    (4, 2, "overlap", "fp64", 2),
+    (4, 4, "hierarchical", "fp64", 1),
+    (4, 4, "hierarchical_padded", "fp64", 1),
+    (4, 4, "everything", "fp64", 1),
+    (4, 4, "wire", "fp64", 2),
+    (4, 4, "wire_hierarchical", "fp64", 1),
 ]
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from epmoe.comm.exchange import flat
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.dispatcher import AllToAllDispatcher
 from epmoe.types import TokenContext
@@ -311,7 +312,7 @@ def test_all_to_all_over_one_rank_equals_local(one_rank_group):
             moe = config(name, num_experts=4, capacity_factor=0.8, min_capacity=0)
             x_BSD = tokens(*shape)
             results = []
-            for dispatcher in (None, AllToAllDispatcher(one_rank_group)):
+            for dispatcher in (None, AllToAllDispatcher(flat(one_rank_group))):
                 layer = make_layer(moe)
                 layer.dispatcher = dispatcher or layer.dispatcher
                 mine = x_BSD.clone().requires_grad_()
