@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from epmoe.config import Config, MoEConfig
+from epmoe.config import Config, MoEConfig, choose_node_size
 from epmoe.config_file import check_layout
 from epmoe.errors import ConfigError
 from epmoe.verify.scaling import Subject
@@ -23,10 +23,23 @@ Scenario = Literal["parity", "half_empty", "one_token", "overflow", "balance", "
 
 AXES: dict[str, tuple[Value, ...]] = {
     "parallel.engine": (),
+    "parallel.fsdp_shard": (),
     "moe.dispatcher": ("all_to_all", "padded"),
+    "parallel.exchange": (),
+    "parallel.overlap_chunks": (1, 2),
+    "parallel.overlap_shared": (False, True),
+    "train.recompute": (),
 }
-"""Key -> values; () = all that the schema has."""
-PLAIN: dict[str, Value] = {"parallel.engine": "native", "moe.dispatcher": "auto"}
+"""Key -> values; () = all that the schema has, none where it does not have the key."""
+PLAIN: dict[str, Value] = {
+    "parallel.engine": "native",
+    "parallel.fsdp_shard": "full",
+    "moe.dispatcher": "auto",
+    "parallel.exchange": "flat",
+    "parallel.overlap_chunks": 1,
+    "parallel.overlap_shared": False,
+    "train.recompute": "none",
+}
 """How one process computes what all are compared with."""
 PER_MICRO_BATCH = ("importance", "load", "device_balance", "communication_balance")
 """Losses that want balance inside each rank's micro-batch."""
@@ -46,13 +59,22 @@ class Cell:
     scenario: Scenario = "parity"
 
     @property
+    def how(self) -> str:
+        """What is not plain about it."""
+        special = ((key.partition(".")[2], value) for key, value in self.settings if value != PLAIN[key])
+        return ", ".join(name if value is True else _words(name, value) for name, value in special) or "plain"
+
+    @property
     def label(self) -> str:
         """One line that names it."""
-        values = ", ".join(str(value) for _, value in self.settings)
         return (
-            f"({self.world_size},{self.ep_size}) {values}, accumulation {self.accumulation}, {self.precision}, "
+            f"({self.world_size},{self.ep_size}) {self.how}, accumulation {self.accumulation}, {self.precision}, "
             f"{self.scenario}"
         )
+
+
+def _words(name: str, value: Value) -> str:
+    return value if isinstance(value, str) else f"{name} {value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +95,8 @@ def axes(config: Config) -> dict[str, tuple[Value, ...]]:
     for key, values in AXES.items():
         section, _, name = key.partition(".")
         model: Any = getattr(config, section)
-        if isinstance(model, BaseModel):
-            choices = values or tuple(get_args(type(model).model_fields[name].annotation))
-            found[key] = choices
+        if isinstance(model, BaseModel) and name in type(model).model_fields:
+            found[key] = values or tuple(get_args(type(model).model_fields[name].annotation))
     return found
 
 
@@ -153,6 +174,10 @@ def problem(subject: Subject, cell: Cell) -> str | None:
         dropless = moe.capacity_factor is None and cell.scenario != "overflow" and not moe.router.no_capacity
         if dropless:
             return "padded dispatch needs moe.capacity_factor; without one every pass is ragged"
+    if settings["parallel.exchange"] == "hierarchical" and not _has_nodes(subject, cell):
+        return "where the ranks that share the experts are all on one node, hierarchical is flat"
+    if settings["parallel.overlap_shared"] and not (moe is not None and moe.shared_experts):
+        return "there are no shared experts to compute while rows travel"
     if cell.scenario == "overflow" and (moe is None or moe.router.no_capacity):
         return "there is no capacity that could overflow"
     if cell.scenario in ("balance", "task_only", "one_token") and moe is None:
@@ -165,6 +190,15 @@ def problem(subject: Subject, cell: Cell) -> str | None:
     except ConfigError as error:
         return error.what
     return None
+
+
+def _has_nodes(subject: Subject, cell: Cell) -> bool:
+    size = subject.config.parallel.ranks_per_node
+    assert size != "auto"  # make_subject has settled it
+    try:
+        return choose_node_size(size, cell.world_size, cell.ep_size) not in (1, cell.ep_size)
+    except ValueError:
+        return True  # a mesh that is impossible, for which check_layout has words
 
 
 # ------------------------------------------------------------------------------------------- choosing

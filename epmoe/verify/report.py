@@ -54,7 +54,8 @@ def print_verdict(verdict: Verdict) -> None:
     out.print(table)
     for item, text in ITEMS.items():
         wrong = sum(violation["item"] == item for violation in verdict.violations)
-        out.print(f"  {'WRONG' if wrong else 'ok   '}  {item}: {text}" + (f" ({wrong})" if wrong else ""))
+        word = "WRONG" if wrong else "ok" if item in verdict.tested else "none"
+        out.print(f"  {word:5}  {item}: {text}" + (f" ({wrong})" if wrong else ""))
     for note in verdict.notes:
         out.print(f"  note: {note}")
     for violation in verdict.violations[:20]:
@@ -73,11 +74,10 @@ def describe_violation(violation: Mapping[str, Any]) -> str:
 
 
 def _columns(row: Json) -> list[str]:
-    how = ", ".join(str(value) for value in row["settings"].values())
     calls = f"{_calls(row['micro_collectives'][0])} + {_calls(row['end_collectives'])}"
     return [
         f"{row['world_size']},{row['ep_size']}",
-        how,
+        row["how"],
         str(row["accumulation"]),
         row["precision"],
         row["scenario"],

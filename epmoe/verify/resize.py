@@ -96,25 +96,30 @@ def resume_in(
     seed: int,
     *,
     path: Path,
-    expected: Expected,
+    expected: Expected | None,
 ) -> Loaded:
-    """Loads in this layout and takes the second step. A collective."""
+    """Loads in this layout and takes the second step, unless nothing is expected of it. A collective."""
     trainer = adam_trainer(cell, subject, place, mesh, seed)
     record = load_checkpoint(verify_checkpoint(path), model=trainer.model, engine=trainer.engine, mesh=mesh)
     trainer.progress = Progress(step=record.step, samples=record.samples, tokens=record.tokens)
     tensors = _copies(everything(trainer.engine))
     violations = [*_order_violations(cell, trainer)]
-    weights = {name: part for name, part in tensors.items() if name in expected.weights}
-    violations += _errors(cell, "weight after a step of AdamW", weights, expected.weights, ADAM_LIMIT)
-    trainer.step()
-    violations += _errors(
-        cell, "gradient of the step after loading", trainer.engine.gradients(), expected.next_gradients, LIMIT
-    )
-    after = named_parts(trainer.engine, trainer.engine.weights())
-    violations += _errors(
-        cell, "weight after the step after loading", after, expected.next_weights, ADAM_LIMIT
-    )
+    if expected is not None:
+        violations += _continuation(cell, trainer, tensors, expected)
     return Loaded(tensors=tensors, violations=violations)
+
+
+def _continuation(
+    cell: Cell, trainer: Trainer, tensors: Mapping[str, Part], expected: Expected
+) -> Iterator[Violation]:
+    """What was loaded, and the step that follows."""
+    weights = {name: part for name, part in tensors.items() if name in expected.weights}
+    yield from _errors(cell, "weight after a step of AdamW", weights, expected.weights, ADAM_LIMIT)
+    trainer.step()
+    gradients, what = trainer.engine.gradients(), "gradient of the step after loading"
+    yield from _errors(cell, what, gradients, expected.next_gradients, LIMIT)
+    after, what = named_parts(trainer.engine, trainer.engine.weights()), "weight after the step after loading"
+    yield from _errors(cell, what, after, expected.next_weights, ADAM_LIMIT)
 
 
 def bit_violations(cell: Cell, got: Mapping[str, Part], whole: Mapping[str, Part]) -> Iterator[Violation]:

@@ -46,12 +46,13 @@ class Subject:
         return router.num_tasks if isinstance(router, TaskOptions) else 1
 
 
-def make_subject(config: Config, world_size: int, scale: Scale) -> Subject:
+def make_subject(config: Config, world_size: int, scale: Scale, *, ranks_per_node: int) -> Subject:
     """The configuration to verify.
 
     Args:
         config: The user's.
-        world_size: Ranks at hand.
+        world_size: Ranks at hand,
+        ranks_per_node: and on each node, which may be pretended ones; for hierarchical exchanges.
         scale: ``small``: a model of a few thousand weights; ``as_is``: the user's own.
 
     Raises:
@@ -69,6 +70,14 @@ def make_subject(config: Config, world_size: int, scale: Scale) -> Subject:
         "warmup_steps": 0,
         "schedule": "constant",
     }
+    if config.parallel.ranks_per_node == "auto":
+        tree["parallel"]["ranks_per_node"] = ranks_per_node
+        changes.append(
+            f"nodes of {ranks_per_node} ranks for hierarchical exchanges (parallel.ranks_per_node)"
+        )
+    if config.parallel.wire_dtype is not None:
+        tree["parallel"]["wire_dtype"] = None
+        changes.append("rows travel in the dtype of the layer: parallel.wire_dtype rounds, which is no error")
     tree["model"] |= {"attention": "auto", "norm": "torch"}
     tree["train"] |= {"steps": 1000, "global_batch_size": max(8, 2 * world_size), "micro_batch_size": None,
                       "nonfinite": "stop"}  # fmt: skip

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from epmoe.parallel.runtime import gather_text
-from epmoe.verify.compare import Comparison, Violation
+from epmoe.verify.compare import Comparison, Violation, item_of
 
 Json = dict[str, Any]
 
@@ -26,6 +25,13 @@ class Verdict:
     seed: int
     margin: float
     seconds: float
+
+    @property
+    def tested(self) -> set[str]:
+        """Items about which there was something to test."""
+        always = {"norm", "resize", "collectives"}
+        alive = {"liveness" for row in self.rows if row["scenario"] == "task_only"}
+        return always | alive | {row["item"] for row in self.rows}
 
     @property
     def items(self) -> list[str]:
@@ -65,7 +71,14 @@ def agree(
 def _row(one: Comparison) -> Json:
     row = asdict(one)
     cell = row.pop("cell")
-    return {**cell, "settings": dict(one.cell.settings), "label": one.cell.label, **row}
+    return {
+        **cell,
+        "settings": dict(one.cell.settings),
+        "how": one.cell.how,
+        "item": item_of(one.cell),
+        "label": one.cell.label,
+        **row,
+    }
 
 
 def _all_violations(part: Json) -> Iterator[Json]:
@@ -123,8 +136,3 @@ def _between_cells(rows: Sequence[Json]) -> Iterator[Json]:
 
 def _first(collectives: Any) -> Any:
     return collectives[0] if isinstance(collectives, list) else collectives
-
-
-def finite(value: float) -> float | str:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else str(value)
