@@ -8,18 +8,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from epmoe import env
 from epmoe.cli import print_error
 from epmoe.config import Config
 from epmoe.config_file import check_layout, load_config
 from epmoe.errors import ConfigError, EpmoeError, NotProven
-from epmoe.verify.cells import make_plan
-from epmoe.verify.report import describe_plan, describe_violation, print_trials, print_verdict, write_json
 from epmoe.verify.scaling import Scale, Subject, make_subject
-from epmoe.verify.self_test import Trial, self_test, subject_for_faults
-from epmoe.verify.suite import prove
-from epmoe.verify.worlds import Ranks, assemble, run_here
+
+if TYPE_CHECKING:  # torch is imported when it is known that the configuration can be verified
+    from epmoe.verify.self_test import Trial
+    from epmoe.verify.worlds import Ranks
 
 RANKS_HERE = 4
 """Processes without a launcher: enough for every kind of layout,"""
@@ -65,6 +65,7 @@ def verify(
         cfg, world_size, scale, ranks_per_node=node if node < world_size else PRETENDED_NODE
     )
     check_layout(subject.config, world_size)
+    from epmoe.verify.worlds import assemble, run_here
 
     def on_rank() -> None:
         device = cfg.train.device if ranks_are_given else "cpu"
@@ -92,6 +93,10 @@ def _exit_code(work: Callable[[], None]) -> int:
 
 
 def _prove(ranks: Ranks, subject: Subject, cfg: Config, *, full: bool, json: Path | None) -> None:
+    from epmoe.verify.cells import make_plan
+    from epmoe.verify.report import describe_plan, describe_violation, print_verdict, write_json
+    from epmoe.verify.suite import prove
+
     plan = make_plan(subject, full=full, precisions=("fp64", "fp32"))
     speaks = ranks.rank == 0
     if speaks:
@@ -138,6 +143,9 @@ class _Progress:
 
 
 def _test_the_proof(ranks: Ranks, subject: Subject, json: Path | None) -> None:
+    from epmoe.verify.report import describe_violation, print_trials
+    from epmoe.verify.self_test import self_test, subject_for_faults
+
     speaks, started = ranks.rank == 0, time.monotonic()
 
     def say(trial: Trial) -> None:

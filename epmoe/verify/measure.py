@@ -157,7 +157,7 @@ def measure(
         },
         norms=[result.grad_norm for result in results],
         clips=[result.clip for result in results],
-        gradients=engine.gradients_seen[0],
+        gradients=in_order(trainer.model, engine.gradients_seen[0]),
         weights=weights,
         micro_collectives=engine.micro,
         end_collectives=end,
@@ -165,6 +165,11 @@ def measure(
         clipped_norm=clipped,
         margin=gaps.smallest,
     )
+
+
+def in_order(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """By the order of the model's parameters, so that the first wrong one is the first to look at."""
+    return {name: parts[name] for name, _ in model.named_parameters() if name in parts}
 
 
 def named_parts(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
