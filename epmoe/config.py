@@ -308,8 +308,12 @@ def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
 class ParallelConfig(Section):
     """How ranks share the work."""
 
-    engine: Literal["native"] = "native"
-    """Who holds weights, gradients and optimizer state. ``native``: the dense ones every rank, experts their owner."""
+    engine: Literal["native", "fsdp"] = "native"
+    """Who holds weights, gradients and optimizer state. ``native``: the dense ones every rank, experts their owner.
+    ``fsdp``: everything in shards (PyTorch's FSDP2), weights gathered block by block while they are used."""
+    fsdp_shard: Literal["full", "hybrid"] = "full"
+    """Over which ranks ``fsdp`` cuts dense tensors: all of them, or (``hybrid``) the ranks that share the experts, with
+    a copy in each such group. Experts are cut over the ranks that hold the same ones, either way."""
     ep_size: Positive | Literal["auto"] = "auto"
     """Ranks over which the experts are spread; auto = the largest common divisor of world size and experts."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -326,6 +330,15 @@ class ParallelConfig(Section):
     way, forward and backward. At most the experts on a rank."""
     overlap_shared: bool = False
     """Shared experts are computed while rows travel."""
+
+    @model_validator(mode="after")
+    def _shards_need_fsdp(self) -> ParallelConfig:
+        if self.fsdp_shard != "full" and self.engine != "fsdp":
+            raise ValueError(
+                f"fsdp_shard={self.fsdp_shard} means nothing to engine={self.engine}, which cuts no dense tensor; "
+                f"set engine: fsdp, or leave fsdp_shard out"
+            )
+        return self
 
 
 class OptimizerConfig(Section):

@@ -72,11 +72,6 @@ def hierarchical(node: Group, rail: Group) -> Exchange:
     return Exchange(groups=(node, rail), sizes=(dist.get_world_size(node), dist.get_world_size(rail)))
 
 
-def equal_splits(exchange: Exchange, num_rows: int) -> tuple[Splits, ...]:
-    """Splits of ``num_rows`` rows in equal blocks: the same before and after every step."""
-    return ((num_rows // exchange.num_ranks,) * exchange.num_ranks,) * (len(exchange.sizes) + 1)
-
-
 # ------------------------------------------------------------------------------------------- one step
 def _by_column(items: Sequence[_Item], inner: int) -> list[_Item]:
     """What lies in rows of ``inner``, column by column."""

@@ -4,6 +4,7 @@ model.blocks.1.moe.experts.w_in             [E, D, F], of which this rank holds 
 optim.blocks.1.moe.experts.w_in.exp_avg     the same
 model.head.experts.experts.5.weight         an expert that is a module: its global id is in the name
 optim.embed.weight.step                     everything else: the same tensor on every rank
+model.embed.weight                          or, of an engine with shards, some rows of it: a DTensor
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class Held(NamedTuple):
 
     dtype: str
     shape: list[int]
-    """Of the whole tensor, or of one expert."""
+    """Of the whole tensor, also where this rank holds a shard, or of one expert."""
     experts: list[int] | None
-    """Global ids, ascending; None = the same on every rank."""
+    """Global ids, ascending; None = the same on every rank, or in shards that an engine cut."""
     num_experts: int
-    """Experts there should be over the ep group; 0 = the same on every rank."""
+    """Experts there should be over the ep group; 0 where ``experts`` is None."""
 
 
 def local_tensors(model: nn.Module, engine: Engine | None) -> dict[str, Tensor]:
@@ -47,13 +48,16 @@ def local_tensors(model: nn.Module, engine: Engine | None) -> dict[str, Tensor]:
 
 
 def as_entries(tensors: Mapping[str, Tensor], mesh: ExpertMesh | None) -> dict[str, Tensor]:
-    """The tensors as DCP sees them: stacked experts as shards of one tensor, dim 0 = global expert id. No copies."""
+    """The tensors as DCP sees them: stacked experts as shards of one tensor, dim 0 = global expert id. No copies.
+
+    What an engine cut into shards itself is a DTensor of the whole tensor already.
+    """
     if mesh is None:
         return dict(tensors)
     placements = [Replicate(), Shard(0)]
     return {
         key: DTensor.from_local(tensor, mesh.device_mesh, placements, run_check=False)
-        if is_stacked(key, tensor)
+        if is_stacked(key, tensor) and not isinstance(tensor, DTensor)
         else tensor
         for key, tensor in tensors.items()
     }
@@ -70,7 +74,7 @@ def held_by_this_rank(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[s
     for key, tensor in tensors.items():
         template, expert = split_expert_id(key)
         dtype, shape = DTYPES[tensor.dtype], list(tensor.shape)
-        if expert is None and not is_stacked(key, tensor):
+        if isinstance(tensor, DTensor) or (expert is None and not is_stacked(key, tensor)):
             held[key] = Held(dtype, shape, None, 0)
             continue
         first, num_experts = next(numbers for prefix, numbers in owners.items() if prefix in key)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from epmoe.config import OptimizerConfig
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import load_apex
+from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import is_stacked
 
 
@@ -81,7 +83,7 @@ class Optimizer:
             if not parameter.requires_grad:
                 continue
             view = gradients[name]
-            tensor: Tensor = parameter
+            tensor: Tensor = rows_here(parameter) if isinstance(parameter, DTensor) else parameter
             if view.dtype != parameter.dtype:
                 tensor = parameter.detach().to(view.dtype)
                 self._masters[name], self._rounded[name] = tensor, parameter

@@ -364,10 +364,10 @@ def _prepare(config: Config, place: Runtime, stop: StopFlag) -> PreparedData:
 
 def _layout(config: Config, trainer: Trainer) -> str:
     """Ranks, experts and sizes in one line."""
-    mesh, model = trainer.mesh, trainer.model
-    local = sum(parameter.numel() for parameter in model.parameters())
+    mesh = trainer.mesh
+    local = sum(part.local.numel() for part in trainer.engine.gradients().values())
     return (
         f"{mesh.world_size} rank(s) on {trainer.runtime.device.type}, ep_size {mesh.ep_size} "
-        f"({mesh.edp_size} holding each expert), {local:,} parameters per rank, {config.train.precision}, "
-        f"{torch.get_num_threads()} thread(s) per rank"
+        f"({mesh.edp_size} holding each expert), engine {config.parallel.engine}, {local:,} parameters per rank, "
+        f"{config.train.precision}, {torch.get_num_threads()} thread(s) per rank"
     )

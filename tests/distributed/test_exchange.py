@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from epmoe import ModuleExperts, TokenContext, build_moe_layer, shard_experts
-from epmoe.comm.exchange import Exchange, Trip, depart, equal_splits, exchange_counts, exchange_rows
+from epmoe import ModuleExperts, TokenContext, build_moe_layer, env, shard_experts
+from epmoe.comm.exchange import Exchange, Trip, depart, exchange_counts, exchange_rows
 from epmoe.config import MoEConfig, ParallelConfig
 from epmoe.errors import ConfigError
 from epmoe.moe.layer import MoELayer
@@ -97,7 +97,7 @@ def on_the_wire(exchange: Exchange, wire: torch.dtype, rank: int) -> list[Tensor
     """Rows of very different sizes in a narrow dtype, and what one gets who casts by hand and sends that."""
     rows_ND = numbers(8, WIDTH, seed=rank) * torch.logspace(-12, 12, 8, dtype=torch.float64)[:, None]
     rows_ND[2] = 0.0
-    splits = equal_splits(exchange, 8)
+    splits = ((8 // WORLD,) * WORLD,) * (len(exchange.sizes) + 1)
     plain, narrow = (Trip(exchange=replace(exchange, wire=w), splits=splits) for w in (None, wire))
     found = []
     for trip, by_hand in ((narrow, False), (plain, True)):
@@ -424,3 +424,23 @@ def test_nodes_are_found_or_refused(tmp_path_factory: pytest.TempPathFactory) ->
         assert found["alone"] == ((1,), "which is the same: every rank holds all experts")
         assert "ranks_per_node=3 must divide the world size 4; valid values: 1, 2, 4" in found["cut"]
         assert "the nodes have between 1 and 3 ranks" in found["uneven"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "4"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 3),
+    ],
+)
+def test_ranks_of_this_node_by_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], ranks: int
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert env.local_world_size() == ranks

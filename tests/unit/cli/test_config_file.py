@@ -104,6 +104,15 @@ def test_scalars_follow_yaml_1_2(write):
         ("moe: {router: null}\n", ["moe.router: expects a mapping, got null"]),
         ("moe: {losses: {balence: 1}}\n", ["run.yaml:1:25: moe.losses.balence", "balance, z"]),
         ("parallel: {ep_size: 0}\n", ["parallel.ep_size: expects a number greater than 0 or 'auto', got 0"]),
+        ("parallel: {engine: deepsped}\n", ["parallel.engine: 'deepsped' is not a choice", "native, fsdp"]),
+        (
+            "parallel:\n  fsdp_shard: hybrid\n",
+            [
+                "run.yaml:2:15: parallel",
+                "fsdp_shard=hybrid means nothing to engine=native",
+                "set engine: fsdp",
+            ],
+        ),
         ("data: {sources: []}\n", ["data.sources: expects at least 1 element(s)"]),
         (
             "data: {sources: [{pth: x}]}\n",

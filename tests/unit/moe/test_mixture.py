@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from epmoe.comm.exchange import Exchange
 from epmoe.config import Config, MoEConfig
 from epmoe.config_routers import EddOptions
 from epmoe.moe.build import build_moe_layer
@@ -308,7 +309,7 @@ def test_experts_may_be_narrower_than_their_input(shape):
 def test_what_has_no_output_per_expert_is_refused_with_the_reason():
     x_BSD = tokens(1, 3)
     layer = make_layer(config("top2", num_experts=4))
-    layer.dispatcher = AllToAllDispatcher(None)
+    layer.dispatcher = AllToAllDispatcher(Exchange(groups=(None,), sizes=(1,)))
     with pytest.raises(ValueError, match=r"AllToAllDispatcher.*one sum.*ep_size=1"):
         run_experts(layer, x_BSD)
     for name in ("v3", "two_levels"):

@@ -14,7 +14,7 @@ from epmoe.moe.dispatcher import PaddedDispatcher
 from epmoe.moe.experts import ModuleExperts
 from epmoe.moe.trip import _swap_blocks
 from epmoe.ops import DROPLESS
-from epmoe.ops.ffn import expert_ffn
+from epmoe.ops.ffn import expert_ffn, expert_ffn_backward
 from epmoe.types import TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
@@ -265,7 +265,9 @@ def test_the_host_reads_nothing_in_either_pass(save):
 def test_neither_do_the_experts_inside():
     rows_RD, weights = torch.randn(6, 4), (torch.randn(3, 4, 10), torch.randn(3, 5, 4))
     with HostCopies() as copies:
-        expert_ffn(rows_RD, torch.randn(6), *weights, torch.tensor([2, 2, 2]), 2, "swiglu")
+        given = (rows_RD, torch.randn(6), *weights, torch.tensor([2, 2, 2]), 2)
+        y_RD, hidden_RX = expert_ffn(*given, "swiglu")
+        expert_ffn_backward(y_RD, *given, hidden_RX, "swiglu", True, True, True)
     assert copies.calls == []
 
 
