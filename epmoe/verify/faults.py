@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from epmoe.config import Config
 from epmoe.moe.layer import MoELayer
@@ -41,6 +42,8 @@ class Fault:
     """It needs experts that are spread over ranks."""
     loss: str | None = None
     """The auxiliary loss it is about."""
+    engine: str = "native"
+    """The engine it is about."""
 
     def absent(self, config: Config, largest_ep: int) -> str | None:
         """Why it cannot happen with a configuration; None if it can."""
@@ -109,6 +112,11 @@ def _without_experts(original: Callable[[Gradients], None], gradients: Gradients
     experts, gradients.experts = gradients.experts, []
     original(gradients)
     gradients.experts = experts
+
+
+def _own_divisor(original: Any, module: FSDPModule, _: float) -> None:
+    """Without a call FSDP2 divides by the size of the mesh of the shards."""
+    module.set_force_sum_reduction_for_comms(False)
 
 
 def _reduce_now(native: NativeEngine, _: Tensor) -> None:
@@ -212,6 +220,13 @@ FAULTS: tuple[Fault, ...] = (
         consequence="dense weights learn world size times too slowly",
         plant=_then(NativeEngine, "reduce", _dense_averaged),
         about_experts=False,
+    ),
+    Fault(
+        name="shards averaged, as FSDP2 does by itself",
+        consequence="experts and dense weights are divided by different numbers of ranks",
+        plant=_around(FSDPModule, "set_gradient_divide_factor", _own_divisor),
+        about_experts=False,
+        engine="fsdp",
     ),
     Fault(
         name="reduced after every micro-batch",

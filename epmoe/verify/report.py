@@ -18,12 +18,12 @@ from epmoe.verify.scaling import Subject
 from epmoe.verify.self_test import Trial
 from epmoe.verify.verdict import Json, Verdict
 
-WIDTH = 180
+WIDTH = 200
 """Of tables that do not go to a terminal."""
 SHORT = {"all_reduce": "R", "all_gather": "G", "all_to_all_single": "A", "all_gather_into_tensor": "G",
          "reduce_scatter_tensor": "S", "broadcast": "B", "batch_isend_irecv": "P"}  # fmt: skip
 LEGEND = "calls: of a micro-batch + at the end of a step; A all-to-all, R all-reduce, G all-gather, S reduce-scatter"
-UNNAMED = ("blocks.", "attention.", "moe.", "experts.", "ffn.", ".weight")
+UNNAMED = ("blocks.", "attention.", "_proj", "moe.", "experts.", "ffn.", ".weight")
 """Left out of names in the table; the JSON has them in full."""
 
 
@@ -45,8 +45,8 @@ def print_verdict(verdict: Verdict) -> None:
     out = console()
     table = Table(title="cells, worst of all ranks", title_justify="left")
     table.caption, table.caption_justify = LEGEND, "left"
-    names = ("world,ep", "how", "micro", "dtype", "scenario", "loss", "worst dense gradient",
-             "worst expert gradient", "norm", "clip", "weights", "calls")  # fmt: skip
+    names = ("ranks,ep", "how", "dtype", "scenario", "loss", "dense gradient", "expert gradient", "norm", "clip",
+             "weights", "calls")  # fmt: skip
     for name in names:
         table.add_column(name, no_wrap=True)
     for row in verdict.rows:
@@ -77,8 +77,7 @@ def _columns(row: Json) -> list[str]:
     calls = f"{_calls(row['micro_collectives'][0])} + {_calls(row['end_collectives'])}"
     return [
         f"{row['world_size']},{row['ep_size']}",
-        row["how"],
-        str(row["accumulation"]),
+        row["how"] + (f", {row['accumulation']} micro-batches" if row["accumulation"] > 1 else ""),
         row["precision"],
         row["scenario"],
         f"{row['loss_error']:.0e}",

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from epmoe.errors import EpmoeError
-from epmoe.verify.cells import Cell, Plan, Scenario, problem, usable_cells
+from epmoe.verify.cells import PLAIN, Cell, Plan, Scenario, problem, usable_cells
 from epmoe.verify.faults import FAULTS, Fault
 from epmoe.verify.scaling import Subject
 from epmoe.verify.suite import prove
@@ -42,7 +42,7 @@ def subject_for_faults(subject: Subject) -> Subject:
 
 
 def plan_for_faults(subject: Subject) -> Plan:
-    """A few native float64 cells that together touch every item."""
+    """A few float64 cells that together touch every item: native ones, and one of every other engine."""
     size = subject.world_size
     ep_size = math.gcd(size, subject.num_experts)
     wanted: tuple[tuple[int, int, Scenario], ...] = (
@@ -57,6 +57,11 @@ def plan_for_faults(subject: Subject) -> Plan:
         cell = usable_cells(subject, size, ep, scenario)[0]
         if problem(subject, cell) is None:
             cells.append(replace(cell, accumulation=accumulation))
+    engines = {
+        dict(cell.settings)["parallel.engine"]: cell
+        for cell in reversed(usable_cells(subject, size, ep_size))
+    }
+    cells += [cell for engine, cell in engines.items() if engine != PLAIN["parallel.engine"]]
     return Plan(cells=tuple(cells), num_possible=len(cells), left_out={})
 
 
