@@ -1,6 +1,6 @@
 """Runs in shards: the same start, the same records and text as native ones, and one engine goes on for another.
 
-Gradients, norms and weights are in ``test_parity.py``, checkpoints in ``test_resize.py``.
+The same gradients, norms and weights, too. Checkpoints are in ``test_resize.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from epmoe.train.setup import build_engine, build_model
 from epmoe.train.signals import StopFlag
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import attempts, history, make_config, status
-from tests.distributed.test_parity import VOCAB, Samples, config
+from tests.distributed.test_parity import (
+    VOCAB,
+    Cell,
+    Results,
+    Samples,
+    assert_same_training,
+    config,
+    train_all,
+    worst_error,
+)
 from tests.distributed.test_torchrun import LIMIT_S, log_of, torchrun
 
 SHORT = ["train.steps=4", "train.eval_every=2", "checkpoint.every=0"]
@@ -78,6 +87,45 @@ def test_one_copy_of_a_shard_that_is_not_finite_is_a_skipped_step_on_every_rank(
     manifest = read_manifest(folders["poisoned"] / "ckpt" / step_folder(4))
     assert manifest.record.trainer["skipped"] == 1
     assert status(folders["poisoned"])["state"] == "done"
+
+
+# ------------------------------------------------------------------------------------------- parity
+CELLS: list[Cell] = [(1, 1, "native", precision, 1) for precision in ("fp32", "fp64")]
+CELLS += [
+    (world, ep, "fsdp", precision, accumulation)
+    for world, ep in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+    for precision in ("fp32", "fp64")
+    for accumulation in (1, 2)
+]
+CELLS += [(world, ep, "fsdp_hybrid", "fp64", 2) for world, ep in ((2, 1), (2, 2), (4, 2), (4, 4))]
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All cells of this file."""
+    return train_all(CELLS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_shards_are_trained_as_one_process_would(parity: Results, cell: Cell) -> None:
+    [reference] = parity[(1, 1, "native", cell[3], 1)]
+    assert_same_training(parity[cell], reference, cell[3])
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "fsdp_hybrid"])
+def test_shards_are_trained_and_make_up_the_whole_model(parity: Results, engine: str) -> None:
+    [reference] = parity[(1, 1, "native", "fp64", 1)]
+    for (_, _, name, precision, _), ranks in parity.items():
+        if (name, precision) != (engine, "fp64"):
+            continue
+        assert all(worst_error("weights", rank, reference)[0] <= 1e-9 for rank in ranks)
+        for parameter, gradient in reference["gradients"].items():
+            held = set()
+            for rank in ranks:
+                first, shape = rank["where"][parameter]
+                held |= set(range(first, first + rank["gradients"][parameter].shape[0]))
+                assert shape == gradient.shape
+            assert held == set(range(gradient.shape[0])), parameter
 
 
 # ------------------------------------------------------------------------------------------- the start

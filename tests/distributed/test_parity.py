@@ -6,6 +6,7 @@ Plain SGD, because Adam divides a wrong scale of the gradient away.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,7 +87,6 @@ ROUTERS |= dict.fromkeys(ENGINES, ROUTERS["ragged"])
 SAME_FUNCTION = {"padded": "ragged", "hidden": "ragged", "padded_hidden": "ragged",
                  "hierarchical": "ragged", "hierarchical_padded": "ragged", "overlap": "ragged",
                  "overlap_padded": "ragged", "everything": "twelve", "wire_hierarchical": "wire"}  # fmt: skip
-SAME_FUNCTION |= dict.fromkeys(ENGINES, "native")
 """What must train as something else does."""
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (2, 4)}
 """World size -> ep sizes."""
@@ -207,14 +207,6 @@ CELLS += [
     for world, ep in ((1, 1), (2, 2))
     for router, accumulation in (("noisy_topk", 1), ("deepseek", 2), ("global_balance", 1))
 ]
-CELLS += [(1, 1, "native", precision, 1) for precision in ("fp32", "fp64")]
-CELLS += [
-    (world, ep, "fsdp", precision, accumulation)
-    for world, ep in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
-    for precision in ("fp32", "fp64")
-    for accumulation in (1, 2)
-]
-CELLS += [(world, ep, "fsdp_hybrid", "fp64", 2) for world, ep in ((2, 1), (2, 2), (4, 2), (4, 4))]
 CELLS += [
     (1, 1, "ragged", "fp64", 1),
     (1, 1, "padded_hidden", "fp64", 1),
@@ -242,26 +234,38 @@ CELLS += [
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+Cell = tuple[int, int, str, str, int]
+"""World size, ep size, router, precision, accumulation."""
+Results = dict[Cell, list[dict[str, Any]]]
+
+
+def train_all(cells: list[Cell], folder: Path) -> Results:
     """Every cell of every world size; each world is started once."""
     found = {}
     for world_size in LAYOUTS:
-        cells = [cell for cell in CELLS if cell[0] == world_size]
-        settings = [cell[1:] for cell in cells]
-        ranks = run_ranks(world_size, train_cells, tmp_path_factory.mktemp("ranks"), settings, timeout=110)
-        for index, cell in enumerate(cells):
+        mine = [cell for cell in cells if cell[0] == world_size]
+        settings = [cell[1:] for cell in mine]
+        ranks = run_ranks(world_size, train_cells, folder, settings, timeout=110)
+        for index, cell in enumerate(mine):
             found[cell] = [rank[index] for rank in ranks]
     return found
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All cells of this file."""
+    return train_all(CELLS, tmp_path_factory.mktemp("ranks"))
+
+
 @pytest.mark.parametrize(("world", "ep", "router", "precision", "accumulation"), CELLS)
 def test_layout_equals_one_process(
-    results: dict[tuple[Any, ...], list[dict[str, Any]]],
-    world: int, ep: int, router: str, precision: str, accumulation: int,
-) -> None:  # fmt: skip
+    results: Results, world: int, ep: int, router: str, precision: str, accumulation: int
+) -> None:
     [reference] = results[(1, 1, SAME_FUNCTION.get(router, router), precision, 1)]
-    ranks = results[(world, ep, router, precision, accumulation)]
+    assert_same_training(results[(world, ep, router, precision, accumulation)], reference, precision)
+
+
+def assert_same_training(ranks: list[dict[str, Any]], reference: dict[str, Any], precision: str) -> None:
     limit = 1e-9 if precision == "fp64" else 1e-5
     for rank in ranks:
         error, name = worst_error("gradients", rank, reference)
@@ -290,24 +294,6 @@ def test_weights_after_training_agree(results: dict[tuple[Any, ...], list[dict[s
     for (_, _, router, precision, _), ranks in results.items():
         if (router, precision) == ("gshard_top2", "fp64"):
             assert all(worst_error("weights", rank, reference)[0] <= 1e-9 for rank in ranks)
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "fsdp_hybrid"])
-def test_shards_are_trained_and_make_up_the_whole_model(
-    results: dict[tuple[Any, ...], list[dict[str, Any]]], engine: str
-) -> None:
-    [reference] = results[(1, 1, "native", "fp64", 1)]
-    for (_, _, name, precision, _), ranks in results.items():
-        if (name, precision) != (engine, "fp64"):
-            continue
-        assert all(worst_error("weights", rank, reference)[0] <= 1e-9 for rank in ranks)
-        for parameter, gradient in reference["gradients"].items():
-            held = set()
-            for rank in ranks:
-                first, shape = rank["where"][parameter]
-                held |= set(range(first, first + rank["gradients"][parameter].shape[0]))
-                assert shape == gradient.shape
-            assert held == set(range(gradient.shape[0])), parameter
 
 
 def test_every_layout_moves_the_bias_alike(results: dict[tuple[Any, ...], list[dict[str, Any]]]) -> None:
