@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,9 +21,18 @@ from epmoe.verify.verdict import Json, Verdict
 
 WIDTH = 200
 """Of tables that do not go to a terminal."""
-SHORT = {"all_reduce": "R", "all_gather": "G", "all_to_all_single": "A", "all_gather_into_tensor": "G",
-         "reduce_scatter_tensor": "S", "broadcast": "B", "batch_isend_irecv": "P"}  # fmt: skip
-LEGEND = "calls: of a micro-batch + at the end of a step; A all-to-all, R all-reduce, G all-gather, S reduce-scatter"
+SHORT = {
+    "all_reduce": "R",
+    "all_gather": "G",
+    "all_gather_into_tensor": "G",
+    "all_gather_single": "G",
+    "reduce_scatter_tensor": "S",
+    "reduce_scatter_single": "S",
+    "all_to_all_single": "A",
+    "broadcast": "B",
+    "batch_isend_irecv": "P",
+}
+LEGEND = "micro: micro-batches of a step; calls: of a micro-batch + at the end of a step; A all-to-all, R all-reduce, G all-gather, S reduce-scatter"
 UNNAMED = ("blocks.", "attention.", "_proj", "moe.", "experts.", "ffn.", ".weight")
 """Left out of names in the table; the JSON has them in full."""
 
@@ -77,7 +87,8 @@ def _columns(row: Json) -> list[str]:
     calls = f"{_calls(row['micro_collectives'][0])} + {_calls(row['end_collectives'])}"
     return [
         f"{row['world_size']},{row['ep_size']}",
-        row["how"] + (f", {row['accumulation']} micro-batches" if row["accumulation"] > 1 else ""),
+        row["how"].replace("overlap_", "")
+        + (f", micro {row['accumulation']}" if row["accumulation"] > 1 else ""),
         row["precision"],
         row["scenario"],
         f"{row['loss_error']:.0e}",
@@ -100,7 +111,7 @@ def _error(error: Json | None) -> str:
 
 
 def _calls(counts: Mapping[str, int]) -> str:
-    return " ".join(f"{number}{SHORT[name]}" for name, number in counts.items()) or "0"
+    return " ".join(f"{number}{SHORT[name]}" for name, number in counts.items() if number) or "0"
 
 
 def print_trials(trials: Sequence[Trial], seconds: float) -> None:
@@ -132,4 +143,13 @@ def write_json(path: Path, subject: Subject, plan: Plan, verdict: Verdict) -> No
         "config": subject.config.model_dump(mode="json"),
         **found,
     }
-    path.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -136,9 +136,12 @@ def mesh_of(cell: Cell, subject: Subject, place: Runtime, made: dict[str, Expert
 
 
 def resize_cell(subject: Subject, world_size: int, ep_size: int) -> Cell:
-    """How a layout writes or reads a checkpoint; several engines take turns over the layouts."""
-    choices = usable_cells(subject, world_size, ep_size)
-    return choices[ep_size % len(choices)]
+    """How a layout writes or reads a checkpoint; the engines take turns over the layouts."""
+    cells = usable_cells(subject, world_size, ep_size)
+    by_engine = {dict(cell.settings)["parallel.engine"]: cell for cell in reversed(cells)}
+    engines = sorted(by_engine, key=str, reverse=True)
+    number = layouts(subject).index((world_size, ep_size))
+    return by_engine[engines[number % len(engines)]]
 
 
 def _choose_data(
