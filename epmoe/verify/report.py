@@ -32,7 +32,10 @@ SHORT = {
     "broadcast": "B",
     "batch_isend_irecv": "P",
 }
-LEGEND = "micro: micro-batches of a step; calls: of a micro-batch + at the end of a step; A all-to-all, R all-reduce, G all-gather, S reduce-scatter"
+LEGEND = (
+    "micro: micro-batches of a step; calls: of a micro-batch + at the end of a step; A all-to-all, R all-reduce, "
+    "G all-gather, S reduce-scatter"
+)
 UNNAMED = ("blocks.", "attention.", "_proj", "moe.", "experts.", "ffn.", ".weight")
 """Left out of names in the table; the JSON has them in full."""
 

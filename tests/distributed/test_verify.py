@@ -52,14 +52,17 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, An
 def test_the_code_as_it_is_is_proven(verdicts: list[list[dict[str, Any]]]) -> None:
     verdict = verdicts[0][0]
     assert verdict["violations"] == ()
-    assert len(verdict["rows"]) == 5
+    assert {row["scenario"] for row in verdict["rows"]} == {"parity", "one_token", "balance", "task_only"}
     for row in verdict["rows"]:
         assert row["ok"]
         assert [row[name] for name in ("norm_equal", "clip_equal", "collectives_equal")] == [True] * 3
         assert row["expert"]["error"] < 1e-12
         exchanges = {counts.get("all_to_all_single", 0) for counts in row["micro_collectives"]}
         assert len(exchanges) == 1
-        assert row["end_collectives"]["all_reduce"] == (2 if row["ep_size"] == 2 else 3)
+        if (
+            row["settings"]["parallel.engine"] == "native"
+        ):  # dense, sums; and experts where two ranks hold them
+            assert row["end_collectives"]["all_reduce"] == (2 if row["ep_size"] == 2 else 3)
 
 
 def test_every_rank_has_the_same_verdict(verdicts: list[list[dict[str, Any]]]) -> None:
