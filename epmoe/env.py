@@ -76,6 +76,15 @@ def prefer_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def prepare_deepspeed(device_type: str) -> None:
+    """Tells DeepSpeed, before it is imported, what it computes on, and that a single process is rank 0 of its node.
+
+    Left alone it guesses, and takes the CPU for a GPU of some kind where packages suggest that.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
 RECORDED = (
     "NCCL_",
     "CUDA_",

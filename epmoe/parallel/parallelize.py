@@ -11,6 +11,7 @@ from epmoe.comm.exchange import sum_counts
 from epmoe.moe.build import build_dispatcher
 from epmoe.moe.experts import FFNExperts, ModuleExperts
 from epmoe.moe.layer import MoELayer
+from epmoe.parallel.deepspeed import mark_experts
 from epmoe.parallel.mesh import ExpertMesh
 
 
@@ -45,6 +46,8 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
             )
         _keep_local_experts(layer, mesh)
         layer.dispatcher = dispatcher
+        if mesh.ep_size > 1:
+            mark_experts(layer, mesh)
         if mesh.world_size > 1:
             layer.sum_over_ranks = partial(sum_counts, group=mesh.world_group)
 

@@ -174,6 +174,11 @@ def problem(subject: Subject, cell: Cell) -> str | None:
         dropless = moe.capacity_factor is None and cell.scenario != "overflow" and not moe.router.no_capacity
         if dropless:
             return "padded dispatch needs moe.capacity_factor; without one every pass is ragged"
+    if settings["parallel.engine"] == "deepspeed":
+        return (
+            "deepspeed keeps the first process group of a process, and a proof makes one for every world size; "
+            "the tests compare its gradients"
+        )
     if settings["parallel.exchange"] == "hierarchical" and not _has_nodes(subject, cell):
         return "where the ranks that share the experts are all on one node, hierarchical is flat"
     if settings["parallel.overlap_shared"] and not (moe is not None and moe.shared_experts):

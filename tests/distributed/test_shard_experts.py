@@ -63,6 +63,8 @@ def share_modules(rank: int) -> dict[str, Any]:
     for _ in range(2):  # the second time they are this rank's already
         shard_experts(stacked, mesh)
         assert torch.equal(stacked.experts.w_in, whole[2 * rank : 2 * rank + 2])
+        # In the words that stop DeepSpeed until it is told which ranks share them.
+        assert (stacked.experts.w_in.allreduce, stacked.experts.w_in.group_name) == (False, "ep_size_2")
     assert isinstance(stacked.dispatcher, AllToAllDispatcher)
     with pytest.raises(ValueError, match="ep_size=2"):
         shard_experts(
