@@ -177,6 +177,8 @@ class DispatchPlan:
     """int64: received rows (rank-major) in expert-major order; None when they already are."""
     rank_order_R: Tensor | None = None
     """int64: the inverse."""
+    tokens_per_expert_L: Tensor | None = None
+    """int64: rows received for each local expert; None when this rank has all experts and keeps its rows."""
 
 
 @register_pytree

@@ -9,8 +9,8 @@ from epmoe.data.tokenizer import padded_vocab_size
 from epmoe.errors import DataError
 from epmoe.models.sizes import count_parameters, flops_per_token
 
-PARAMETER_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 2, "fp64": 8}
-STATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 4, "fp64": 8}
+PARAMETER_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 2, "fp16_autocast": 4, "fp64": 8}
+STATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 4, "fp16_autocast": 4, "fp64": 8}
 """Per parameter and tensor: master, gradient and each of Adam's moments."""
 
 

@@ -22,9 +22,20 @@ class Dispatcher(Protocol):
     """
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch, DispatchPlan]:
-        """Sends every kept assignment's row to its expert."""
+        """Sends every kept assignment's row to its expert.
+
+        Args:
+            plan: That of an earlier pass over the same tokens: nothing is planned, and no counts are exchanged.
+        """
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         """Brings the experts' rows back and sums them per token with the routing weights -> ``[T, D]``."""
@@ -48,11 +59,19 @@ class LocalDispatcher:
         self.weigh_rows = weigh_rows
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch, DispatchPlan]:
         """Rows in ascending expert order."""
-        slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
-        plan = plan_local(routing, slots)  # the one device-to-host copy
+        if plan is None:
+            slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+            plan = plan_local(routing, slots)  # the one device-to-host copy
         batch = ExpertBatch(
             rows_RD=permute(x_TD, plan.token_N),
             tokens_per_expert_L=plan.tokens_per_expert_E,
@@ -80,24 +99,32 @@ class AllToAllDispatcher:
         self.group, self.weigh_rows = group, weigh_rows
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch, DispatchPlan]:
         """Rows to the ranks that hold their experts, there in ascending local expert order."""
-        slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
-        counts_WL = exchange_counts(slots.tokens_per_expert_E, self.group)
-        plan = plan_exchange(routing, slots, counts_WL)  # the one device-to-host copy
-
-        def send(rows_NX: Tensor) -> Tensor:
-            rows_RX = exchange_rows(rows_NX, plan.send_splits, plan.recv_splits, self.group)
-            assert plan.expert_order_R is not None
-            return permute(rows_RX, plan.expert_order_R)
-
+        if plan is None:
+            slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+            counts_WL = exchange_counts(slots.tokens_per_expert_E, self.group)
+            plan = plan_exchange(routing, slots, counts_WL)  # the one device-to-host copy
+        assert plan.tokens_per_expert_L is not None
         batch = ExpertBatch(
-            rows_RD=send(permute(x_TD, plan.token_N)),
-            tokens_per_expert_L=counts_WL.sum(0),
-            weight_R=send(_weights(routing, plan))[:, 0] if self.weigh_rows else None,
+            rows_RD=self._send(permute(x_TD, plan.token_N), plan),
+            tokens_per_expert_L=plan.tokens_per_expert_L,
+            weight_R=self._send(_weights(routing, plan), plan)[:, 0] if self.weigh_rows else None,
         )
         return batch, plan
+
+    def _send(self, rows_NX: Tensor, plan: DispatchPlan) -> Tensor:
+        rows_RX = exchange_rows(rows_NX, plan.send_splits, plan.recv_splits, self.group)
+        assert plan.expert_order_R is not None
+        return permute(rows_RX, plan.expert_order_R)
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         """The same way back, then the weighted sum per token."""
@@ -133,14 +160,22 @@ class PaddedDispatcher:
         )
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch, DispatchPlan]:
         """The blocks of this rank's experts, one expert after the other, in each the ranks in ascending order."""
         if capacity == DROPLESS:
             return self.ragged.dispatch(
-                x_TD, routing, num_experts=num_experts, group_size=group_size, capacity=capacity
+                x_TD, routing, num_experts=num_experts, group_size=group_size, capacity=capacity, plan=plan
             )
-        plan = plan_padded(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+        if plan is None:
+            plan = plan_padded(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
         num_local = num_experts // self.num_ranks
         rows_per_expert = plan.token_N.shape[0] // num_local
         batch = ExpertBatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from epmoe.config import MoEConfig
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
+from epmoe.moe.recompute import Remake, Replay, kept, plain
 from epmoe.moe.router import Router
 from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
 
@@ -38,15 +40,23 @@ class MoELayer(nn.Module):
         """Adds counts up over all ranks; None = there is only this one."""
         self.moe, self.losses = moe, dict(losses)
 
-    def forward(self, x_BSD: Tensor, ctx: TokenContext | None = None) -> tuple[Tensor, RouterReport]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        ctx: TokenContext | None = None,
+        replay: Replay | None = None,
+        remake: Remake = plain,
+    ) -> tuple[Tensor, RouterReport]:
         """Routes, dispatches, computes, combines.
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
+            replay: For a pass that will be recomputed: an empty one, which the second pass gets again.
+            remake: Computes what need not be kept for the backward pass.
 
         Returns:
-            y_BSD and the report with losses (differentiable sums) and metrics.
+            y_BSD and the report with losses (differentiable sums) and metrics; in a second pass an empty report.
 
         Raises:
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
@@ -57,16 +67,30 @@ class MoELayer(nn.Module):
         ctx = ctx or TokenContext()
         group_size = seq_len if self.moe.group == "sequence" else num_sequences * seq_len
         capacity = expert_capacity(self.moe, group_size, training=self.training)
-        routing = self.router(x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity)
+        inputs = self.router.project(
+            x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity, remake=remake
+        )
+        routing, plan = (None, None) if replay is None else (replay.routing, replay.plan)
+        again = plan is not None
+        if routing is None:
+            with nullcontext() if replay is None else kept():
+                routing = self.router.decide(inputs)
         batch, plan = self.dispatcher.dispatch(
             x_TD,
             routing,
             num_experts=self.moe.num_experts,
             group_size=group_size,
             capacity=capacity,
+            plan=plan,
         )
         y_TD = self.dispatcher.combine(self.experts(batch), routing, plan)
-        return y_TD.to(x_BSD.dtype).view_as(x_BSD), self.report(routing, plan, ctx, seq_len)
+        y_BSD = y_TD.to(x_BSD.dtype).view_as(x_BSD)
+        if again:
+            return y_BSD, RouterReport(losses={}, metrics={})
+        if replay is not None:
+            replay.remember(routing, plan)
+        with nullcontext() if replay is None else kept():
+            return y_BSD, self.report(routing, plan, ctx, seq_len)
 
     def report(self, routing: Routing, plan: DispatchPlan, ctx: TokenContext, seq_len: int) -> RouterReport:
         """Losses and metrics of one forward pass. With ``balance_scope: global``, in training, a collective."""

@@ -9,7 +9,7 @@ Order of the rows on their way, for two ranks with two experts each (a: rank 0's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -143,7 +143,8 @@ def plan_exchange(routing: Routing, slots: Slots, counts_WL: Tensor) -> Dispatch
     splits = torch.stack((sent_WL.sum(1), counts_WL.sum(1)))
     send_splits, recv_splits = splits.tolist()  # the one device-to-host copy
     expert_order_R = expert_major_order(counts_WL, sum(recv_splits))
-    return _plan(routing, slots, tuple(send_splits), tuple(recv_splits), expert_order_R)
+    plan = _plan(routing, slots, tuple(send_splits), tuple(recv_splits), expert_order_R)
+    return replace(plan, tokens_per_expert_L=counts_WL.sum(0))
 
 
 def _plan(

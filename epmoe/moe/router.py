@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.config_routers import RouterOptions
+from epmoe.moe.recompute import Remake, plain
 from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.routers.family import Family, Init, Part
 from epmoe.ops import DROPLESS, philox
@@ -84,13 +85,32 @@ class Router(nn.Module):
         group_size: int = 0,
         capacity: int = DROPLESS,
     ) -> Routing:
-        """Logits of every token, and the family's decision.
+        """Logits of every token, and the family's decision; arguments and errors are those of ``project``."""
+        return self.decide(self.project(x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity))
+
+    def decide(self, inputs: RouterInputs) -> Routing:
+        """The family's decision."""
+        with torch.autocast(inputs.logits_TE.device.type, enabled=False):
+            return self.family.route(inputs, self.options, self.top_k)
+
+    def project(
+        self,
+        x_TD: Tensor,
+        ctx: TokenContext,
+        *,
+        seq_len: int,
+        group_size: int = 0,
+        capacity: int = DROPLESS,
+        remake: Remake = plain,
+    ) -> RouterInputs:
+        """Logits of every token, and all else that the family decides from.
 
         Args:
             x_TD: Tokens, sequence after sequence.
             seq_len: Tokens per sequence, S.
             group_size: Tokens per capacity group; 0 = all of them.
             capacity: Slots per expert and group, for families whose choice depends on them.
+            remake: Computes what need not be kept.
 
         Raises:
             ValueError: The policy draws random numbers and ``ctx.sample_B`` is None.
@@ -98,14 +118,14 @@ class Router(nn.Module):
         dtype = compute_dtype(x_TD.dtype)
         draws = self._draws(ctx, seq_len, x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = self._jitter(x_TD.to(dtype), draws)
+            x_TD = remake(self._jitter, x_TD.to(dtype), draws)
             # A row that is not finite is left out of the product, whose backward would put 0 * NaN into the weight's
             # gradient; its logits are NaN, so that the token is seen and counted as broken.
             # One pass: NaN and infinities survive a sum, and where finite numbers overflow it, the logits would too.
             finite_T1 = x_TD.detach().sum(-1, keepdim=True).isfinite()
-            x_TD = torch.where(finite_T1, x_TD, 0.0)
+            x_TD = remake(torch.where, finite_T1, x_TD, 0.0)
             fields: dict[str, Any] = {p.field: self._field(p, x_TD) for p in self.parts if p.field}
-            inputs = RouterInputs(
+            return RouterInputs(
                 logits_TE=self._logits(x_TD).masked_fill(~finite_T1, torch.nan),
                 valid_T=_valid(x_TD, ctx),
                 draws=draws,
@@ -118,7 +138,6 @@ class Router(nn.Module):
                 task_T=None if ctx.task_B is None else ctx.task_B.repeat_interleave(seq_len),
                 **fields,
             )
-            return self.family.route(inputs, self.options, self.top_k)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self.weight is None:

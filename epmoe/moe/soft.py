@@ -13,6 +13,7 @@ from torch import Tensor
 from epmoe.config_routers import SoftOptions
 from epmoe.moe.dispatcher import PaddedDispatcher
 from epmoe.moe.layer import MoELayer
+from epmoe.moe.recompute import Remake, Replay, plain
 from epmoe.moe.routers.family import Family, FloatArray, Part
 from epmoe.types import ExpertBatch, RouterInputs, RouterReport, Routing, TokenContext, compute_dtype
 
@@ -52,12 +53,20 @@ class SoftMoELayer(MoELayer):
     in a token's result. With experts on several ranks all of them need the same number of groups.
     """
 
-    def forward(self, x_BSD: Tensor, ctx: TokenContext | None = None) -> tuple[Tensor, RouterReport]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        ctx: TokenContext | None = None,
+        replay: Replay | None = None,
+        remake: Remake = plain,
+    ) -> tuple[Tensor, RouterReport]:
         """Mixes tokens into slots, computes, mixes results back.
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask. None: all tokens are valid.
+            replay: Not looked at: nothing is decided here that a second pass could decide otherwise.
+            remake: Computes what need not be kept for the backward pass.
         """
         num_tokens, width = x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2]
         size = x_BSD.shape[1] if self.moe.group == "sequence" else num_tokens
@@ -68,7 +77,7 @@ class SoftMoELayer(MoELayer):
             valid_GS = torch.ones_like(finite_GS)
             if ctx is not None and ctx.valid_BS is not None:
                 valid_GS = ctx.valid_BS.reshape(num_groups, size)
-            x_GSD = torch.where(finite_GS.unsqueeze(2), x_GSD, 0.0)
+            x_GSD = remake(torch.where, finite_GS.unsqueeze(2), x_GSD, 0.0)
             phi_XD, scale = (getattr(self.router, name).to(x_GSD.dtype) for name in ("phi", "scale"))
             dispatch_GSX, combine_GSX = mixing_weights(x_GSD, phi_XD, scale, valid_GS & finite_GS)
             slot_GXD = dispatch_GSX.transpose(1, 2) @ x_GSD

@@ -108,6 +108,10 @@ class StepRecord:
     """Training time so far, over all restarts."""
     skipped_steps: int = 0
     """Updates left out so far because a loss or gradient was not finite."""
+    overflowed_steps: int = 0
+    """Updates left out so far because gradients overflowed and the loss scale was halved."""
+    loss_scale: float | None = None
+    """What the loss is multiplied by; None where gradients need no scale."""
     layers: dict[int, LayerHealth] = field(default_factory=dict)
     """By number of the layer; MoE layers only."""
     val: dict[str, float] = field(default_factory=dict)

@@ -98,6 +98,8 @@ class Recorder:
             memory_gib=memory_gib(self.device),
             seconds=self.seconds,
             skipped_steps=progress.skipped,
+            overflowed_steps=progress.overflowed,
+            loss_scale=progress.loss_scale.factor if progress.loss_scale else None,
             layers={layer: layer_health(sums, index) for index, layer in enumerate(self.layers)},
             val=dict(val),
         )

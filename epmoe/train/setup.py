@@ -10,18 +10,20 @@ import torch
 from epmoe.config import Config
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import Accelerators, choose_accelerators
-from epmoe.models.decoder import Decoder
+from epmoe.models.decoder import Block, Decoder
 from epmoe.models.init import init_weights
 from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.parallelize import shard_experts
 from epmoe.parallel.runtime import gather_text, raise_together
 from epmoe.train.optimizer import load_fused_adam
+from epmoe.train.step import AUTOCAST_DTYPE
 
 PARAMETER_DTYPE = {
     "fp32": torch.float32,
     "bf16_autocast": torch.float32,
     "bf16_params": torch.bfloat16,
+    "fp16_autocast": torch.float32,
     "fp64": torch.float64,
 }
 """Dtype of the parameters for each ``train.precision``; routers keep at least float32."""
@@ -33,11 +35,11 @@ def find_accelerators(config: Config, device: torch.device) -> Accelerators:
     Raises:
         ConfigError: The configuration asks for one that cannot be had.
     """
-    half = config.train.precision in ("bf16_autocast", "bf16_params")
+    precision = config.train.precision
     return choose_accelerators(
         config.model,
         device=device,
-        dtype=torch.bfloat16 if half else PARAMETER_DTYPE[config.train.precision],
+        dtype=AUTOCAST_DTYPE.get(precision, PARAMETER_DTYPE[precision]),
         cross_document=config.data.cross_document,
     )
 
@@ -101,6 +103,9 @@ def build_model(
         )
         if mesh is not None:
             shard_experts(model, mesh)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.recompute = config.train.recompute
     model.to(dtype)
     for module in model.modules():
         if isinstance(module, Router):

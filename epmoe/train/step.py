@@ -18,10 +18,14 @@ from epmoe.types import RouterReport, compute_dtype
 IGNORED = -100
 
 
+AUTOCAST_DTYPE = {"bf16_autocast": torch.bfloat16, "fp16_autocast": torch.float16}
+"""In which dtype matrices are multiplied where that is not the parameters' own."""
+
+
 def autocast(precision: str, device_type: str) -> AbstractContextManager[object]:
     """The autocast context of a precision."""
-    if precision == "bf16_autocast":
-        return torch.autocast(device_type, torch.bfloat16)
+    if precision in AUTOCAST_DTYPE:
+        return torch.autocast(device_type, AUTOCAST_DTYPE[precision])
     return nullcontext()
 
 
@@ -35,12 +39,21 @@ def token_loss(logits_BSV: Tensor, batch: Batch) -> Tensor:
 
 
 def micro_step(
-    model: Decoder, batch: Batch, *, num_tokens: float, coefficients: Mapping[str, float], precision: str
+    model: Decoder,
+    batch: Batch,
+    *,
+    num_tokens: float,
+    coefficients: Mapping[str, float],
+    precision: str,
+    loss_scale: float = 1.0,
 ) -> Sums:
     """Forward and backward of one micro-batch; gradients add up in ``.grad``.
 
     The objective is (task loss + sum of coefficient * auxiliary loss) / ``num_tokens``, all of them sums over tokens;
     with ``num_tokens`` counted over all ranks and micro-batches of the step, gradients only ever need to be summed.
+
+    Args:
+        loss_scale: Gradients are those of the objective times this number.
 
     Returns:
         Sums over this micro-batch: ``loss``, ``aux.<name>`` and ``<layer>.<metric>``.
@@ -52,7 +65,7 @@ def micro_step(
     for report in reports:
         for name, value in report.losses.items():
             objective = objective + coefficients[name] * value
-    (objective / num_tokens).backward()
+    (objective / num_tokens * loss_scale).backward()
     return {"loss": loss.detach(), **report_sums(reports)}
 
 
