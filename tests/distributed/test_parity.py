@@ -5,15 +5,21 @@ Plain SGD, because Adam divides a wrong scale of the gradient away.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from epmoe.config import Config
 from epmoe.data.loader import Batch
+from epmoe.moe import dispatcher
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh, is_expert
 from epmoe.train.loop import Trainer
@@ -26,7 +32,9 @@ from tests.oracle.deepseek import moved_bias
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
 STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5,
          "ragged": 5, "padded": 5, "hidden": 5, "padded_hidden": 5,
-         "soft": 3, "strictly_balanced": 3}  # fmt: skip
+         "soft": 3, "strictly_balanced": 3,
+         "full": 5, "selective": 5, "padded_full": 5, "padded_selective": 5, "deepseek_full": 5,
+         "global_balance_full": 5, "soft_full": 3}  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
     "noisy_topk": {"router": {"name": "noisy_topk", "jitter": 0.05}},
     "deepseek": {
@@ -50,8 +58,20 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "losses": {"batchwise_threshold": 0.05, "z": 0.01},
     },
 }
+RECOMPUTE = {
+    "full": "ragged",
+    "selective": "ragged",
+    "padded_full": "padded",
+    "padded_selective": "padded",
+    "deepseek_full": "deepseek",
+    "global_balance_full": "global_balance",
+    "soft_full": "soft",
+}
+"""Ways to train with ``train.recompute``, the last word of their name, and what they do otherwise."""
+ROUTERS |= {name: ROUTERS[other] for name, other in RECOMPUTE.items()}
 """The MoE section of routers that are more than a name, and of other ways to the experts."""
 SAME_FUNCTION = {"padded": "ragged", "hidden": "ragged", "padded_hidden": "ragged"}
+SAME_FUNCTION |= {name: SAME_FUNCTION.get(other, other) for name, other in RECOMPUTE.items()}
 """What must train as something else does."""
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (2, 4)}
 """World size -> ep sizes."""
@@ -101,7 +121,8 @@ def config(router: str, precision: str, accumulation: int, world_size: int) -> C
             "moe": moe,
             "optimizer": {"name": "sgd", "lr": 0.3, "warmup_steps": 2, "clip_norm": 0.8},
             "train": {"steps": STEPS[router], "global_batch_size": GLOBAL_BATCH, "precision": precision,
-                      "micro_batch_size": GLOBAL_BATCH // accumulation // world_size},
+                      "micro_batch_size": GLOBAL_BATCH // accumulation // world_size,
+                      "recompute": router.rpartition("_")[2] if router in RECOMPUTE else "none"},
         }
     )  # fmt: skip
 
@@ -118,8 +139,12 @@ def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation:
     model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
     trainer = Trainer(cfg, place, mesh, model=model, data=Samples(), stop=StopFlag())  # type: ignore[arg-type]
     losses, norms, clips, gradients, counts, demands = [], [], [], {}, [], []
+    metrics: list[dict[str, Tensor]] = []
+    collectives: Counter[str] = Counter()
     for step in range(STEPS[router]):
-        result = trainer.step()
+        with counting(collectives):
+            result = trainer.step()
+        metrics.append(result.sums)
         losses.append(float(result.sums["loss"]) / result.num_tokens)
         norms.append(result.grad_norm)
         clips.append(result.clip)
@@ -129,7 +154,22 @@ def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation:
             gradients = {name: view.clone() for name, view in trainer.gradients.views.items()}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return {"losses": losses, "norms": norms, "clips": clips, "gradients": gradients, "counts": counts,
-            "demands": demands, "weights": weights, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip
+            "metrics": metrics, "collectives": collectives, "demands": demands, "weights": weights, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip
+
+
+@contextmanager
+def counting(calls: Counter[str]) -> Iterator[None]:
+    """Counts the collectives that a second pass must not repeat."""
+    with ExitStack() as stack:
+        for owner, name in ((dispatcher, "exchange_counts"), (dist, "all_reduce")):
+            original = getattr(owner, name)
+
+            def call(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+                calls[_name] += 1
+                return _original(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(owner, name, call))
+        yield
 
 
 def local_part(name: str, whole: Tensor, result: dict[str, Any]) -> Tensor:
@@ -171,9 +211,11 @@ CELLS += [
 ]
 CELLS += [
     (1, 1, "ragged", "fp64", 1),
+    (2, 2, "ragged", "fp64", 1),
     (1, 1, "padded_hidden", "fp64", 1),
     (2, 2, "padded", "fp64", 2),
     (2, 2, "hidden", "fp64", 1),
+    *((2, 2, router, "fp64", 2 if router == "deepseek_full" else 1) for router in RECOMPUTE),
     (4, 2, "padded_hidden", "fp64", 1),
     (4, 4, "padded", "fp64", 1),
     (4, 4, "hidden", "fp64", 1),
@@ -220,6 +262,27 @@ def test_layout_equals_one_process(
     assert min(reference["clips"]) < 1.0, "the clip was never active"
 
 
+def test_recomputation_repeats_no_decision(results: dict[tuple[Any, ...], list[dict[str, Any]]]) -> None:
+    """Everything reported, and the number of count exchanges, is what it is without."""
+    pairs = [((2, 2, "full", "fp64", 1), (2, 2, "ragged", "fp64", 1)),
+             ((2, 2, "selective", "fp64", 1), (2, 2, "ragged", "fp64", 1)),
+             ((2, 2, "deepseek_full", "fp64", 2), (2, 2, "deepseek", "fp64", 2)),
+             ((2, 2, "global_balance_full", "fp64", 1), (2, 2, "global_balance", "fp64", 1)),
+             ((2, 2, "soft_full", "fp64", 1), (2, 2, "soft", "fp64", 1))]  # fmt: skip
+    for cell, plain in pairs:
+        for got, wanted in zip(results[cell], results[plain], strict=True):
+            assert got["collectives"] == wanted["collectives"]
+            for step, sums in enumerate(wanted["metrics"]):
+                differ = [
+                    name for name, value in sums.items() if not torch.equal(got["metrics"][step][name], value)
+                ]
+                assert differ == [], cell
+            for name, value in wanted["weights"].items():
+                assert torch.equal(got["weights"][name], value), f"{cell}: {name}"
+    # One micro-batch, two layers, five steps.
+    assert results[(2, 2, "full", "fp64", 1)][0]["collectives"]["exchange_counts"] == 10
+
+
 def test_float32_and_float64_route_alike(results: dict[tuple[Any, ...], list[dict[str, Any]]]) -> None:
     [single], [double] = (results[(1, 1, "gshard_top2", precision, 1)] for precision in ("fp32", "fp64"))
     for narrow, wide in zip(single["counts"], double["counts"], strict=True):
@@ -235,7 +298,7 @@ def test_weights_after_training_agree(results: dict[tuple[Any, ...], list[dict[s
 
 def test_every_layout_moves_the_bias_alike(results: dict[tuple[Any, ...], list[dict[str, Any]]]) -> None:
     """Once per optimizer step, by the counts of all ranks and micro-batches: the same bits, and those of the oracle."""
-    cells = [ranks for cell, ranks in results.items() if cell[2] == "deepseek"]
+    cells = [ranks for cell, ranks in results.items() if cell[2].startswith("deepseek")]
     [reference] = results[(1, 1, "deepseek", "fp64", 1)]
     for block in (0, 1):
         name = f"blocks.{block}.moe.router.bias"
