@@ -154,7 +154,8 @@ def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation:
             gradients = {name: view.clone() for name, view in trainer.gradients.views.items()}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return {"losses": losses, "norms": norms, "clips": clips, "gradients": gradients, "counts": counts,
-            "metrics": metrics, "collectives": collectives, "demands": demands, "weights": weights, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip
+            "metrics": metrics, "collectives": collectives, "demands": demands, "weights": weights,
+            "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}  # fmt: skip
 
 
 @contextmanager
