@@ -78,7 +78,9 @@ class Recorder:
             return replace(self.latest, val=dict(val))
         spent = self.clock.lap()
         self.seconds += spent
-        sums, tokens = self._sums or result.sums, max(self._tokens_counted, 1)
+        sums, tokens = self._sums, max(self._tokens_counted, 1)
+        if not sums:  # no step of the interval was finite
+            sums, tokens = result.sums, max(result.num_tokens, 1)
         per_second = self._tokens_seen / max(spent, 1e-9)
         flops = per_second * self.flops_per_token
         peak = peak_flops(self.device)
