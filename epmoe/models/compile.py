@@ -39,7 +39,8 @@ def compile_blocks(model: Decoder, *, backend: str = "inductor") -> str:
         block.compiled = _whole(block, compiler) if in_one else _around_experts(block, compiler)
         whole += in_one
     parts = len(model.blocks) - whole
-    return f"{whole} blocks whole" + (f", of {parts} the dense parts" if parts else "")
+    said = [f"{whole} whole block(s)"] if whole else []
+    return " and ".join(said + ([f"the dense parts of {parts}"] if parts else []))
 
 
 def compiler_problem() -> ConfigError | None:

@@ -150,7 +150,8 @@ class Block(nn.Module):
             dense_BSD: Tensor = dense(normed_BSD, remake)
             out_BSD = dense_BSD if out_BSD is None else out_BSD + dense_BSD
         assert out_BSD is not None  # the constructor sets ffn or moe
-        return x_BSD + self.ffn_dropout(out_BSD, ctx)
+        x_BSD = x_BSD + self.ffn_dropout(out_BSD, ctx)
+        return x_BSD
 
 
 class Decoder(nn.Module):

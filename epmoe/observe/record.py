@@ -178,7 +178,7 @@ def _plain(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
             value = {key: math.nan if child is None else child for key, child in value.items()}
         elif isinstance(value, list):
             value = tuple(value)
-        elif value is None and known.name != "mfu":
+        elif value is None and known.name not in ("mfu", "loss_scale"):
             value = math.nan
         arguments[known.name] = value
     return arguments

@@ -24,7 +24,7 @@ def train_cells(rank: int) -> list[dict[str, Any]]:
 
     def compiled(*args: Any, **kwargs: Any) -> Decoder:
         model = build(*args, **kwargs)
-        assert compile_blocks(model, backend="aot_eager") == "2 blocks whole"
+        assert compile_blocks(model, backend="aot_eager") == "2 whole block(s)"
         return model
 
     plain = test_parity.train_cell(place, mesh, "padded", "fp64", 1)
