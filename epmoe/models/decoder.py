@@ -150,8 +150,8 @@ class Block(nn.Module):
             dense_BSD: Tensor = dense(normed_BSD, remake)
             out_BSD = dense_BSD if out_BSD is None else out_BSD + dense_BSD
         assert out_BSD is not None  # the constructor sets ffn or moe
-        x_BSD = x_BSD + self.ffn_dropout(out_BSD, ctx)
-        return x_BSD
+        left_BSD: Tensor = self.ffn_dropout(out_BSD, ctx)
+        return x_BSD + left_BSD
 
 
 class Decoder(nn.Module):
