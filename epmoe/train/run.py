@@ -262,12 +262,13 @@ class Run:
     def _compiling(self) -> Iterator[None]:
         """Around a step: the first one says that it compiles, and how long it took."""
         what, self.compiled = self.compiled, None
+        if what is None or not self.folder.is_writer:
+            yield
+            return
+        say(f"compiling {what} ...")
         started = time.monotonic()
-        if what and self.folder.is_writer:
-            say(f"compiling {what} ...")
         yield
-        if what and self.folder.is_writer:
-            say(f"compiled, {time.monotonic() - started:.0f} s with the first step")
+        say(f"compiled, {time.monotonic() - started:.0f} s with the first step")
 
     def _between_steps(self, step: int) -> None:
         """Evaluation, record and checkpoint, if they are due.

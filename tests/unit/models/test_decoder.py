@@ -192,9 +192,9 @@ def test_shared_experts_are_added_with_weight_one() -> None:
     assert block.shared is not None
     assert block.shared.down_proj.weight.shape == (16, 2 * 24)
     x_BSD = torch.randn(1, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    both_BSD, _ = block._feed_forward(x_BSD, None)
     assert block.moe is not None
     routed_BSD, _ = block.moe(x_BSD, None)
+    both_BSD = block.finish(torch.zeros_like(x_BSD), x_BSD, routed_BSD, None)
     torch.testing.assert_close(both_BSD - routed_BSD, block.shared(x_BSD))
 
 
