@@ -66,6 +66,6 @@ wheel: $(READY)
 .venv/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -c constraints.txt torch 'setuptools>=77'
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,examples]'
 	@.venv/bin/python -c 'from epmoe.ops import kernel_status; print("kernels:", *kernel_status())'
 	touch $@

@@ -5,9 +5,9 @@
 The bound of routing and row operators is the time of a copy, in the same turn, of as many bytes as the operator has to
 read and write once (rows, weights and indices): into memory that exists (``copy``), and into memory that is asked for
 (``clone``), as every operator does for its result. Freed memory is kept in the process, because the first touch of a
-new page costs more than any operator; ``--new-pages`` shows what that makes of the times. The bound of a grouped
-product is a balanced ``bmm`` of equal arithmetic. All contenders are compared with the reference before they are timed.
-On CUDA, times are those of graph replays.
+new page costs more than any operator; ``--new-pages`` shows what that makes of the times. The bound of the experts is
+balanced ``bmm`` of equal arithmetic, with the activation between. All contenders are compared with the reference before
+they are timed. On CUDA, times are those of graph replays.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from common import (
     write_results,
 )
 from operators import (
-    PRODUCTS,
+    EXPERTS,
     ROUTING,
     ROWS,
     Inputs,
@@ -59,7 +59,7 @@ def plan(device: torch.device, quick: bool) -> Plan:
     if quick:
         rows = OpShape(num_tokens=64, num_experts=8, top_k=2, d_model=16, d_ff=32, dtype=torch.float32)
         return [
-            ("base", rows, ROUTING + ROWS + PRODUCTS),
+            ("base", rows, ROUTING + ROWS + EXPERTS),
             ("E", replace(rows, num_experts=16), ROUTING + ROWS),
         ]
     if device.type == "cuda":
@@ -74,11 +74,11 @@ def plan(device: torch.device, quick: bool) -> Plan:
         tokens, widths = (2048, 32768), (128, 2048)
     return [
         ("base", rows, ROUTING + ROWS),
-        ("base", product, PRODUCTS),
+        ("base", product, EXPERTS),
         ("dtype", replace(rows, dtype=other), ROWS),
-        ("dtype", replace(product, dtype=other), PRODUCTS),
+        ("dtype", replace(product, dtype=other), EXPERTS),
         *(("E", replace(rows, num_experts=E), ROUTING + ROWS) for E in (8, 32, 128, 512)),
-        *(("E", replace(product, num_experts=E), PRODUCTS) for E in (8, 256, 512)),
+        *(("E", replace(product, num_experts=E), EXPERTS) for E in (8, 256, 512)),
         *(("T", replace(rows, num_tokens=T), ROUTING + ROWS) for T in tokens),
         *(("K", replace(rows, top_k=K), ROUTING + ROWS) for K in (1, 4, 8)),
         *(("D", replace(rows, d_model=D), ROWS) for D in widths),
@@ -237,7 +237,7 @@ def picture(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"torch {facts['versions']['torch']}, {facts['device']}, {facts['threads_per_rank']} threads, kernels "
         f"{facts['kernels'].split(':')[0]}",
         list(groups.items()),
-        axis="speed relative to a copy of the bytes that must move; of products, to a balanced bmm",
+        axis="speed relative to a copy of the bytes that must move; of experts, to balanced bmm",
         mark=1.0,
     )
 

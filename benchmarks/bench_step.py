@@ -37,6 +37,7 @@ from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, load_config
 from epmoe.data.loader import TrainData
 from epmoe.data.prepare import prepare
+from epmoe.data.prepared import PreparedData
 from epmoe.models.decoder import Block, Decoder
 from epmoe.models.sizes import count_parameters, flops_per_token
 from epmoe.parallel import runtime
@@ -77,12 +78,12 @@ RULES = {
 """The one product outside attention and feed-forward blocks is the head."""
 
 
-def make_trainer(config: Config, place: runtime.Runtime) -> Trainer:
+def make_trainer(config: Config, place: runtime.Runtime, prepared: PreparedData) -> Trainer:
     """A trainer for the configuration on this rank."""
-    prepared = prepare(config.data)
     data = TrainData(prepared, config.data, config.seed)
     num_experts = config.moe.num_experts if config.moe else place.world_size
-    mesh = build_mesh(place, choose_ep_size(config.parallel.ep_size, place.world_size, num_experts))
+    ep_size = choose_ep_size(config.parallel.ep_size, place.world_size, num_experts)
+    mesh = build_mesh(place, ep_size, config.parallel)
     model = build_model(config, prepared.padded_vocab_size, device=place.device, mesh=mesh)
     return Trainer(config, place, mesh, model=model, data=data, stop=StopFlag())
 
@@ -92,10 +93,10 @@ def step_labels(trainer: Trainer) -> list[Label]:
     model: Decoder = trainer.model
     labels: list[Label] = [
         (model, "forward", DECODER),
-        (trainer.optimizer, "step", OPTIMIZER),
-        (trainer.gradients, "zero", GRADIENTS),
-        (trainer.gradients, "reduce", GRADIENTS),
-        (trainer, "_norm", GRADIENTS),
+        (trainer.engine, "step", OPTIMIZER),
+        (trainer.engine, "zero", GRADIENTS),
+        (trainer.engine, "reduce", GRADIENTS),
+        (trainer.engine, "norm", GRADIENTS),
         (trainer.data, "batch", DATA),
     ]
     for block in model.blocks:
@@ -158,8 +159,9 @@ def main() -> None:
         sparse = tiny(sparse, place.world_size)
     pairs = arguments.pairs or (2 if arguments.quick else 15)
     check_layout(sparse, place.world_size)
+    prepared = prepare(sparse.data)
     models = {
-        name: (config, make_trainer(config, place))
+        name: (config, make_trainer(config, place, prepared))
         for name, config in (("sparse", sparse), ("dense", sparse.model_copy(update={"moe": None})))
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}

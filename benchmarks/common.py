@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from epmoe.ops import kernel_status
@@ -69,12 +76,15 @@ def keep_freed_memory() -> bool:
 
 
 def progress() -> Progress:
-    """A bar on stderr, so that the tables on stdout can be piped."""
+    """A bar on stderr, so that the tables on stdout can be piped; how long it took, how long it will take."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("done,"),
+        TimeRemainingColumn(),
+        TextColumn("to go"),
         console=Console(stderr=True),
     )
 

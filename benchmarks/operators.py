@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epmoe.ops import DROPLESS, reference
+from epmoe.ops import DROPLESS, ffn, reference
 from epmoe.ops.registration import ops
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -66,7 +67,7 @@ class OpCase:
     bound_bytes: int
     """What has to be read and written once; 0 where arithmetic is the bound."""
     bound: Callable[[], object] | None = None
-    """For a product: the balanced product of equal arithmetic."""
+    """For experts: the balanced products of equal arithmetic, with the activation between them."""
 
 
 def make_inputs(shape: OpShape, device: torch.device) -> Inputs:
@@ -98,7 +99,8 @@ def make_inputs(shape: OpShape, device: torch.device) -> Inputs:
 
 def twins(name: str, *values: Any) -> dict[str, Callable[[], Outputs]]:
     """The operator as it is served, and its reference kernel."""
-    served, plain = getattr(ops, name), getattr(reference, name)
+    served = getattr(ops, name)
+    plain = getattr(ffn if name.startswith("expert_ffn") else reference, name)
     return {"native": lambda: served(*values), "reference": lambda: plain(*values)}
 
 
@@ -266,43 +268,67 @@ def combine_backward(inputs: Inputs) -> OpCase:
     )
 
 
-# --------------------------------------------------------------------------------------------- products
-def grouped_gemm(inputs: Inputs) -> OpCase:
-    """Rows times their experts' matrices; the bound is a balanced ``bmm``."""
-    shape, rows_ND = inputs.shape, inputs.rows_ND
-    weight_EDF = _weight(inputs)
-    packed_ECD = _packed(rows_ND, shape.num_experts)
-    contenders = twins("grouped_gemm", rows_ND, weight_EDF, inputs.counts_E)
+# ---------------------------------------------------------------------------------------------- experts
+ACTIVATION = "gelu"
+
+
+def expert_ffn(inputs: Inputs) -> OpCase:
+    """Rows through their experts; the bound is ``bmm``, activation, ``bmm`` of balanced experts."""
+    rows_ND, (w_in_EDF, w_out_EFD) = inputs.rows_ND, _matrices(inputs)
+    packed_ECD = _packed(rows_ND, inputs.shape.num_experts)
     offset_E = inputs.counts_E.cumsum(0).to(torch.int32)
-    contenders["torch grouped_mm"] = lambda: F.grouped_mm(rows_ND, weight_EDF, offs=offset_E)
+
+    def grouped() -> Outputs:
+        hidden_NF = F.grouped_mm(rows_ND, w_in_EDF, offs=offset_E)
+        return F.grouped_mm(F.gelu(hidden_NF), w_out_EFD, offs=offset_E), hidden_NF
+
+    values = (rows_ND, None, w_in_EDF, w_out_EFD, inputs.counts_E, None, ACTIVATION)
     return OpCase(
-        name="grouped_gemm",
-        contenders=contenders,
+        name="expert_ffn",
+        contenders={**twins("expert_ffn", *values), "torch grouped_mm": grouped},
         bound_bytes=0,
-        bound=lambda: torch.bmm(packed_ECD, weight_EDF),
+        bound=lambda: torch.bmm(F.gelu(torch.bmm(packed_ECD, w_in_EDF)), w_out_EFD),
     )
 
 
-def grouped_gemm_weight_grad(inputs: Inputs) -> OpCase:
-    """Each expert's rows, transposed, times the gradients of its outputs."""
-    shape, rows_ND = inputs.shape, inputs.rows_ND
-    d_out_NF = torch.randn(rows_ND.shape[0], shape.d_ff, device=rows_ND.device).to(shape.dtype)
-    packed_ECD, d_packed_ECF = (_packed(rows, shape.num_experts) for rows in (rows_ND, d_out_NF))
-    contenders = twins("grouped_gemm_weight_grad", rows_ND, d_out_NF, inputs.counts_E)
+def expert_ffn_backward(inputs: Inputs) -> OpCase:
+    """All its gradients; the bound is four ``bmm`` of balanced experts, and the activation with its gradient."""
+    shape, rows_ND, matrices = inputs.shape, inputs.rows_ND, _matrices(inputs)
+    hidden_NF = torch.randn(rows_ND.shape[0], shape.d_ff, device=rows_ND.device).to(shape.dtype)
+    d_y_ND = torch.randn_like(rows_ND)
+    packed = tuple(_packed(rows, shape.num_experts) for rows in (d_y_ND, rows_ND, hidden_NF))
     offset_E = inputs.counts_E.cumsum(0).to(torch.int32)
-    contenders["torch grouped_mm"] = lambda: F.grouped_mm(rows_ND.t(), d_out_NF, offs=offset_E)
+
+    def plain(
+        multiply: Callable[[Tensor, Tensor], Tensor], d_y: Tensor, rows: Tensor, hidden: Tensor
+    ) -> Outputs:
+        w_in_EDF, w_out_EFD = matrices
+        d_hidden = torch.ops.aten.gelu_backward(multiply(d_y, w_out_EFD.transpose(1, 2)), hidden)
+        d_w_out_EFD = multiply(F.gelu(hidden).transpose(-2, -1), d_y)
+        d_rows = multiply(d_hidden, w_in_EDF.transpose(1, 2))
+        return d_rows, rows.new_empty(0), multiply(rows.transpose(-2, -1), d_hidden), d_w_out_EFD
+
+    given = (rows_ND, None, *matrices, inputs.counts_E, None, hidden_NF, ACTIVATION)
+    contenders = twins("expert_ffn_backward", d_y_ND, *given, True, True, True)
+    contenders["torch grouped_mm"] = lambda: plain(
+        partial(F.grouped_mm, offs=offset_E), d_y_ND, rows_ND, hidden_NF
+    )
     return OpCase(
-        name="grouped_gemm weight gradient",
+        name="expert_ffn backward",
         contenders=contenders,
         bound_bytes=0,
-        bound=lambda: torch.bmm(packed_ECD.transpose(1, 2), d_packed_ECF),
+        bound=lambda: plain(torch.bmm, *packed),
     )
 
 
-def _weight(inputs: Inputs) -> Tensor:
-    shape = inputs.shape
-    weight_EDF = torch.randn(shape.num_experts, shape.d_model, shape.d_ff, device=inputs.x_TD.device)
-    return weight_EDF.mul_(shape.d_model**-0.5).to(shape.dtype)
+def _matrices(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    shape, device = inputs.shape, inputs.x_TD.device
+
+    def normal(fan_in: int, width: int) -> Tensor:
+        matrices = torch.randn(shape.num_experts, fan_in, width, device=device)
+        return matrices.mul_(fan_in**-0.5).to(shape.dtype)
+
+    return normal(shape.d_model, shape.d_ff), normal(shape.d_ff, shape.d_model)
 
 
 def _packed(rows_NX: Tensor, num_experts: int) -> Tensor:
@@ -338,4 +364,4 @@ def transformer_engine(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
 
 ROUTING = (route_topk, route_topk_backward, assign_slots, routing_prologue)
 ROWS = (permute, permute_backward, combine, combine_backward)
-PRODUCTS = (grouped_gemm, grouped_gemm_weight_grad)
+EXPERTS = (expert_ffn, expert_ffn_backward)

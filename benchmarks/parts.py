@@ -41,13 +41,9 @@ Label = tuple[object, str, str]
 Rules = Mapping[tuple[str, str], str]
 """(part or ANY, operator) -> a finer part for that operator and all it calls."""
 
-_GEMMS = (
-    "aten::mm",
-    "aten::bmm",
-    "aten::_grouped_mm",
-    "epmoe::grouped_gemm",
-    "epmoe::grouped_gemm_weight_grad",
-)
+_GEMMS = ("aten::mm", "aten::bmm", "aten::_grouped_mm")
+"""Inside the experts' operator. Where threads share the experts out, the profiler sees those of the thread that called:
+what it waits for the others counts as activation."""
 MOE_RULES: Rules = {
     **{(ANY, f"epmoe::{name}"): MOVES for name in ("permute", "combine", "combine_backward")},
     **{(ACTIVATION, name): GEMM for name in _GEMMS},

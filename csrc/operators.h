@@ -26,6 +26,30 @@ inline SecondPolicy parse_policy(const std::string& name) {
   return SecondPolicy::random;
 }
 
+enum class Activation { swiglu, gelu, relu };
+
+inline Activation parse_activation(const Check& check, const std::string& value, const char* name) {
+  if (value == "swiglu") {
+    return Activation::swiglu;
+  }
+  if (value == "gelu") {
+    return Activation::gelu;
+  }
+  EPMOE_CHECK(value == "relu", check.op, ": ", name, "='", value, "' must be one of swiglu, gelu, relu");
+  return Activation::relu;
+}
+
+// Activated columns of that many: gate and then up columns for swiglu.
+inline int64_t activated_width(const Check& check, Activation activation, int64_t columns, const char* name) {
+  if (activation != Activation::swiglu) {
+    return columns;
+  }
+  EPMOE_CHECK(
+      columns % 2 == 0,
+      check.op, ": ", name, " has ", columns, " columns, but swiglu needs pairs of gate and up columns");
+  return columns / 2;
+}
+
 struct RouteTopk {
   Tensor logits_TE, valid_T;
   std::optional<Tensor> uniform_T, sample_T, position_T;  // what `draws` points into
@@ -223,6 +247,51 @@ struct CombineBackward {
     d_rows_ND = check.fresh(rows_ND, "d_rows", {num_rows, width});
     d_weight_N = check.fresh(weight_N, "d_weight", {num_rows});
   }
+};
+
+// What both activation operators are given.
+struct Activated {
+  Tensor hidden_RX;
+  std::optional<Tensor> weight_R;
+  Activation activation;
+  int64_t num_rows, hidden_width, width;
+
+  Activated(
+      const Check& check, const Tensor& hidden_in, const std::optional<Tensor>& weight_in, const std::string& kind)
+      : hidden_RX(check.floating(hidden_in, "hidden", {kAnySize, kAnySize})),
+        num_rows(hidden_RX.size(0)),
+        hidden_width(hidden_RX.size(1)) {
+    if (weight_in.has_value()) {
+      weight_R = torch::stable::to(
+          check.floating(*weight_in, "weight", {num_rows}), compute_dtype(hidden_RX.scalar_type()));
+    }
+    activation = parse_activation(check, kind, "kind");
+    width = activated_width(check, activation, hidden_width, "hidden");
+  }
+};
+
+struct Activate : Activated {
+  Tensor act_RF;
+
+  Activate(const Check& check, const Tensor& hidden_in, const std::optional<Tensor>& weight_in, const std::string& kind)
+      : Activated(check, hidden_in, weight_in, kind),
+        act_RF(check.fresh(hidden_RX, "act", {num_rows, width})) {}
+};
+
+struct ActivateBackward : Activated {
+  Tensor d_act_RF, d_hidden_RX, act_RF, d_weight_R;  // the latter in the compute dtype
+
+  ActivateBackward(
+      const Check& check,
+      const Tensor& d_act_in,
+      const Tensor& hidden_in,
+      const std::optional<Tensor>& weight_in,
+      const std::string& kind)
+      : Activated(check, hidden_in, weight_in, kind),
+        d_act_RF(check.of(hidden_RX.scalar_type(), d_act_in, "d_act", {num_rows, width})),
+        d_hidden_RX(check.fresh(hidden_RX, "d_hidden", {num_rows, hidden_width})),
+        act_RF(check.fresh(hidden_RX, "act", {num_rows, width})),
+        d_weight_R(check.fresh(hidden_RX, "d_weight", {num_rows}, compute_dtype(hidden_RX.scalar_type()))) {}
 };
 
 }  // namespace epmoe

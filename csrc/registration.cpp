@@ -12,10 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe, CPU, library) {
   library.impl("permute", TORCH_BOX(&epmoe::cpu::permute));
   library.impl("combine", TORCH_BOX(&epmoe::cpu::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cpu::combine_backward));
-  library.impl("activate", TORCH_BOX(&epmoe::cpu::activate));
-  library.impl("activate_backward", TORCH_BOX(&epmoe::cpu::activate_backward));
-  library.impl("grouped_gemm", TORCH_BOX(&epmoe::cpu::grouped_gemm));
-  library.impl("grouped_gemm_weight_grad", TORCH_BOX(&epmoe::cpu::grouped_gemm_weight_grad));
+  library.impl("expert_ffn", TORCH_BOX(&epmoe::cpu::expert_ffn));
+  library.impl("expert_ffn_backward", TORCH_BOX(&epmoe::cpu::expert_ffn_backward));
 }
 
 #ifdef EPMOE_CUDA
@@ -26,6 +24,8 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe, CUDA, library) {
   library.impl("permute", TORCH_BOX(&epmoe::cuda::permute));
   library.impl("combine", TORCH_BOX(&epmoe::cuda::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cuda::combine_backward));
+  library.impl("activate", TORCH_BOX(&epmoe::cuda::activate));
+  library.impl("activate_backward", TORCH_BOX(&epmoe::cuda::activate_backward));
 }
 #else
 #define EPMOE_CUDA ""

@@ -131,9 +131,15 @@ AUX_LOSSES = (
     "batchwise_threshold",
 )
 GROUP_LOSSES = ("device_balance", "communication_balance")
+TASK_LOSSES = ("cooperative", "competitive", "mixture_nll", "edd")
 
 
 def _known_loss(name: str) -> str:
+    if name in TASK_LOSSES:
+        raise ValueError(
+            f"{name} is made from the target and every expert's own output, which a layer inside a model does not "
+            f"have; call it in your own training loop (epmoe.moe.mixture). Here: {', '.join(AUX_LOSSES)}"
+        )
     if name not in AUX_LOSSES:
         raise ValueError(f"unknown auxiliary loss; choices: {', '.join(AUX_LOSSES)}")
     return name
@@ -214,6 +220,11 @@ class MoEConfig(Section):
                 f"router {router.name} sends every token to {router.fixed_top_k} expert(s), got top_k={self.top_k}; "
                 f"leave top_k out, or use router: topk"
             )
+        if router.every_expert and self.top_k != self.num_experts:
+            raise ValueError(
+                f"router {router.name} sends every token to all {self.num_experts} experts, got top_k={self.top_k}; "
+                f"leave top_k out, or use router: topk"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}")
         router.check(num_experts=self.num_experts, top_k=self.top_k)
@@ -265,6 +276,8 @@ def _fill_in(values: dict[str, Any], family: type[RouterOptions]) -> None:
     """What a router's definition says about the rest of the section, where the section does not."""
     if family.fixed_top_k is not None:
         values.setdefault("top_k", family.fixed_top_k)
+    if family.every_expert:
+        values.setdefault("top_k", values.get("num_experts", MoEConfig.model_fields["num_experts"].default))
     if family.default_losses is not None:
         values.setdefault("losses", dict(family.default_losses))
     if family.no_capacity:
@@ -295,11 +308,37 @@ def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
 class ParallelConfig(Section):
     """How ranks share the work."""
 
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "fsdp"] = "native"
+    """Who holds weights, gradients and optimizer state. ``native``: the dense ones every rank, experts their owner.
+    ``fsdp``: everything in shards (PyTorch's FSDP2), weights gathered block by block while they are used."""
+    fsdp_shard: Literal["full", "hybrid"] = "full"
+    """Over which ranks ``fsdp`` cuts dense tensors: all of them, or (``hybrid``) the ranks that share the experts, with
+    a copy in each such group. Experts are cut over the ranks that hold the same ones, either way."""
     ep_size: Positive | Literal["auto"] = "auto"
     """Ranks over which the experts are spread; auto = the largest common divisor of world size and experts."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A collective that takes longer than this ends the job."""
+    exchange: Literal["flat", "hierarchical"] = "flat"
+    """How rows travel between the ranks that share the experts: from each to each; or first inside a node, then between
+    nodes, with one message for each other node instead of one for each of its ranks. The same bits."""
+    ranks_per_node: Positive | Literal["auto"] = "auto"
+    """For ``hierarchical``; auto = what the launcher says."""
+    wire_dtype: Literal["bf16", "fp16"] | None = None
+    """Dtype of rows while they travel, in both directions and passes; null = that of the layer."""
+    overlap_chunks: Positive = 1
+    """Rows travel in this many parts, each for some of every rank's experts: one is computed while others are on the
+    way, forward and backward. At most the experts on a rank."""
+    overlap_shared: bool = False
+    """Shared experts are computed while rows travel."""
+
+    @model_validator(mode="after")
+    def _shards_need_fsdp(self) -> ParallelConfig:
+        if self.fsdp_shard != "full" and self.engine != "fsdp":
+            raise ValueError(
+                f"fsdp_shard={self.fsdp_shard} means nothing to engine={self.engine}, which cuts no dense tensor; "
+                f"set engine: fsdp, or leave fsdp_shard out"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -414,6 +453,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _losses_are_added(self) -> Config:
+        if self.moe is not None and getattr(self.moe.router, "router_loss", False):
+            raise ValueError(
+                "moe.router.router_loss says that a training loop of your own trains the router, and epmoe train has "
+                "none; leave it out, or use epmoe.moe.mixture in Python"
+            )
+        return self
+
 
 def profiled_steps(text: str) -> tuple[int, int] | None:
     """``10-13`` -> (10, 13); None when it is not a range of steps, which count from 1."""
@@ -438,3 +486,28 @@ def choose_ep_size(ep_size: int | Literal["auto"], world_size: int, num_experts:
             f"valid values: {valid}"
         )
     return ep_size
+
+
+def choose_node_size(ranks_per_node: int, world_size: int, ep_size: int) -> int:
+    """Ranks of an ep group that share a node: all of them, or as many as a node has.
+
+    Raises:
+        ValueError: Nodes of different sizes, or ep groups that hold parts of nodes; the message lists what is valid.
+    """
+    if ranks_per_node >= world_size:
+        return ep_size
+    if world_size % ranks_per_node:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ValueError(
+            f"ranks_per_node={ranks_per_node} must divide the world size {world_size}; valid values: {valid}"
+        )
+    if ranks_per_node % ep_size == 0:
+        return ep_size
+    if ep_size % ranks_per_node == 0:
+        return ranks_per_node
+    sizes = (n for n in range(1, world_size + 1) if world_size % n == 0)
+    valid = ", ".join(str(n) for n in sizes if n % ranks_per_node == 0 or ranks_per_node % n == 0)
+    raise ValueError(
+        f"ep_size={ep_size} and ranks_per_node={ranks_per_node}: the ranks that share the experts hold parts of nodes, "
+        f"and a hierarchical exchange needs whole ones; valid values of ep_size: {valid}"
+    )

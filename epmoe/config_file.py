@@ -15,7 +15,14 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from epmoe.config import BPE_ENTRIES_BELOW, Config, causality_problem, choose_ep_size, profiled_steps
+from epmoe.config import (
+    BPE_ENTRIES_BELOW,
+    Config,
+    causality_problem,
+    choose_ep_size,
+    choose_node_size,
+    profiled_steps,
+)
 from epmoe.errors import ConfigError
 from epmoe.yaml12 import Document, KeyPath, Problem, dotted, dump_yaml
 
@@ -99,7 +106,32 @@ def _expert_layout(config: Config, world_size: int) -> list[Problem]:
         return [
             Problem(place=None, key="moe.dispatcher", what=what, hint="use 'auto', or parallel.ep_size=1")
         ]
-    return []
+    return _exchange_layout(config, world_size, ep_size)
+
+
+def _exchange_layout(config: Config, world_size: int, ep_size: int) -> list[Problem]:
+    parallel, problems = config.parallel, []
+    num_local = config.moe.num_experts // ep_size if config.moe is not None else parallel.overlap_chunks
+    if parallel.overlap_chunks > num_local:
+        what = f"each of {parallel.overlap_chunks} chunks has rows for some of a rank's experts, and it has {num_local}"
+        problems.append(
+            Problem(
+                place=None, key="parallel.overlap_chunks", what=what, hint=f"valid values: 1 to {num_local}"
+            )
+        )
+    if parallel.exchange == "hierarchical" and parallel.ranks_per_node != "auto":
+        try:
+            choose_node_size(parallel.ranks_per_node, world_size, ep_size)
+        except ValueError as error:
+            problems.append(
+                Problem(
+                    place=None,
+                    key="parallel.ranks_per_node",
+                    what=str(error),
+                    hint="or parallel.exchange: flat",
+                )
+            )
+    return problems
 
 
 def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
@@ -111,6 +143,9 @@ def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
             what = f"no layer is an MoE layer: every={moe.every}, first_dense={moe.first_dense}, "
             what += f"model.num_layers={model.num_layers}"
             yield ("moe", "every"), what, "for a dense model write moe: null"
+    if config.parallel.overlap_shared and not (moe and moe.shared_experts):
+        what = "there are no shared experts to compute while rows travel"
+        yield ("parallel", "overlap_shared"), what, "moe.shared_experts: 1 or more, or overlap_shared: false"
     if problem := causality_problem(moe):
         yield ("moe", "router"), *problem
     if config.data.tokenizer == "bpe" and config.data.vocab_size < BPE_ENTRIES_BELOW:

@@ -10,9 +10,26 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from epmoe.section import Count, Positive, Section
+from epmoe.section import Count, Fraction, Positive, Section
 
 Policy = Literal["all", "random", "threshold", "sampling", "relative", "none"]
+
+
+class SmoothingOptions(Section):
+    """Averaging over noise, in training only: on the router's logits, on the layer's input, or on both."""
+
+    gate: Literal["none", "uniform", "normal"] = "none"
+    """Noise added to the logits: experts are chosen, and weighted, by the softmax of the noisy ones. ``uniform``:
+    U[0, 1) (arXiv:2208.02813); ``normal``: N(0, gate_sigma). The router's weight then starts at zero."""
+    gate_sigma: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of ``gate: normal``."""
+    draws: Count = 0
+    """The layer's output is the mean over so many copies of its input with noise, at so many times the cost; 0 = the
+    input itself."""
+    sigma: Annotated[float, Field(gt=0)] = 0.1
+    """Standard deviation of that noise."""
+    reroute: bool = False
+    """False: every copy goes where the input itself would go. True: every copy is routed on its own."""
 
 
 class RouterOptions(Section):
@@ -26,9 +43,15 @@ class RouterOptions(Section):
     batch-prioritised routing); in training a random permutation. Only the first is causal under capacity."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """In training the router's own input is multiplied by uniform noise in [1-jitter, 1+jitter)."""
+    smoothing: SmoothingOptions | None = None
+    """Noise on logits or inputs that is averaged over; null = none."""
 
     fixed_top_k: ClassVar[int | None] = None
     """Experts per token, where that is part of the family's definition."""
+    every_expert: ClassVar[bool] = False
+    """Whether every token goes to every expert, so that top_k is their number."""
+    no_gate_noise: ClassVar[str | None] = None
+    """Why ``smoothing.gate`` is not for this family; None if it is."""
     balance_count: ClassVar[Literal["top1", "all"]] = "all"
     """Which choices the balance loss counts with ``moe.balance_count: auto``."""
     smooth_load: ClassVar[bool] = False
@@ -56,6 +79,15 @@ class RouterOptions(Section):
                     f"{name}={value} means nothing to router {fields['name'].default}, which has no such choice; "
                     f"leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _logits_for_noise(self) -> Self:
+        if self.no_gate_noise and self.smoothing is not None and self.smoothing.gate != "none":
+            raise ValueError(
+                f"smoothing.gate={self.smoothing.gate} adds noise to a token's logits, and {self.no_gate_noise}; "
+                f"leave it out, or use it with router: topk"
+            )
         return self
 
     @property
@@ -178,6 +210,7 @@ class NoisyTopKOptions(RouterOptions):
     """As for ``topk``; null: for ``paper`` normalised for k > 1, raw for k = 1; for ``vmoe`` raw."""
 
     smooth_load: ClassVar[bool] = True
+    no_gate_noise: ClassVar[str | None] = "these already have the family's own"
 
     def num_weights(self, *, d_model: int, num_experts: int) -> int:
         """``paper`` learns as many weights for the noise as for the logits."""
@@ -197,6 +230,7 @@ class HierarchicalOptions(RouterOptions):
     """Added to the learned scales of the noise."""
 
     smooth_load: ClassVar[bool] = True
+    no_gate_noise: ClassVar[str | None] = "these already have the family's own"
 
     @property
     def expert_groups(self) -> int:
@@ -272,6 +306,66 @@ class DeepSeekOptions(RouterOptions):
                 f"groups_kept={self.groups_kept} groups of {size} experts are fewer than top_k={top_k}; "
                 f"keep at least {-(-top_k // size)}"
             )
+
+
+Pooling = Literal["weighted_sum", "max_pick", "max_scaled"]
+
+
+class DenseOptions(RouterOptions):
+    """The dense mixture of Jacobs et al. 1991, and with groups that of Jordan and Jacobs 1994: every expert runs for
+    every token."""
+
+    name: Literal["dense"] = "dense"
+    pooling: Pooling = "weighted_sum"
+    """The output in training. ``weighted_sum``: all experts, each times its probability. ``max_scaled``: the most
+    probable expert times its probability. ``max_pick``: that expert as it is, which gives the router no gradient from
+    the task."""
+    pooling_eval: Pooling | None = None
+    """The same in evaluation, where experts of weight 0 do not run; null = as in training."""
+    router_loss: bool = False
+    """Your own training loop adds a loss that trains the router (``epmoe.moe.mixture``): competitive, mixture
+    likelihood, EDD. ``max_pick`` in training needs one."""
+    num_groups: Positive = 1
+    """Two-level gate: groups of consecutive experts have a gate of their own, and an expert's probability is its
+    group's times its own inside the group. 1 = one level."""
+
+    every_expert: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _router_is_trained(self) -> DenseOptions:
+        if self.pooling == "max_pick" and not self.router_loss:
+            raise ValueError(
+                "pooling=max_pick passes one expert on unscaled, so the task never trains the router; use max_scaled "
+                "or weighted_sum, or pooling_eval: max_pick for evaluation alone, or set router_loss: true and add "
+                "such a loss in your own training loop"
+            )
+        return self
+
+    @property
+    def expert_groups(self) -> int:
+        """The groups of the first level."""
+        return self.num_groups
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """Groups divide the experts."""
+        check_groups(self.num_groups, num_experts)
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """Logits of experts and, with several, of groups."""
+        return (num_experts + (self.num_groups if self.num_groups > 1 else 0)) * d_model
+
+
+class EddOptions(Section):
+    """Expert diversification and dispatching, a loss of ``epmoe.moe.mixture``."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.1
+    """Of the whole loss, relative to the task's."""
+    alpha: Fraction = 0.1
+    """Share of diversification; the rest is dispatching."""
+    similarity: Literal["cosine", "rbf"] = "cosine"
+    """How alike two experts' outputs are: the squared cosine, or exp(-distance^2 / 2)."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """Dispatching wants softmax(-loss / temperature); null = the expert with the smallest loss alone."""
 
 
 def check_groups(num_groups: int, num_experts: int) -> None:
@@ -364,6 +458,7 @@ class HashOptions(RouterOptions):
     fixed_top_k: ClassVar[int | None] = 1
     default_losses: ClassVar[Mapping[str, float] | None] = {}
     no_losses: ClassVar[str | None] = "it has no weights that a loss could train"
+    no_gate_noise: ClassVar[str | None] = "a table has none"
     without: ClassVar[tuple[str, ...]] = ("jitter",)
 
     @model_validator(mode="after")
@@ -389,6 +484,8 @@ class SentenceOptions(Top2Options):
 
     name: Literal["sentence"] = "sentence"
 
+    no_gate_noise: ClassVar[str | None] = "the mean over a document leaves little of it"
+
     @property
     def looks_ahead(self) -> str | None:
         """The mean is over the whole document."""
@@ -404,6 +501,7 @@ class TaskOptions(Top2Options):
     default_task: Count = 0
     """The task, in evaluation and generation, of tokens that are not said to belong to one."""
 
+    no_gate_noise: ClassVar[str | None] = "these are the task's, which no token changes"
     without: ClassVar[tuple[str, ...]] = ("jitter",)
 
     @model_validator(mode="after")
@@ -428,7 +526,7 @@ class SoftOptions(RouterOptions):
     default_losses: ClassVar[Mapping[str, float] | None] = {}
     no_losses: ClassVar[str | None] = "nothing is chosen, so that there is nothing to balance"
     no_capacity: ClassVar[str | None] = "every expert computes router.slots mixtures per group; set those"
-    without: ClassVar[tuple[str, ...]] = ("slot_order", "priority", "jitter")
+    without: ClassVar[tuple[str, ...]] = ("slot_order", "priority", "jitter", "smoothing")
 
     @property
     def looks_ahead(self) -> str | None:
@@ -454,6 +552,7 @@ AnyRouterOptions = Annotated[
     | HashOptions
     | SentenceOptions
     | TaskOptions
-    | SoftOptions,
+    | SoftOptions
+    | DenseOptions,
     Field(discriminator="name"),
 ]

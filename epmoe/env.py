@@ -40,8 +40,14 @@ def missing_launch_variables() -> list[str]:
 
 
 def local_world_size() -> int:
-    """Ranks of the job on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Ranks of the job on this node: what torchrun says, else Slurm."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    # "4(x2),3": two nodes with four tasks, one with three.
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [int(count) for count, times in groups for _ in range(int(times or 1))]
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return tasks[node] if node < len(tasks) else 1
 
 
 def threads_chosen() -> bool:

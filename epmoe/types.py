@@ -153,6 +153,24 @@ class Routing:
 
 @register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartPlan:
+    """How the rows for some of every rank's experts travel; where nothing overlaps, for all of them."""
+
+    splits: tuple[tuple[int, ...], ...]
+    """Rows in each of the W blocks of an exchange (``epmoe.comm.exchange``): as they leave this rank, after each of its
+    steps, and so as they arrive here."""
+    tokens_per_expert_L: Tensor
+    """int64: rows that arrive for each of these experts."""
+    rows_per_expert: int | None = None
+    """Padded: all experts have this many. None: they differ."""
+    expert_order_R: Tensor | None = None
+    """int64: received rows (rank-major) in expert-major order; None where the blocks are equal."""
+    rank_order_R: Tensor | None = None
+    """int64: the inverse."""
+
+
+@register_pytree
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchPlan:
     """Where every kept assignment travels: integers only, a value, never changed after it is made."""
 
@@ -161,24 +179,14 @@ class DispatchPlan:
     demand_GE: Tensor
     """int64 active assignments before capacity."""
     assignment_N: Tensor
-    """int64: the kept entries of the routing list, ascending by expert, then by priority; padded: one entry for every
-    slot, -1 where it is unfilled."""
+    """int64: the kept entries of the routing list, ascending by part, by expert, by priority; padded: one entry for
+    every slot, -1 where it is unfilled."""
     token_N: Tensor
     """int64: the token of each of these entries, -1 where there is none."""
     tokens_per_expert_E: Tensor
     """int64: kept entries of each expert, of this rank's tokens."""
-    padded: bool = False
-    """Every expert's block has the same size, and the fields below say nothing."""
-    send_splits: tuple[int, ...] = ()
-    """Rows sent to each of the W ranks."""
-    recv_splits: tuple[int, ...] = ()
-    """Rows received from each of the W ranks."""
-    expert_order_R: Tensor | None = None
-    """int64: received rows (rank-major) in expert-major order; None when they already are."""
-    rank_order_R: Tensor | None = None
-    """int64: the inverse."""
-    tokens_per_expert_L: Tensor | None = None
-    """int64: rows received for each local expert; None when this rank has all experts and keeps its rows."""
+    parts: tuple[PartPlan, ...] = ()
+    """What travels, one part after the other; each takes the next rows of the list above. Empty where nothing does."""
 
 
 @register_pytree

@@ -8,33 +8,6 @@ namespace epmoe::cuda {
 namespace {
 
 constexpr int64_t kListThreads = 256;
-constexpr int64_t kVectorBytes = 16;
-
-// Whether rows of that many bytes, all from these addresses on, are made of aligned vectors.
-bool in_vectors(int64_t row_bytes, std::initializer_list<const void*> addresses) {
-  uintptr_t all = static_cast<uintptr_t>(row_bytes);
-  for (const void* address : addresses) {
-    all |= reinterpret_cast<uintptr_t>(address);
-  }
-  return all % kVectorBytes == 0;
-}
-
-// Calls body.operator()<Scalar, kCount>(vectors per row): vectors of 16 bytes when possible, else of one number.
-template <class Body>
-void for_vectors(ScalarType dtype, int64_t width, std::initializer_list<const void*> addresses, const Body& body) {
-  for_floating(dtype, [&]<class Scalar>() {
-    constexpr int kCount = static_cast<int>(kVectorBytes / sizeof(Scalar));
-    if (in_vectors(width * static_cast<int64_t>(sizeof(Scalar)), addresses)) {
-      body.template operator()<Scalar, kCount>(width / kCount);
-    } else {
-      body.template operator()<Scalar, 1>(width);
-    }
-  });
-}
-
-int64_t row_threads(int64_t vectors) {
-  return std::clamp<int64_t>(ceil_div(vectors, kWarp), 1, kMaxRowWarps) * kWarp;
-}
 
 // Lists the rows of each token, in memory that lives as long as this.
 struct Listing {

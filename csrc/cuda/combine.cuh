@@ -7,19 +7,13 @@
 #include <cstdint>
 
 #include "checks.h"
+#include "rows.cuh"
 #include "warp.cuh"
 
 namespace epmoe::cuda {
 
 constexpr int64_t kListed = kWarp;  // rows of a token that are listed; a token with more of them looks for all itself
 constexpr int kGroup = 2;           // rows a thread has under way at a time
-constexpr int kMaxRowWarps = 8;
-constexpr int kRowBlocks = 4;  // that share a multiprocessor: enough loads under way to fill its memory channel
-
-template <class Scalar, int kCount>
-struct alignas(sizeof(Scalar) * kCount) Pack {
-  Scalar at[kCount];
-};
 
 struct RowLists {
   int64_t num_rows;

@@ -9,9 +9,8 @@ from epmoe.data.tokenizer import padded_vocab_size
 from epmoe.errors import DataError
 from epmoe.models.sizes import count_parameters, flops_per_token
 
-PARAMETER_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 2, "fp16_autocast": 4, "fp64": 8}
 STATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 4, "fp16_autocast": 4, "fp64": 8}
-"""Per parameter and tensor: master, gradient and each of Adam's moments."""
+"""Per parameter and tensor: weight or master, gradient and each of Adam's moments."""
 
 
 def explain(config: Config, world_size: int) -> str:
@@ -22,10 +21,15 @@ def explain(config: Config, world_size: int) -> str:
     counts = count_parameters(config.model, moe, vocab_size)
     ep_size = choose_ep_size(config.parallel.ep_size, world_size, moe.num_experts if moe else 1)
     local = counts.dense + counts.expert // ep_size
+    fsdp = config.parallel.engine == "fsdp"
+    if fsdp:  # what a rank keeps; the block in use is whole besides
+        shards = ep_size if config.parallel.fsdp_shard == "hybrid" else world_size
+        local = -(-counts.dense // shards) + -(-counts.expert // world_size)
     moments = 0 if config.optimizer.name == "sgd" else 2
     state = STATE_BYTES[train.precision]
-    master = state if train.precision == "bf16_params" else 0
-    per_rank = local * (PARAMETER_BYTES[train.precision] + master + state * (1 + moments))
+    # With shards of float32 the narrow parameters exist only of the block in use.
+    narrow = 2 if train.precision == "bf16_params" and not fsdp else 0
+    per_rank = local * (narrow + state * (2 + moments))
     checkpoint = counts.total * state * (1 + moments)
     tokens = train.global_batch_size * config.data.seq_len
     flops = flops_per_token(config.model, moe, vocab_size, config.data.seq_len)

@@ -19,23 +19,25 @@ from epmoe.types import RouterReport
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def compile_blocks(model: Decoder, *, backend: str = "inductor") -> str:
+def compile_blocks(model: Decoder, *, in_shards: bool = False, backend: str = "inductor") -> str:
     """Compiles every block for training, each piece without a graph break -> what is compiled, in one line.
 
-    A block with experts is one graph where nothing in it waits for the device: padded dispatch with a capacity, and
-    a router that decides there. Otherwise, and where the decision is to be replayed (``recompute: full``), its
-    dense parts are two graphs and the experts between them run as they are. Nothing is compiled yet: the first
-    training pass does that. Evaluation and generation, whose shapes differ, are not compiled.
+    A block with experts is one graph where nothing in it waits for the device or for rows: padded dispatch with a
+    capacity, without overlap, and a router that decides there. Otherwise, and where the decision is to be replayed
+    (``recompute: full``) or weights are in shards, its dense parts are graphs and the experts among them run as they
+    are. Nothing is compiled yet: the first training pass does that. Evaluation and generation, whose shapes differ,
+    are not compiled.
 
     Args:
         model: With its dispatchers and ``recompute`` as they will be.
+        in_shards: The experts' weights are gathered when they are called (engine fsdp), which no graph can hold.
         backend: Of ``torch.compile``.
     """
     compiler = _compiler(backend, len(model.blocks))
     whole = 0
     for block in model.blocks:
         assert isinstance(block, Block)
-        in_one = _is_one_graph(block)
+        in_one = _is_one_graph(block, in_shards)
         block.compiled = _whole(block, compiler) if in_one else _around_experts(block, compiler)
         whole += in_one
     parts = len(model.blocks) - whole
@@ -71,13 +73,15 @@ def _compiler(backend: str, num_blocks: int) -> Compiler:
     return lambda function: torch.compile(function, **options)
 
 
-def _is_one_graph(block: Block) -> bool:
+def _is_one_graph(block: Block, in_shards: bool) -> bool:
     if block.moe is None:
         return True
     moe: MoEConfig = block.moe.moe
     static = moe.router.no_capacity is not None or moe.capacity_factor is not None
-    padded = isinstance(block.moe.dispatcher, PaddedDispatcher)
-    return static and padded and not moe.router.decides_on_host and block.recompute != "full"
+    dispatcher = block.moe.dispatcher
+    padded = isinstance(dispatcher, PaddedDispatcher) and not dispatcher.overlap
+    left_out = in_shards or moe.router.decides_on_host or block.recompute == "full"
+    return static and padded and not left_out
 
 
 def _whole(block: Block, compiler: Compiler) -> BlockFunction:
@@ -91,7 +95,8 @@ def _whole(block: Block, compiler: Compiler) -> BlockFunction:
 
 
 def _around_experts(block: Block, compiler: Compiler) -> BlockFunction:
-    attend, finish, moe = compiler(block.attend), compiler(block.finish), block.moe
+    attend, add, moe = compiler(block.attend), compiler(block.add), block.moe
+    beside = None if block.shared is None else compiler(block.shared.forward)
     assert moe is not None
 
     def run(
@@ -103,7 +108,7 @@ def _around_experts(block: Block, compiler: Compiler) -> BlockFunction:
         remake: Remake = plain,
     ) -> tuple[Tensor, RouterReport]:
         x_BSD, normed_BSD = attend(x_BSD, inputs, ctx)
-        out_BSD, report = moe(normed_BSD, ctx, replay)
-        return finish(x_BSD, normed_BSD, out_BSD, ctx), report
+        out_BSD, report = moe(normed_BSD, ctx, beside, replay)
+        return add(x_BSD, out_BSD, ctx), report
 
     return run

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -118,10 +119,12 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterReport | None]:
         """What ``forward`` returns, computed once."""
         x_BSD, normed_BSD = self.attend(x_BSD, inputs, ctx, cache, remake)
-        if self.moe is None:
-            return self.finish(x_BSD, normed_BSD, None, ctx, remake), None
-        out_BSD, report = self.moe(normed_BSD, ctx, replay, remake)
-        return self.finish(x_BSD, normed_BSD, out_BSD, ctx, remake), report
+        if self.ffn is not None:
+            return self.add(x_BSD, self.ffn(normed_BSD, remake), ctx), None
+        assert self.moe is not None  # the constructor sets one of the two
+        beside = None if self.shared is None else partial(self.shared, remake=remake)
+        out_BSD, report = self.moe(normed_BSD, ctx, beside, replay, remake)
+        return self.add(x_BSD, out_BSD, ctx), report
 
     def attend(
         self,
@@ -131,25 +134,13 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         remake: Remake = plain,
     ) -> tuple[Tensor, Tensor]:
-        """The half before the experts: the residual stream after attention, and its norm."""
+        """What comes before the experts: the residual stream after attention, and its norm."""
         mixed_BSD = self.attention(remake(self.attention_norm, x_BSD), inputs, cache, remake)
         x_BSD = x_BSD + self.attention_dropout(mixed_BSD, ctx)
         return x_BSD, remake(self.ffn_norm, x_BSD)
 
-    def finish(
-        self,
-        x_BSD: Tensor,
-        normed_BSD: Tensor,
-        out_BSD: Tensor | None,
-        ctx: TokenContext | None,
-        remake: Remake = plain,
-    ) -> Tensor:
-        """The half after the experts: adds their result, that of the dense feed-forward part, or both."""
-        dense = self.shared if self.ffn is None else self.ffn
-        if dense is not None:
-            dense_BSD: Tensor = dense(normed_BSD, remake)
-            out_BSD = dense_BSD if out_BSD is None else out_BSD + dense_BSD
-        assert out_BSD is not None  # the constructor sets ffn or moe
+    def add(self, x_BSD: Tensor, out_BSD: Tensor, ctx: TokenContext | None) -> Tensor:
+        """What comes after the feed-forward part: its result into the residual stream."""
         left_BSD: Tensor = self.ffn_dropout(out_BSD, ctx)
         return x_BSD + left_BSD
 

@@ -46,29 +46,40 @@ def init_weights(model: nn.Module, seed: int) -> None:
     if not isinstance(config, ModelConfig):
         raise TypeError(f"init_weights needs a Decoder, got {type(model).__name__}")
     for path, module in model.named_modules():
-        laws = module.initial_laws() if isinstance(module, Router) else {}
-        buffers = module.named_buffers(recurse=False) if isinstance(module, Router) else ()
-        for leaf, parameter in (*module.named_parameters(recurse=False), *buffers):
-            name = f"{path}.{leaf}"
-            if parameter.is_meta:
-                raise EpmoeError(
-                    f"parameter {name} has a shape but no memory",
-                    why="the model was built on the meta device",
-                    fix="call model.to_empty(device=...) before init_weights",
-                )
-            if leaf in laws:
-                values = laws[leaf](_generator(f"{seed}/{name}"), tuple(parameter.shape))
-                parameter.copy_(torch.from_numpy(values))
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            elif isinstance(module, FFNExperts):
-                for i in range(module.num_local):
-                    key = f"{seed}/{name}/{module.first_expert + i}"
-                    parameter[i].copy_(torch.from_numpy(_draw(config, name, key, tuple(parameter.shape[1:]))))
-            else:
-                parameter.copy_(
-                    torch.from_numpy(_draw(config, name, f"{seed}/{name}", tuple(parameter.shape)))
-                )
+        init_module(config, path, module, seed)
+
+
+@torch.no_grad()
+def init_module(config: ModelConfig, path: str, module: nn.Module, seed: int) -> None:
+    """``init_weights`` for the tensors of one module of a decoder, not those of its children.
+
+    Args:
+        config: The decoder's.
+        path: The module's name in the decoder.
+        module: With memory.
+        seed: As there.
+    """
+    laws = module.initial_laws() if isinstance(module, Router) else {}
+    buffers = module.named_buffers(recurse=False) if isinstance(module, Router) else ()
+    for leaf, parameter in (*module.named_parameters(recurse=False), *buffers):
+        name = f"{path}.{leaf}"
+        if parameter.is_meta:
+            raise EpmoeError(
+                f"parameter {name} has a shape but no memory",
+                why="the model was built on the meta device",
+                fix="call model.to_empty(device=...) before init_weights",
+            )
+        if leaf in laws:
+            values = laws[leaf](_generator(f"{seed}/{name}"), tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(values))
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif isinstance(module, FFNExperts):
+            for i in range(module.num_local):
+                key = f"{seed}/{name}/{module.first_expert + i}"
+                parameter[i].copy_(torch.from_numpy(_draw(config, name, key, tuple(parameter.shape[1:]))))
+        else:
+            parameter.copy_(torch.from_numpy(_draw(config, name, f"{seed}/{name}", tuple(parameter.shape))))
 
 
 def _draw(config: ModelConfig, name: str, key: str, shape: tuple[int, ...]) -> FloatArray:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from epmoe.comm.exchange import Group
+from epmoe.comm.exchange import Exchange, Group, flat, hierarchical
 from epmoe.config import MoEConfig
 from epmoe.moe import soft
 from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
@@ -35,10 +35,10 @@ from epmoe.moe.router import Router
 from epmoe.moe.routers import (
     base,
     deepseek,
+    dense,
     expert_choice,
     gshard_top2,
     hash,
-    hierarchical,
     noisy_topk,
     sentence,
     sinkhorn,
@@ -47,6 +47,7 @@ from epmoe.moe.routers import (
     task,
     topk,
 )
+from epmoe.moe.routers import hierarchical as two_levels
 from epmoe.moe.routers.family import Family
 
 ROUTERS: dict[str, Family] = {
@@ -54,7 +55,7 @@ ROUTERS: dict[str, Family] = {
     "switch": switch.FAMILY,
     "topk": topk.FAMILY,
     "noisy_topk": noisy_topk.FAMILY,
-    "hierarchical": hierarchical.FAMILY,
+    "hierarchical": two_levels.FAMILY,
     "deepseek": deepseek.FAMILY,
     "expert_choice": expert_choice.FAMILY,
     "base": base.FAMILY,
@@ -64,6 +65,7 @@ ROUTERS: dict[str, Family] = {
     "sentence": sentence.FAMILY,
     "task": task.FAMILY,
     "soft": soft.FAMILY,
+    "dense": dense.FAMILY,
 }
 
 
@@ -157,19 +159,39 @@ LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {
 }
 
 DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
-    "local": lambda _group, *, local, weigh_rows: LocalDispatcher(weigh_rows=weigh_rows),
-    "all_to_all": lambda group, *, local, weigh_rows: AllToAllDispatcher(group, weigh_rows=weigh_rows),
+    "local": lambda _exchange, *, weigh_rows, num_parts=0: LocalDispatcher(weigh_rows=weigh_rows),
+    "all_to_all": AllToAllDispatcher,
     "padded": PaddedDispatcher,
 }
-"""Name -> dispatcher for the ranks of a group that share the experts (``local``: this one holds all of them)."""
+"""Name -> dispatcher for the ranks that an exchange joins (None, for ``local`` and ``padded``: this one holds all
+experts)."""
+
+EXCHANGES: dict[str, Callable[[Group, tuple[Group, Group] | None], Exchange]] = {
+    "flat": lambda group, _nodes: flat(group),
+    "hierarchical": lambda group, nodes: hierarchical(*nodes) if nodes else flat(group),
+}
+"""Name -> exchange for the ranks of a group and, where it has several nodes, their groups (node, rail)."""
 
 
-def build_dispatcher(moe: MoEConfig, group: Group, *, ep_size: int, device_type: str) -> Dispatcher:
-    """The configured dispatcher for the ``ep_size`` ranks of ``group``.
+def build_dispatcher(
+    moe: MoEConfig, exchange: Exchange | None, *, device_type: str, num_parts: int = 0
+) -> Dispatcher:
+    """The configured dispatcher for the ranks that an exchange joins; None = this one, without a process group.
+
+    Args:
+        num_parts: Of the exchange, one of which travels while another is computed; 0 = nothing overlaps.
 
     Raises:
-        ValueError: ``dispatcher: local`` while the experts are spread over several ranks.
+        ValueError: ``dispatcher: local`` while the experts are spread over several ranks, or more parts than experts
+            on a rank.
     """
+    ep_size = 1 if exchange is None else exchange.num_ranks
+    num_local = moe.num_experts // ep_size
+    if num_parts > num_local:
+        raise ValueError(
+            f"overlap_chunks={num_parts} needs as many experts on each rank, and {moe.num_experts} experts over "
+            f"ep_size={ep_size} are {num_local}; valid values: 1 to {num_local}"
+        )
     name = "padded" if moe.router.no_capacity and moe.dispatcher == "auto" else moe.dispatcher
     if name == "local" and ep_size > 1:
         raise ValueError(
@@ -180,7 +202,9 @@ def build_dispatcher(moe: MoEConfig, group: Group, *, ep_size: int, device_type:
         name = "padded"
     elif name == "auto":
         name = "all_to_all" if ep_size > 1 else "local"
-    return DISPATCHERS[name](group, local=ep_size == 1, weigh_rows=moe.save == "hidden")
+    if name != "all_to_all" and ep_size == 1:
+        exchange = None
+    return DISPATCHERS[name](exchange, weigh_rows=moe.save == "hidden", num_parts=num_parts)
 
 
 def build_moe_layer(
@@ -231,5 +255,5 @@ def build_moe_layer(
     layer_class = soft.SoftMoELayer if moe.router.name == "soft" else MoELayer
     moe_layer = layer_class(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
     if moe.dispatcher != "all_to_all":  # which needs ranks; until then the layer keeps its local one
-        moe_layer.dispatcher = build_dispatcher(moe, None, ep_size=1, device_type="cpu")
+        moe_layer.dispatcher = build_dispatcher(moe, None, device_type="cpu")
     return moe_layer

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from epmoe.comm.exchange import Group, exchange_counts, exchange_rows, num_ranks
-from epmoe.moe.plan import plan_exchange, plan_local, plan_padded, plan_slots
+from epmoe.comm.exchange import Exchange, exchange_counts
+from epmoe.moe.plan import ALONE, Spread, equal_parts, plan_exchange, plan_local, plan_padded, plan_slots
+from epmoe.moe.trip import Pipeline, bring_home, to_experts
 from epmoe.ops import DROPLESS, combine, permute
-from epmoe.types import DispatchPlan, ExpertBatch, Routing
+from epmoe.types import DispatchPlan, ExpertBatch, PartPlan, Routing
 
 
 class Dispatcher(Protocol):
     """What a layer needs: rows to the experts, and their results back. The plan is a value, not a state.
+
+    Where work and travel overlap, ``dispatch`` returns while the first rows travel, and the experts get a ``Pipeline``
+    of batches.
 
     With ``weigh_rows`` every row carries its combine weight to the experts, which apply it; otherwise the weights
     are applied where the rows are summed. The same function; the former need not keep the experts' results for the
@@ -30,11 +34,11 @@ class Dispatcher(Protocol):
         group_size: int,
         capacity: int,
         plan: DispatchPlan | None = None,
-    ) -> tuple[ExpertBatch, DispatchPlan]:
+    ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
         """Sends every kept assignment's row to its expert.
 
         Args:
-            plan: That of an earlier pass over the same tokens: nothing is planned, and no counts are exchanged.
+            plan: That of the same routing from before: nothing is planned, and no counts are exchanged.
         """
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
@@ -67,7 +71,7 @@ class LocalDispatcher:
         group_size: int,
         capacity: int,
         plan: DispatchPlan | None = None,
-    ) -> tuple[ExpertBatch, DispatchPlan]:
+    ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
         """Rows in ascending expert order."""
         if plan is None:
             slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
@@ -85,18 +89,21 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """Experts spread over the ranks of a group in ascending order; exactly the kept rows travel (ragged).
+    """Experts spread over ranks in ascending order; exactly the kept rows travel (ragged).
 
-    Costs per layer: forward one exchange of counts, one device-to-host copy (how many rows go where) and two
-    exchanges of rows; backward two exchanges of rows; with ``weigh_rows`` one more, small, in each pass.
-    What the experts cost is theirs.
+    Costs per layer, with ``s`` steps of the exchange (flat 1, hierarchical 2): forward ``s`` exchanges of counts, one
+    device-to-host copy (how many rows go where) and 2s exchanges of rows; backward 2s exchanges of rows; with
+    ``weigh_rows`` s more, small, in each pass. In n parts: n times as many exchanges of rows and weights, each of an
+    n-th, still one of counts and one copy. What the experts cost is theirs.
 
     Args:
-        group: The ranks; None = all of the job.
+        exchange: How rows get from rank to rank.
+        num_parts: Rows travel in this many parts, one while another is computed; 0 = nothing overlaps.
     """
 
-    def __init__(self, group: Group, *, weigh_rows: bool = False) -> None:
-        self.group, self.weigh_rows = group, weigh_rows
+    def __init__(self, exchange: Exchange, *, weigh_rows: bool = False, num_parts: int = 0) -> None:
+        self.exchange, self.weigh_rows, self.overlap = exchange, weigh_rows, num_parts > 0
+        self.spread = Spread(num_ranks=exchange.num_ranks, num_parts=max(num_parts, 1))
 
     def dispatch(
         self,
@@ -107,30 +114,21 @@ class AllToAllDispatcher:
         group_size: int,
         capacity: int,
         plan: DispatchPlan | None = None,
-    ) -> tuple[ExpertBatch, DispatchPlan]:
+    ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
         """Rows to the ranks that hold their experts, there in ascending local expert order."""
         if plan is None:
-            slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
-            counts_WL = exchange_counts(slots.tokens_per_expert_E, self.group)
-            plan = plan_exchange(routing, slots, counts_WL)  # the one device-to-host copy
-        assert plan.tokens_per_expert_L is not None
-        batch = ExpertBatch(
-            rows_RD=self._send(permute(x_TD, plan.token_N), plan),
-            tokens_per_expert_L=plan.tokens_per_expert_L,
-            weight_R=self._send(_weights(routing, plan), plan)[:, 0] if self.weigh_rows else None,
-        )
-        return batch, plan
-
-    def _send(self, rows_NX: Tensor, plan: DispatchPlan) -> Tensor:
-        rows_RX = exchange_rows(rows_NX, plan.send_splits, plan.recv_splits, self.group)
-        assert plan.expert_order_R is not None
-        return permute(rows_RX, plan.expert_order_R)
+            slots = plan_slots(
+                routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
+            )
+            counts_SWL = exchange_counts(self.exchange, slots.tokens_per_expert_E)
+            plan = plan_exchange(routing, slots, counts_SWL, self.spread)  # the one device-to-host copy
+        rows_ND = permute(x_TD, plan.token_N)
+        weight_N1 = _weights(routing, plan) if self.weigh_rows else None
+        return to_experts(self.exchange, rows_ND, weight_N1, plan.parts, overlap=self.overlap), plan
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         """The same way back, then the weighted sum per token."""
-        assert plan.rank_order_R is not None
-        rows_RD = permute(rows_RD, plan.rank_order_R)
-        rows_ND = exchange_rows(rows_RD, plan.recv_splits, plan.send_splits, self.group)
+        rows_ND = bring_home(self.exchange, rows_RD, plan.parts, overlap=self.overlap)
         return _sum(rows_ND, routing, plan, self.weigh_rows)
 
 
@@ -141,23 +139,23 @@ class PaddedDispatcher:
     the capacity and not the kept rows. Without a capacity there is no such block: those passes (evaluation, as a rule)
     go the ragged way.
 
-    Costs per layer: two exchanges of rows in each pass, no exchange of counts and no copy to the host; with
-    ``weigh_rows`` one more exchange, small, in each pass. Experts that are modules also see the zero rows; what they
-    make of them is thrown away.
+    Costs per layer: as ragged, without the exchange of counts and the copy to the host. Experts that are modules also
+    see the zero rows; what they make of them is thrown away.
 
     Args:
-        group: The ranks that share the experts, which feed the same number of tokens; None = all of the job.
-        local: This rank holds all experts and no process group is needed.
+        exchange: How rows get to the ranks that share the experts, which feed the same number of tokens; None = this
+            rank holds all experts, and no process group is needed.
+        num_parts: Rows travel in this many parts, one while another is computed; 0 = nothing overlaps.
     """
 
-    def __init__(self, group: Group, *, local: bool = False, weigh_rows: bool = False) -> None:
-        self.group, self.weigh_rows = group, weigh_rows
-        self.num_ranks = 1 if local else num_ranks(group)
-        self.ragged: Dispatcher = (
-            LocalDispatcher(weigh_rows=weigh_rows)
-            if local
-            else AllToAllDispatcher(group, weigh_rows=weigh_rows)
-        )
+    def __init__(self, exchange: Exchange | None, *, weigh_rows: bool = False, num_parts: int = 0) -> None:
+        self.exchange, self.weigh_rows = exchange, weigh_rows
+        self.ragged: Dispatcher
+        if exchange is None:
+            self.ragged, self.overlap, self.spread = LocalDispatcher(weigh_rows=weigh_rows), False, ALONE
+            return
+        ragged = AllToAllDispatcher(exchange, weigh_rows=weigh_rows, num_parts=num_parts)
+        self.ragged, self.overlap, self.spread = ragged, ragged.overlap, ragged.spread
 
     def dispatch(
         self,
@@ -168,49 +166,39 @@ class PaddedDispatcher:
         group_size: int,
         capacity: int,
         plan: DispatchPlan | None = None,
-    ) -> tuple[ExpertBatch, DispatchPlan]:
+    ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
         """The blocks of this rank's experts, one expert after the other, in each the ranks in ascending order."""
         if capacity == DROPLESS:
             return self.ragged.dispatch(
                 x_TD, routing, num_experts=num_experts, group_size=group_size, capacity=capacity, plan=plan
             )
         if plan is None:
-            plan = plan_padded(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
-        num_local = num_experts // self.num_ranks
-        rows_per_expert = plan.token_N.shape[0] // num_local
-        batch = ExpertBatch(
-            rows_RD=self.to_experts(permute(x_TD, plan.token_N), num_experts),
-            tokens_per_expert_L=torch.full((num_local,), rows_per_expert, device=x_TD.device),
-            rows_per_expert=rows_per_expert,
-            weight_R=self.to_experts(_weights(routing, plan), num_experts)[:, 0] if self.weigh_rows else None,
-        )
-        return batch, plan
+            plan = plan_padded(
+                routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
+            )
+            plan = replace(plan, parts=self.parts(num_experts, plan.token_N))
+        weight_N1 = _weights(routing, plan) if self.weigh_rows else None
+        return self.send_blocks(permute(x_TD, plan.token_N), plan.parts, weight_N1), plan
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         """The same way back, then the weighted sum per token."""
-        if not plan.padded:
+        if not plan.parts:  # the experts are here, and no block has a fixed size
             return self.ragged.combine(rows_RD, routing, plan)
-        rows_ND = self.from_experts(rows_RD, plan.tokens_per_expert_E.shape[0])
-        return _sum(rows_ND, routing, plan, self.weigh_rows)
+        return _sum(self.blocks_home(rows_RD, plan.parts), routing, plan, self.weigh_rows)
 
-    def to_experts(self, rows_NX: Tensor, num_experts: int) -> Tensor:
-        """Equal blocks of rows, one per expert, to the ranks that hold the experts, there expert by expert."""
-        if self.num_ranks == 1:
-            return rows_NX
-        return _swap_blocks(self._exchange(rows_NX), self.num_ranks, num_experts // self.num_ranks)
+    def parts(self, num_experts: int, rows_ND: Tensor) -> tuple[PartPlan, ...]:
+        """How equal blocks of these rows, one for every expert in the order of sending, travel."""
+        num_steps = 0 if self.exchange is None else len(self.exchange.sizes)
+        return equal_parts(
+            num_experts, rows_ND.shape[0] // num_experts, self.spread, num_steps, rows_ND.device
+        )
 
-    def from_experts(self, rows_RX: Tensor, num_experts: int) -> Tensor:
+    def send_blocks(
+        self, rows_ND: Tensor, parts: tuple[PartPlan, ...], weight_N1: Tensor | None = None
+    ) -> ExpertBatch | Pipeline:
+        """The blocks to the ranks that hold the experts, there expert by expert."""
+        return to_experts(self.exchange, rows_ND, weight_N1, parts, overlap=self.overlap)
+
+    def blocks_home(self, rows_RD: Tensor, parts: tuple[PartPlan, ...]) -> Tensor:
         """The same blocks, computed, back to where they came from."""
-        if self.num_ranks == 1:
-            return rows_RX
-        return self._exchange(_swap_blocks(rows_RX, num_experts // self.num_ranks, self.num_ranks))
-
-    def _exchange(self, rows_NX: Tensor) -> Tensor:
-        splits = (rows_NX.shape[0] // self.num_ranks,) * self.num_ranks
-        return exchange_rows(rows_NX, splits, splits, self.group)
-
-
-def _swap_blocks(rows_RX: Tensor, outer: int, inner: int) -> Tensor:
-    """Rows in ``outer`` x ``inner`` equal blocks, the inner ones outside: rank-major to expert-major and back."""
-    blocks = rows_RX.view(outer, inner, rows_RX.shape[0] // (outer * inner), rows_RX.shape[1])
-    return blocks.transpose(0, 1).reshape(rows_RX.shape)
+        return bring_home(self.exchange, rows_RD, parts, overlap=self.overlap)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from epmoe.moe.trip import Pipeline
 from epmoe.ops import expert_ffn
 from epmoe.types import ExpertBatch
 
@@ -49,13 +52,20 @@ class FFNExperts(nn.Module):
             self.w_in = nn.Parameter(self.w_in[first : first + count].clone())
             self.w_out = nn.Parameter(self.w_out[first : first + count].clone())
 
-    def forward(self, batch: ExpertBatch) -> Tensor:
-        """Each row through its expert, times its weight if it has one -> ``[R, D]``."""
+    def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
+        """Each row through its expert, times its weight if it has one -> ``[R, D]``; a pipeline's rows come home."""
+        if isinstance(batch, ExpertBatch):
+            return self._compute(batch, self.w_in, self.w_out)
+        # Split once: slices would each have a gradient of the whole size.
+        parts = zip(self.w_in.split(batch.num_local), self.w_out.split(batch.num_local), strict=True)
+        return batch.through([partial(self._compute, w_in_LDX=a, w_out_LFD=b) for a, b in parts])
+
+    def _compute(self, batch: ExpertBatch, w_in_LDX: Tensor, w_out_LFD: Tensor) -> Tensor:
         y_RD, _ = expert_ffn(
             batch.rows_RD,
             batch.weight_R,
-            self.w_in,
-            self.w_out,
+            w_in_LDX,
+            w_out_LFD,
             batch.tokens_per_expert_L,
             batch.rows_per_expert,
             self.activation,
@@ -64,18 +74,25 @@ class FFNExperts(nn.Module):
 
 
 class ModuleExperts(nn.Module):
-    """Any modules that map rows ``[n, D]`` to rows ``[n, D]`` as experts.
+    """Any modules that map rows ``[n, D]`` to rows as experts.
 
     Args:
         modules: Experts of this rank, in ascending global order.
         num_experts: Experts over all ranks, E; None = these are all.
         first_expert: Global id of ``modules[0]``. Parameter names carry global ids.
+        d_out: Width of the rows that come out; None = D.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], *, num_experts: int | None = None, first_expert: int = 0
+        self,
+        modules: Sequence[nn.Module],
+        *,
+        num_experts: int | None = None,
+        first_expert: int = 0,
+        d_out: int | None = None,
     ) -> None:
         super().__init__()
+        self.d_out = d_out
         self.num_experts = num_experts or len(modules)
         self.first_expert = first_expert
         self.experts = nn.ModuleDict({str(first_expert + i): module for i, module in enumerate(modules)})
@@ -85,21 +102,31 @@ class ModuleExperts(nn.Module):
         """Experts on this rank, L."""
         return len(self.experts)
 
-    def forward(self, batch: ExpertBatch) -> Tensor:
-        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, D]``."""
-        if batch.rows_per_expert is None:
-            blocks = batch.rows_RD.split(batch.tokens_per_expert_L.tolist())  # a host sync on CUDA
-        else:
-            blocks = batch.rows_RD.split([batch.rows_per_expert] * self.num_local)
-        outputs = [
-            module(block) if block.shape[0] else _touch(module, block)
-            for module, block in zip(self.experts.values(), blocks, strict=True)
-        ]
-        # One dtype whatever autocast made of each block: ranks that exchange the rows must agree on it.
-        rows_RD = torch.cat([rows_nD.to(batch.rows_RD.dtype) for rows_nD in outputs])
-        if batch.weight_R is None:
-            return rows_RD
-        return (rows_RD * batch.weight_R.unsqueeze(1)).to(rows_RD.dtype)
+    def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
+        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, d_out]``; a
+        pipeline's rows come home."""
+        if isinstance(batch, ExpertBatch):
+            return _through_modules(batch, self.experts.values(), self.d_out)
+        modules = iter(self.experts.values())
+        parts = [[*islice(modules, count)] for count in batch.num_local]
+        return batch.through([partial(_through_modules, modules=part, d_out=self.d_out) for part in parts])
+
+
+def _through_modules(batch: ExpertBatch, modules: Iterable[nn.Module], d_out: int | None) -> Tensor:
+    if batch.rows_per_expert is None:
+        blocks = batch.rows_RD.split(batch.tokens_per_expert_L.tolist())  # a host sync on CUDA
+    else:
+        blocks = batch.rows_RD.split([batch.rows_per_expert] * batch.tokens_per_expert_L.shape[0])
+    width = d_out or batch.rows_RD.shape[1]
+    outputs = [
+        module(block) if block.shape[0] else _touch(module, block[:, :1].expand(-1, width))
+        for module, block in zip(modules, blocks, strict=True)
+    ]
+    # One dtype whatever autocast made of each block: ranks that exchange the rows must agree on it.
+    rows_RD = torch.cat([rows_nD.to(batch.rows_RD.dtype) for rows_nD in outputs])
+    if batch.weight_R is None:
+        return rows_RD
+    return (rows_RD * batch.weight_R.unsqueeze(1)).to(rows_RD.dtype)
 
 
 def _touch(module: nn.Module, empty_rows_RD: Tensor) -> Tensor:

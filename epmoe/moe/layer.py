@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
 from epmoe.config import MoEConfig
+from epmoe.config_routers import SmoothingOptions
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
 from epmoe.moe.recompute import Remake, Replay, kept, plain
 from epmoe.moe.router import Router
-from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
+from epmoe.moe.routers.common import missing_draws
+from epmoe.moe.smoothing import noisy_copy
+from epmoe.types import DispatchPlan, RouterInputs, RouterReport, Routing, TokenContext
 
 
 class MoELayer(nn.Module):
@@ -44,6 +47,7 @@ class MoELayer(nn.Module):
         self,
         x_BSD: Tensor,
         ctx: TokenContext | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
         replay: Replay | None = None,
         remake: Remake = plain,
     ) -> tuple[Tensor, RouterReport]:
@@ -52,45 +56,111 @@ class MoELayer(nn.Module):
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
+            beside: Computed from x_BSD too, while rows travel if the dispatcher overlaps, and added to the result.
             replay: For a pass that will be recomputed: an empty one, which the second pass gets again.
             remake: Computes what need not be kept for the backward pass.
 
         Returns:
-            y_BSD and the report with losses (differentiable sums) and metrics; in a second pass an empty report.
+            y_BSD (as wide as the experts' outputs) and the report with losses (differentiable sums) and metrics; in a
+            second pass an empty report.
 
         Raises:
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
                 ``ctx.sample_B`` is missing.
         """
-        num_sequences, seq_len = x_BSD.shape[:2]
-        x_TD = x_BSD.flatten(0, 1)
         ctx = ctx or TokenContext()
-        group_size = seq_len if self.moe.group == "sequence" else num_sequences * seq_len
-        capacity = expert_capacity(self.moe, group_size, training=self.training)
-        inputs = self.router.project(
-            x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity, remake=remake
-        )
+        copies = self.copies(x_BSD, ctx)
+        if self.rerouted:
+            replays = repeat(None) if replay is None else replay.of_copies()
+            pairs = zip(copies, replays, strict=False)
+            y_BSD, report = _mean([self._chain(copy, (copy,), ctx, None, own, remake) for copy, own in pairs])
+            return y_BSD if beside is None else y_BSD + beside(x_BSD), report
+        return self._chain(x_BSD, copies, ctx, beside, replay, remake)
+
+    def _chain(
+        self,
+        x_BSD: Tensor,
+        copies: Iterable[Tensor],
+        ctx: TokenContext,
+        beside: Callable[[Tensor], Tensor] | None,
+        replay: Replay | None,
+        remake: Remake,
+    ) -> tuple[Tensor, RouterReport]:
+        """The mean output of copies of the input that all go where the input goes, plus what is computed beside."""
+        group_size, capacity = self.group_and_capacity(x_BSD)
+        inputs = self._router_inputs(x_BSD, ctx, remake)
         routing, plan = (None, None) if replay is None else (replay.routing, replay.plan)
-        again = plan is not None
+        again = routing is not None
         if routing is None:
-            with nullcontext() if replay is None else kept():
+            with kept(replay):
                 routing = self.router.decide(inputs)
-        batch, plan = self.dispatcher.dispatch(
-            x_TD,
-            routing,
-            num_experts=self.moe.num_experts,
-            group_size=group_size,
-            capacity=capacity,
-            plan=plan,
-        )
-        y_TD = self.dispatcher.combine(self.experts(batch), routing, plan)
-        y_BSD = y_TD.to(x_BSD.dtype).view_as(x_BSD)
+        outputs, beside_BSD = [], None
+        for copy_BSD in copies:
+            batch, plan = self.dispatcher.dispatch(
+                copy_BSD.flatten(0, 1),
+                routing,
+                num_experts=self.moe.num_experts,
+                group_size=group_size,
+                capacity=capacity,
+                plan=plan,
+            )
+            if beside is not None and beside_BSD is None:
+                beside_BSD = beside(x_BSD)
+            outputs.append(self.dispatcher.combine(self.experts(batch), routing, plan))
+        y_BSD = mean_of(outputs).to(x_BSD.dtype).unflatten(0, x_BSD.shape[:2])
+        if beside_BSD is not None:
+            y_BSD = y_BSD + beside_BSD
         if again:
             return y_BSD, RouterReport(losses={}, metrics={})
+        assert plan is not None  # there is a copy
         if replay is not None:
             replay.remember(routing, plan)
-        with nullcontext() if replay is None else kept():
-            return y_BSD, self.report(routing, plan, ctx, seq_len)
+        with kept(replay):
+            return y_BSD, self.report(routing, plan, ctx, x_BSD.shape[1])
+
+    def route(self, x_BSD: Tensor, ctx: TokenContext) -> Routing:
+        """The router's decision. Arguments as for ``forward``."""
+        return self.router.decide(self._router_inputs(x_BSD, ctx, plain))
+
+    def _router_inputs(self, x_BSD: Tensor, ctx: TokenContext, remake: Remake) -> RouterInputs:
+        group_size, capacity = self.group_and_capacity(x_BSD)
+        return self.router.inputs(
+            x_BSD.flatten(0, 1),
+            ctx,
+            seq_len=x_BSD.shape[1],
+            group_size=group_size,
+            capacity=capacity,
+            remake=remake,
+        )
+
+    def group_and_capacity(self, x_BSD: Tensor) -> tuple[int, int]:
+        """Tokens that share a capacity, and each expert's slots among them."""
+        num_sequences, seq_len = x_BSD.shape[:2]
+        group_size = seq_len if self.moe.group == "sequence" else num_sequences * seq_len
+        return group_size, expert_capacity(self.moe, group_size, training=self.training)
+
+    @property
+    def _noisy(self) -> SmoothingOptions | None:
+        """How the input is smoothed now; None = it is not."""
+        smoothing = self.router.options.smoothing
+        return smoothing if self.training and smoothing is not None and smoothing.draws else None
+
+    @property
+    def rerouted(self) -> bool:
+        """Whether every copy of the input is routed on its own."""
+        return self._noisy is not None and self._noisy.reroute
+
+    def copies(self, x_BSD: Tensor, ctx: TokenContext) -> Iterator[Tensor]:
+        """The inputs whose outputs are averaged: noisy copies with ``smoothing.draws``, in training; else x itself."""
+        smoothing = self._noisy
+        if smoothing is None:
+            yield x_BSD
+            return
+        draws = self.router.draws(ctx, x_BSD.shape[1], x_BSD.device)
+        if draws is None:
+            raise missing_draws("smoothing")
+        for index in range(smoothing.draws):
+            yield noisy_copy(x_BSD.flatten(0, 1), draws, index, smoothing.sigma).view_as(x_BSD)
 
     def report(self, routing: Routing, plan: DispatchPlan, ctx: TokenContext, seq_len: int) -> RouterReport:
         """Losses and metrics of one forward pass. With ``balance_scope: global``, in training, a collective."""
@@ -117,6 +187,18 @@ class MoELayer(nn.Module):
             if self.sum_over_ranks is not None:
                 total_X = self.sum_over_ranks(total_X)  # a collective of E + 1 numbers
         return replace(inputs, global_count_E=total_X[:-1], global_tokens=total_X[-1])
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of one shape."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)
+
+
+def _mean(results: Sequence[tuple[Tensor, RouterReport]]) -> tuple[Tensor, RouterReport]:
+    """Mean outputs and losses; the metrics are those of the first copy, so that a token is counted once."""
+    outputs, reports = zip(*results, strict=True)
+    losses = {name: mean_of([report.losses[name] for report in reports]) for name in reports[0].losses}
+    return mean_of(outputs), RouterReport(losses=losses, metrics=reports[0].metrics)
 
 
 def balance_count(moe: MoEConfig) -> str:

@@ -5,19 +5,24 @@ Order of the rows on their way, for two ranks with two experts each (a: rank 0's
     sent by rank 0      e0 e0 e1 | e2 e3 e3            ascending expert, so rank-major
     received by rank 0  (a: e0 e0 e1) (b: e0 e1 e1)    rank-major
     seen by experts     (e0: a a b) (e1: a b b)        expert-major
+
+In two parts, so that one can travel while the other is computed, the even experts would come first:
+
+    sent by rank 0      e0 e0 | e2   then   e1 | e3 e3
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from epmoe.config import MoEConfig
 from epmoe.ops import DROPLESS, UNFILLED, assign_slots
-from epmoe.types import DispatchPlan, Routing
+from epmoe.types import DispatchPlan, PartPlan, Routing
 
 
 def expert_capacity(moe: MoEConfig, group_size: int, *, training: bool) -> int:
@@ -46,6 +51,35 @@ def _slots_per_token(moe: MoEConfig, training: bool) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Over what the experts are spread."""
+
+    num_ranks: int = 1
+    """W."""
+    num_parts: int = 1
+    """Parts in which rows travel; part c has the local experts from c*L // num_parts on."""
+
+    def bounds(self, num_local: int) -> list[tuple[int, int]]:
+        """First and last + 1 local expert of each part."""
+        edges = [part * num_local // self.num_parts for part in range(self.num_parts + 1)]
+        return list(pairwise(edges))
+
+    def send_position(self, expert_X: Tensor, num_experts: int) -> Tensor:
+        """Where the block of each expert is in the order of sending: by part, by rank, by expert."""
+        if self.num_parts == 1:
+            return expert_X
+        num_local = num_experts // self.num_ranks
+        rank_X, local_X = expert_X // num_local, expert_X % num_local
+        part_X = ((local_X + 1) * self.num_parts - 1) // num_local
+        first_X = part_X * num_local // self.num_parts
+        size_X = (part_X + 1) * num_local // self.num_parts - first_X
+        return first_X * self.num_ranks + rank_X * size_X + local_X - first_X
+
+
+ALONE = Spread()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
     """Which assignments are kept, still without a shape that depends on how many: nothing here waits for a device."""
 
@@ -54,7 +88,7 @@ class Slots:
     demand_GE: Tensor
     """int64 active assignments before capacity."""
     order_A: Tensor
-    """int64: all entries of the routing list, the kept ones first, ascending by expert, then by priority."""
+    """int64: all entries of the routing list, the kept ones first, in the order of sending."""
     tokens_per_expert_E: Tensor
     """int64: kept assignments of each expert."""
 
@@ -72,15 +106,17 @@ def _assign(
     return slot_A, group_A, demand_GE
 
 
-def _kept_per_expert(routing: Routing, slot_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Expert of each kept assignment (E where dropped), and how many each expert has."""
+def _kept_per_expert(routing: Routing, slot_A: Tensor, num_experts: int) -> Tensor:
+    """How many kept assignments each expert has."""
     bin_A = torch.where(slot_A >= 0, routing.expert_A, num_experts)
     tokens_per_expert_X = torch.zeros(num_experts + 1, dtype=torch.int64, device=bin_A.device)
     tokens_per_expert_X.scatter_add_(0, bin_A, torch.ones_like(bin_A))
-    return bin_A, tokens_per_expert_X[:num_experts]
+    return tokens_per_expert_X[:num_experts]
 
 
-def plan_slots(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> Slots:
+def plan_slots(
+    routing: Routing, *, num_experts: int, group_size: int, capacity: int, spread: Spread = ALONE
+) -> Slots:
     """Slots for every assignment, and the order in which the kept ones are sent.
 
     Args:
@@ -88,25 +124,28 @@ def plan_slots(routing: Routing, *, num_experts: int, group_size: int, capacity:
         capacity: Slots per expert and group, or ``DROPLESS``.
     """
     slot_A, _, demand_GE = _assign(routing, num_experts, group_size, capacity)
-    bin_A, tokens_per_expert_E = _kept_per_expert(routing, slot_A, num_experts)
+    position_A = spread.send_position(routing.expert_A, num_experts)
     return Slots(
         slot_A=slot_A,
         demand_GE=demand_GE,
-        order_A=bin_A.argsort(stable=True),
-        tokens_per_expert_E=tokens_per_expert_E,
+        order_A=torch.where(slot_A >= 0, position_A, num_experts).argsort(stable=True),
+        tokens_per_expert_E=_kept_per_expert(routing, slot_A, num_experts),
     )
 
 
-def plan_padded(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:
+def plan_padded(
+    routing: Routing, *, num_experts: int, group_size: int, capacity: int, spread: Spread = ALONE
+) -> DispatchPlan:
     """The plan of padded dispatch: E blocks of G*C rows, slot c of group g at row g*C + c of its expert's block.
 
-    Nothing here depends on a number that only the device knows. ``capacity`` must not be ``DROPLESS``.
+    Nothing here depends on a number that only the device knows. ``capacity`` must not be ``DROPLESS``. How the blocks
+    travel is for ``equal_parts`` to say.
     """
     slot_A, group_A, demand_GE = _assign(routing, num_experts, group_size, capacity)
-    _, tokens_per_expert_E = _kept_per_expert(routing, slot_A, num_experts)
     num_groups = demand_GE.shape[0]
     num_rows = num_experts * num_groups * capacity
-    row_A = (routing.expert_A * num_groups + group_A) * capacity + slot_A
+    position_A = spread.send_position(routing.expert_A, num_experts)
+    row_A = (position_A * num_groups + group_A) * capacity + slot_A
     # Dropped assignments meet in one more row, which is cut off.
     row_A = torch.where(slot_A >= 0, row_A, num_rows)
     assignment_X = torch.full((num_rows + 1,), UNFILLED, dtype=torch.int64, device=row_A.device)
@@ -121,54 +160,72 @@ def plan_padded(routing: Routing, *, num_experts: int, group_size: int, capacity
         demand_GE=demand_GE,
         assignment_N=assignment_N,
         token_N=token_N,
-        tokens_per_expert_E=tokens_per_expert_E,
-        padded=True,
+        tokens_per_expert_E=_kept_per_expert(routing, slot_A, num_experts),
     )
+
+
+def equal_parts(
+    num_experts: int, block_size: int, spread: Spread, num_steps: int, device: torch.device
+) -> tuple[PartPlan, ...]:
+    """How blocks of ``block_size`` rows, one for every expert, travel in an exchange of ``num_steps`` steps."""
+    parts = []
+    for first, end in spread.bounds(num_experts // spread.num_ranks):
+        rows_per_rank, rows_per_expert = (end - first) * block_size, spread.num_ranks * block_size
+        parts.append(
+            PartPlan(
+                splits=((rows_per_rank,) * spread.num_ranks,) * (num_steps + 1),
+                tokens_per_expert_L=torch.full((end - first,), rows_per_expert, device=device),
+                rows_per_expert=rows_per_expert,
+            )
+        )
+    return tuple(parts)
 
 
 def plan_local(routing: Routing, slots: Slots) -> DispatchPlan:
     """The plan of a rank that holds all experts."""
     # The one device-to-host copy: the number of rows is a shape.
-    num_kept = int(slots.tokens_per_expert_E.sum())
-    return _plan(routing, slots, (num_kept,), (num_kept,), None)
+    return _plan(routing, slots, int(slots.tokens_per_expert_E.sum()), ())
 
 
-def plan_exchange(routing: Routing, slots: Slots, counts_WL: Tensor) -> DispatchPlan:
+def plan_exchange(
+    routing: Routing, slots: Slots, counts_SWL: Tensor, spread: Spread | None = None
+) -> DispatchPlan:
     """The plan of a rank that shares the experts with others.
 
     Args:
-        counts_WL: Rows that each of the W ranks sends to each local expert.
+        counts_SWL: Rows in the W blocks for each local expert: as they leave, after each step, as they arrive.
+        spread: The one that ``slots`` were planned for; None = one part.
     """
-    sent_WL = slots.tokens_per_expert_E.view_as(counts_WL)
-    splits = torch.stack((sent_WL.sum(1), counts_WL.sum(1)))
-    send_splits, recv_splits = splits.tolist()  # the one device-to-host copy
-    expert_order_R = expert_major_order(counts_WL, sum(recv_splits))
-    plan = _plan(routing, slots, tuple(send_splits), tuple(recv_splits), expert_order_R)
-    return replace(plan, tokens_per_expert_L=counts_WL.sum(0))
-
-
-def _plan(
-    routing: Routing,
-    slots: Slots,
-    send_splits: tuple[int, ...],
-    recv_splits: tuple[int, ...],
-    expert_order_R: Tensor | None,
-) -> DispatchPlan:
-    rank_order_R = None
-    if expert_order_R is not None:
+    spread = spread or Spread(num_ranks=counts_SWL.shape[1])
+    bounds = spread.bounds(counts_SWL.shape[2])
+    splits_PSW = torch.stack([counts_SWL[:, :, first:end].sum(2) for first, end in bounds])
+    all_splits = splits_PSW.tolist()  # the one device-to-host copy
+    parts = []
+    for (first, end), splits in zip(bounds, all_splits, strict=True):
+        counts_WL = counts_SWL[-1, :, first:end]
+        expert_order_R = expert_major_order(counts_WL, sum(splits[-1]))
         rank_order_R = torch.empty_like(expert_order_R)
         rank_order_R[expert_order_R] = torch.arange(expert_order_R.numel(), device=expert_order_R.device)
-    assignment_N = slots.order_A[: sum(send_splits)]
+        parts.append(
+            PartPlan(
+                splits=tuple(tuple(blocks) for blocks in splits),
+                tokens_per_expert_L=counts_WL.sum(0),
+                expert_order_R=expert_order_R,
+                rank_order_R=rank_order_R,
+            )
+        )
+    return _plan(routing, slots, sum(sum(part.splits[0]) for part in parts), tuple(parts))
+
+
+def _plan(routing: Routing, slots: Slots, num_kept: int, parts: tuple[PartPlan, ...]) -> DispatchPlan:
+    assignment_N = slots.order_A[:num_kept]
     return DispatchPlan(
         slot_A=slots.slot_A,
         demand_GE=slots.demand_GE,
         assignment_N=assignment_N,
         token_N=routing.token_A[assignment_N],
         tokens_per_expert_E=slots.tokens_per_expert_E,
-        send_splits=send_splits,
-        recv_splits=recv_splits,
-        expert_order_R=expert_order_R,
-        rank_order_R=rank_order_R,
+        parts=parts,
     )
 
 

@@ -6,8 +6,10 @@ is the one that is differentiated, whatever is computed a second time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +29,20 @@ class Replay:
     the second pass takes the routing and the plan from here; it exchanges no counts, and makes neither losses nor
     metrics. One object belongs to one layer and one micro-batch:
 
-        checkpoint(layer, x_BSD, ctx, Replay(), use_reentrant=False, preserve_rng_state=False)
+        checkpoint(layer, x_BSD, ctx, replay=Replay(), use_reentrant=False, preserve_rng_state=False)
     """
 
     routing: Routing | None = None
     plan: DispatchPlan | None = None
+    copies: list[Replay] = field(default_factory=list)
+    """Of the noisy copies of the input, where the layer routes each on its own (``smoothing.reroute``)."""
+
+    def of_copies(self) -> Iterator[Replay]:
+        """That of every copy in its order, as many as are asked for."""
+        for number in count():
+            if number == len(self.copies):
+                self.copies.append(Replay())
+            yield self.copies[number]
 
     def remember(self, routing: Routing, plan: DispatchPlan) -> None:
         """Keeps both, cut off from the graph: it would hold this object, and this object the graph."""
@@ -42,9 +53,14 @@ def _cut(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def kept() -> saved_tensors_hooks:
-    """Inside, operators keep what they need as they always do, also in a part whose activations are recomputed."""
-    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+def kept(replay: Replay | None) -> AbstractContextManager[object]:
+    """Inside, operators keep what they need as they always do, although the pass will be recomputed with a replay."""
+    return nullcontext() if replay is None else saved_tensors_hooks(_held, _unpack)
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """Without its graph: a result that its own operator keeps would hold the operator, and so itself, for ever."""
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 # ------------------------------------------------------------------------------------------- cheap tensors
@@ -78,7 +94,7 @@ class _Recipe:
         """What was kept inside as number ``index``; -1 = the result."""
         if not self.tensors:
             self.left = self.uses
-            with torch.enable_grad(), saved_tensors_hooks(self._collect, lambda tensor: tensor):
+            with torch.enable_grad(), saved_tensors_hooks(self._collect, _unpack):
                 inputs = [_fresh(packed) for packed in self.inputs]
                 result = self.fn(*inputs)
             self.tensors.append(result.detach())
@@ -89,8 +105,8 @@ class _Recipe:
         return tensor
 
     def _collect(self, tensor: Tensor) -> Tensor:
-        self.tensors.append(tensor)
-        return tensor
+        self.tensors.append(_held(tensor))
+        return self.tensors[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +174,7 @@ class CheapTensors(saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor | _Part:
         _, recipe = self._made.get(_address(tensor), (None, None))
         if recipe is None:
-            return tensor
+            return _held(tensor)
         recipe.uses += 1
         view = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return _Part(recipe, -1, tensor.requires_grad, view)
@@ -168,7 +184,7 @@ class CheapTensors(saved_tensors_hooks):
             return value
         packed = self._pack(value)
         if isinstance(packed, Tensor):
-            return packed if value.is_leaf else _cut(packed)
+            return value if value.is_leaf else _cut(value)
         return _Part(packed.recipe, packed.index, value.requires_grad, packed.view)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from epmoe.config_routers import RouterOptions
 from epmoe.moe.recompute import Remake, plain
 from epmoe.moe.routers.common import missing_draws
-from epmoe.moe.routers.family import Family, Init, Part
+from epmoe.moe.routers.family import Family, Init, Part, zeros
+from epmoe.moe.smoothing import gate_noise
 from epmoe.ops import DROPLESS, philox
 from epmoe.types import Draws, RouterInputs, Routing, TokenContext, compute_dtype
 
@@ -65,7 +67,11 @@ class Router(nn.Module):
     def initial_laws(self) -> dict[str, Init]:
         """How the tensors start that do not follow the model's law, by name."""
         laws = {part.name: part.init for part in self.parts}
-        return laws if self.family.weight_init is None else laws | {"weight": self.family.weight_init}
+        smoothing = self.options.smoothing
+        weight_init = self.family.weight_init
+        if smoothing is not None and smoothing.gate != "none":
+            weight_init = zeros
+        return laws if weight_init is None else laws | {"weight": weight_init}
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -85,15 +91,15 @@ class Router(nn.Module):
         group_size: int = 0,
         capacity: int = DROPLESS,
     ) -> Routing:
-        """Logits of every token, and the family's decision; arguments and errors are those of ``project``."""
-        return self.decide(self.project(x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity))
+        """Logits of every token, and the family's decision; arguments and errors are those of ``inputs``."""
+        return self.decide(self.inputs(x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity))
 
     def decide(self, inputs: RouterInputs) -> Routing:
         """The family's decision."""
         with torch.autocast(inputs.logits_TE.device.type, enabled=False):
             return self.family.route(inputs, self.options, self.top_k)
 
-    def project(
+    def inputs(
         self,
         x_TD: Tensor,
         ctx: TokenContext,
@@ -110,23 +116,17 @@ class Router(nn.Module):
             seq_len: Tokens per sequence, S.
             group_size: Tokens per capacity group; 0 = all of them.
             capacity: Slots per expert and group, for families whose choice depends on them.
-            remake: Computes what need not be kept.
+            remake: Computes what need not be kept for the backward pass.
 
         Raises:
             ValueError: The policy draws random numbers and ``ctx.sample_B`` is None.
         """
-        dtype = compute_dtype(x_TD.dtype)
-        draws = self._draws(ctx, seq_len, x_TD.device)
+        draws = self.draws(ctx, seq_len, x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = remake(self._jitter, x_TD.to(dtype), draws)
-            # A row that is not finite is left out of the product, whose backward would put 0 * NaN into the weight's
-            # gradient; its logits are NaN, so that the token is seen and counted as broken.
-            # One pass: NaN and infinities survive a sum, and where finite numbers overflow it, the logits would too.
-            finite_T1 = x_TD.detach().sum(-1, keepdim=True).isfinite()
-            x_TD = remake(torch.where, finite_T1, x_TD, 0.0)
+            x_TD = remake(self._own_copy, x_TD, draws)
             fields: dict[str, Any] = {p.field: self._field(p, x_TD) for p in self.parts if p.field}
             return RouterInputs(
-                logits_TE=self._logits(x_TD).masked_fill(~finite_T1, torch.nan),
+                logits_TE=self._smooth(self._logits(x_TD), draws),
                 valid_T=_valid(x_TD, ctx),
                 draws=draws,
                 training=self.training,
@@ -141,14 +141,15 @@ class Router(nn.Module):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self.weight is None:
-            return x_TD.new_zeros(x_TD.shape[0], self.num_experts)
-        return x_TD @ self.weight.to(x_TD.dtype).t()
+            broken_T1 = ~x_TD.sum(-1, keepdim=True).isfinite()
+            return x_TD.new_zeros(x_TD.shape[0], self.num_experts).masked_fill(broken_T1, torch.nan)
+        return project(x_TD, self.weight.to(x_TD.dtype), broken=torch.nan)
 
     def _field(self, part: Part, x_TD: Tensor) -> Tensor:
         tensor: Tensor = getattr(self, part.name)
         if part.dtype is None:
             tensor = tensor.to(x_TD.dtype)
-        return x_TD @ tensor.t() if part.projects else tensor
+        return project(x_TD, tensor, broken=0.0) if part.projects else tensor
 
     @torch.no_grad()
     def after_step(self, demand_E: Tensor, step: int) -> None:
@@ -165,7 +166,8 @@ class Router(nn.Module):
                 buffer: Tensor = getattr(self, part.name)
                 buffer.copy_(part.update(buffer, demand_E.to(buffer.device), self.options, step))
 
-    def _draws(self, ctx: TokenContext, seq_len: int, device: torch.device) -> Draws | None:
+    def draws(self, ctx: TokenContext, seq_len: int, device: torch.device) -> Draws | None:
+        """Counters of this layer's random numbers for the tokens; None when it is not known which samples they are."""
         if ctx.sample_B is None:
             return None
         return Draws(
@@ -175,8 +177,17 @@ class Router(nn.Module):
             position_T=torch.arange(seq_len, device=device).repeat(ctx.sample_B.shape[0]),
         )
 
-    def _jitter(self, x_TD: Tensor, draws: Draws | None) -> Tensor:
-        """Multiplies the router's own copy of the input by U[1-eps, 1+eps) (Switch, arXiv:2101.03961)."""
+    def _smooth(self, logits_TE: Tensor, draws: Draws | None) -> Tensor:
+        options = self.options.smoothing
+        if not self.training or options is None or options.gate == "none":
+            return logits_TE
+        if draws is None:
+            raise missing_draws("smoothing")
+        return logits_TE + gate_noise(options, draws, logits_TE.shape[1]).to(logits_TE.dtype)
+
+    def _own_copy(self, x_TD: Tensor, draws: Draws | None) -> Tensor:
+        """The tokens in the router's dtype; with jitter, times U[1-eps, 1+eps) (Switch, arXiv:2101.03961)."""
+        x_TD = x_TD.to(compute_dtype(x_TD.dtype))
         eps = self.options.jitter
         if not self.training or eps == 0.0:
             return x_TD
@@ -186,6 +197,34 @@ class Router(nn.Module):
             draws.seed, philox.JITTER, draws.layer, draws.sample_T, draws.position_T, x_TD.shape[1]
         )
         return x_TD * (1.0 - eps + 2.0 * eps * u_TD.to(x_TD.dtype))
+
+
+class _Project(torch.autograd.Function):
+    """``x @ weight.t()``, in which tokens that are not finite touch nothing but their own row of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_XD: Tensor, broken: float) -> Tensor:
+        out_TX = x_TD @ weight_XD.t()
+        # NaN and infinities survive both sums. So does what was finite in x and overflows here.
+        broken_T1 = ~out_TX.sum(-1, keepdim=True).isfinite()
+        ctx.save_for_backward(x_TD, weight_XD, broken_T1)
+        return out_TX.masked_fill_(broken_T1, broken)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_XD, broken_T1 = ctx.saved_tensors
+        d_out_TX = grads[0].masked_fill(broken_T1, 0.0)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        d_x_TD = d_out_TX @ weight_XD if needs_x else None
+        # Not only the gradient is 0 there: 0 * NaN would spoil that of the weight.
+        d_weight_XD = d_out_TX.t() @ x_TD.masked_fill(broken_T1, 0.0) if needs_weight else None
+        return d_x_TD, d_weight_XD, None
+
+
+def project(x_TD: Tensor, weight_XD: Tensor, *, broken: float) -> Tensor:
+    """``x @ weight.t()`` -> ``[T, X]``; rows of tokens that are not finite hold ``broken`` and have no gradient."""
+    apply: Callable[..., Tensor] = _Project.apply
+    return apply(x_TD, weight_XD, broken)
 
 
 def _valid(x_TD: Tensor, ctx: TokenContext) -> Tensor:

@@ -6,6 +6,8 @@ blocks in which rows travel to experts on other ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +17,16 @@ from epmoe.moe.dispatcher import PaddedDispatcher
 from epmoe.moe.layer import MoELayer
 from epmoe.moe.recompute import Remake, Replay, plain
 from epmoe.moe.routers.family import Family, FloatArray, Part
-from epmoe.types import ExpertBatch, RouterInputs, RouterReport, Routing, TokenContext, compute_dtype
+from epmoe.moe.trip import Pipeline
+from epmoe.types import (
+    ExpertBatch,
+    PartPlan,
+    RouterInputs,
+    RouterReport,
+    Routing,
+    TokenContext,
+    compute_dtype,
+)
 
 NORM_EPS = 1e-6
 """Added to the squared length that a vector is divided by the root of."""
@@ -57,6 +68,7 @@ class SoftMoELayer(MoELayer):
         self,
         x_BSD: Tensor,
         ctx: TokenContext | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
         replay: Replay | None = None,
         remake: Remake = plain,
     ) -> tuple[Tensor, RouterReport]:
@@ -65,8 +77,8 @@ class SoftMoELayer(MoELayer):
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask. None: all tokens are valid.
+            beside, remake: As in ``MoELayer``.
             replay: Not looked at: nothing is decided here that a second pass could decide otherwise.
-            remake: Computes what need not be kept for the backward pass.
         """
         num_tokens, width = x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2]
         size = x_BSD.shape[1] if self.moe.group == "sequence" else num_tokens
@@ -81,31 +93,48 @@ class SoftMoELayer(MoELayer):
             phi_XD, scale = (getattr(self.router, name).to(x_GSD.dtype) for name in ("phi", "scale"))
             dispatch_GSX, combine_GSX = mixing_weights(x_GSD, phi_XD, scale, valid_GS & finite_GS)
             slot_GXD = dispatch_GSX.transpose(1, 2) @ x_GSD
-        result_GXD = self._experts(slot_GXD.to(x_BSD.dtype))
+        batch, parts = self._send(slot_GXD.to(x_BSD.dtype))
+        beside_BSD = None if beside is None else beside(x_BSD)  # while rows travel
+        result_GXD = self._bring_home(self.experts(batch), parts, slot_GXD)
         with torch.autocast(x_BSD.device.type, enabled=False):
             y_GSD = combine_GSX @ result_GXD.to(combine_GSX.dtype)
         report = RouterReport(losses={}, metrics=self._metrics(combine_GSX, valid_GS, finite_GS))
-        return y_GSD.to(x_BSD.dtype).view_as(x_BSD), report
+        y_BSD = y_GSD.to(x_BSD.dtype).view_as(x_BSD)
+        return y_BSD if beside_BSD is None else y_BSD + beside_BSD, report
 
-    def _experts(self, slot_GXD: Tensor) -> Tensor:
-        """Every slot through its expert: slots of all groups together, expert after expert, and back."""
-        dispatcher = self.dispatcher
-        assert isinstance(dispatcher, PaddedDispatcher)  # build sees to it
+    def _send(self, slot_GXD: Tensor) -> tuple[ExpertBatch | Pipeline, tuple[PartPlan, ...]]:
+        """Every slot to its expert: slots of all groups together, expert after expert."""
+        dispatcher = self._padded
         num_groups, num_slots, width = slot_GXD.shape
         num_experts = self.moe.num_experts
-        by_expert = (num_groups, num_experts, num_slots // num_experts, width)
-        rows_ND = slot_GXD.reshape(by_expert).transpose(0, 1).reshape(-1, width)
-        num_local = num_experts // dispatcher.num_ranks
-        rows_RD = dispatcher.to_experts(rows_ND, num_experts)
-        rows_per_expert = rows_RD.shape[0] // num_local
-        batch = ExpertBatch(
-            rows_RD=rows_RD,
-            tokens_per_expert_L=torch.full((num_local,), rows_per_expert, device=rows_RD.device),
-            rows_per_expert=rows_per_expert,
-        )
-        back_ND = dispatcher.from_experts(self.experts(batch), num_experts)
+        slot_GEPD = slot_GXD.reshape(num_groups, num_experts, num_slots // num_experts, width)
+        slot_EGPD = slot_GEPD.transpose(0, 1)
+        if dispatcher.spread.num_parts > 1:
+            slot_EGPD = slot_EGPD.index_select(0, self._send_positions(slot_GXD).argsort())
+        rows_ND = slot_EGPD.reshape(-1, width)
+        parts = dispatcher.parts(num_experts, rows_ND)
+        return dispatcher.send_blocks(rows_ND, parts), parts
+
+    def _bring_home(self, rows_RD: Tensor, parts: tuple[PartPlan, ...], slot_GXD: Tensor) -> Tensor:
+        """The inverse, for the results."""
+        num_groups, num_slots, width = slot_GXD.shape
+        num_experts = self.moe.num_experts
+        back_ND = self._padded.blocks_home(rows_RD, parts)
         back_EGPD = back_ND.view(num_experts, num_groups, num_slots // num_experts, width)
+        if self._padded.spread.num_parts > 1:
+            back_EGPD = back_EGPD.index_select(0, self._send_positions(slot_GXD))
         return back_EGPD.transpose(0, 1).reshape(num_groups, num_slots, width)
+
+    @property
+    def _padded(self) -> PaddedDispatcher:
+        dispatcher = self.dispatcher
+        assert isinstance(dispatcher, PaddedDispatcher)  # build sees to it
+        return dispatcher
+
+    def _send_positions(self, slot_GXD: Tensor) -> Tensor:
+        num_experts = self.moe.num_experts
+        expert_E = torch.arange(num_experts, device=slot_GXD.device)
+        return self._padded.spread.send_position(expert_E, num_experts)
 
     @torch.no_grad()
     def _metrics(self, combine_GSX: Tensor, valid_GS: Tensor, finite_GS: Tensor) -> dict[str, Tensor]:

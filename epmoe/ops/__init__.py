@@ -1,7 +1,7 @@
 """The operators: pure tensor functions with reference kernels, autograd and autocast rules.
 
-``route_topk``, ``assign_slots``, ``permute``, ``combine``, ``activate``, ``grouped_gemm``: meaning in
-``epmoe.ops.reference``; ``expert_ffn``: in ``epmoe.ops.ffn``.
+``route_topk``, ``assign_slots``, ``permute``, ``combine``, ``activate``: meaning in ``epmoe.ops.reference``;
+``expert_ffn``: in ``epmoe.ops.ffn``.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,6 @@ permute: Callable[[Tensor, Tensor], Tensor] = ops.permute
 combine: Callable[[Tensor, Tensor | None, Tensor, int], Tensor] = ops.combine
 activate: Callable[[Tensor, Tensor | None, str], Tensor] = ops.activate
 expert_ffn: Callable[..., tuple[Tensor, Tensor]] = ops.expert_ffn
-grouped_gemm: Callable[[Tensor, Tensor, Tensor], Tensor] = ops.grouped_gemm
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,7 +27,6 @@ __all__ = [
     "assign_slots",
     "combine",
     "expert_ffn",
-    "grouped_gemm",
     "kernel_status",
     "permute",
     "route_topk",

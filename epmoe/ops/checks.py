@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +220,8 @@ def activate_backward(d_act_RF: Tensor, hidden_RX: Tensor, weight_R: Tensor | No
     check.tensor(d_act_RF, "d_act", (hidden_RX.dtype,), (hidden_RX.shape[0], width))
 
 
-def expert_ffn(
+def _expert_ffn(
+    check: Check,
     rows_RD: Tensor,
     weight_R: Tensor | None,
     w_in_LDX: Tensor,
@@ -228,8 +230,7 @@ def expert_ffn(
     rows_per_expert: int | None,
     activation: str,
 ) -> None:
-    """Arguments of ``expert_ffn``."""
-    check = Check("expert_ffn", rows_RD.device)
+    """What both operators are given."""
     check.tensor(rows_RD, "rows", FLOATING, (None, None))
     num_rows = rows_RD.shape[0]
     if weight_R is not None:
@@ -253,20 +254,29 @@ def expert_ffn(
         )
 
 
-def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> None:
-    """Arguments of ``grouped_gemm``."""
-    check = Check("grouped_gemm", rows_RD.device)
-    check.tensor(rows_RD, "rows", FLOATING, (None, None))
-    check.tensor(weight_LDF, "weight", (rows_RD.dtype,), (None, rows_RD.shape[1], None))
-    check.tensor(tokens_per_expert_L, "tokens_per_expert", (torch.int64,), (weight_LDF.shape[0],))
+def expert_ffn(rows_RD: Tensor, *others: Any) -> None:
+    """Arguments of ``expert_ffn``."""
+    _expert_ffn(Check("expert_ffn", rows_RD.device), rows_RD, *others)
 
 
-def grouped_gemm_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor) -> None:
-    """Arguments of ``grouped_gemm_weight_grad``."""
-    check = Check("grouped_gemm_weight_grad", rows_RD.device)
-    check.tensor(rows_RD, "rows", FLOATING, (None, None))
-    check.tensor(d_out_RF, "d_out", (rows_RD.dtype,), (rows_RD.shape[0], None))
-    check.tensor(tokens_per_expert_L, "tokens_per_expert", (torch.int64,), (None,))
+def expert_ffn_backward(
+    d_y_RD: Tensor,
+    rows_RD: Tensor,
+    weight_R: Tensor | None,
+    w_in_LDX: Tensor,
+    w_out_LFD: Tensor,
+    tokens_per_expert_L: Tensor,
+    rows_per_expert: int | None,
+    hidden_RX: Tensor,
+    activation: str,
+) -> None:
+    """Arguments of ``expert_ffn_backward``; which gradients are needed can be anything."""
+    check = Check("expert_ffn_backward", rows_RD.device)
+    matrices = (w_in_LDX, w_out_LFD, tokens_per_expert_L, rows_per_expert)
+    _expert_ffn(check, rows_RD, weight_R, *matrices, activation)
+    num_rows = rows_RD.shape[0]
+    check.tensor(hidden_RX, "hidden", (rows_RD.dtype,), (num_rows, w_in_LDX.shape[2]))
+    check.tensor(d_y_RD, "d_y", (rows_RD.dtype,), (num_rows, w_out_LFD.shape[2]))
 
 
 def blocks(op: str, tokens_per_expert_L: Tensor, num_rows: int) -> list[int]:

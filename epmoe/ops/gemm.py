@@ -1,23 +1,10 @@
-"""Rows x per-expert weights: which library multiplies.
+"""Rows x per-expert weights: which library multiplies, where the experts have no kernel of their own.
 
 Chosen by what is known without asking the device, and never by trying at run time:
 
-    every expert has the same number of rows    bmm                     (padded dispatch; nothing is read back)
-    CPU                                         epmoe::grouped_gemm     (native: experts shared out among threads)
-    CUDA, bf16, widths multiples of 8           torch grouped_mm        (reads the counts on the device)
+    every expert has the same number of rows    bmm                 (padded dispatch; nothing is read back)
+    CUDA, bf16, widths multiples of 8           torch grouped_mm    (reads the counts on the device)
     everything else, float64 on CUDA too        one mm for each expert
-
-Milliseconds on two CPU cores (Zen 4, torch 2.13), medians of 9, product and weight gradient of 4096 rows (float64:
-1024) spread at random over E experts, [256, 2048] matrices; bmm for comparison, with equal counts:
-
-                   native        mm loop       torch grouped_mm    bmm
-    fp32  E=8      35 / 34       38 / 39       37 / 36             36
-          E=64     43 / 46       53 / 59       57 / 53             43
-          E=256    75 / 76       94 / 121      94 / 107            71
-    bf16  E=8      15 / 13       15 / 13       15 / 13             14
-          E=64     19 / 22       24 / 29       25 / 29             19
-          E=256    39 / 43       47 / 58       49 / 60             38
-    fp64  E=64     48 / 39       52 / 49       not offered         42
 """
 
 from __future__ import annotations
@@ -26,62 +13,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epmoe.ops import checks, reference
+from epmoe.ops import checks
+
+Blocks = int | Tensor | list[int]
+"""Consecutive blocks of rows: as many for every expert; where each ends, on the device; or how many, on the host."""
 
 
-def multiply(
-    rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor, rows_per_expert: int | None = None
-) -> Tensor:
-    """Consecutive blocks of rows, each times its expert's matrix -> ``[R, F]``.
+def split(
+    op: str,
+    rows_RD: Tensor,
+    tokens_per_expert_L: Tensor,
+    rows_per_expert: int | None,
+    widths: tuple[int, ...],
+) -> Blocks:
+    """How the products of one operator find their experts' rows.
 
     Args:
-        rows_per_expert: All experts have this many rows, R / L; then the counts are not looked at.
+        rows_per_expert: All experts have this many rows; then the counts are not looked at. None = they differ.
+        widths: Columns of everything that is multiplied.
+
+    The counts of the third kind are copied to the host, which on CUDA waits for the device.
     """
-    if rows_per_expert is None:
-        product_RF: Tensor = torch.ops.epmoe.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
-        return product_RF
-    return torch.bmm(_stacked(rows_RD, weight_LDF.shape[0], rows_per_expert), weight_LDF).flatten(0, 1)
+    if rows_per_expert is not None:
+        return rows_per_expert
+    # Rows of 16 bytes, and at least one: an empty product is the loop's business.
+    aligned = rows_RD.shape[0] > 0 and all(width > 0 and width % 8 == 0 for width in widths)
+    if rows_RD.device.type == "cuda" and rows_RD.dtype == torch.bfloat16 and aligned:
+        return tokens_per_expert_L.cumsum(0, dtype=torch.int32)
+    return checks.blocks(op, tokens_per_expert_L, rows_RD.shape[0])
 
 
-def multiply_weight_grad(
-    rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor, rows_per_expert: int | None = None
-) -> Tensor:
+def multiply(rows_RD: Tensor, weight_LDF: Tensor, blocks: Blocks) -> Tensor:
+    """Each block of rows times its expert's matrix -> ``[R, F]``."""
+    if isinstance(blocks, int):
+        return torch.bmm(_stacked(rows_RD, weight_LDF.shape[0], blocks), weight_LDF).flatten(0, 1)
+    if isinstance(blocks, Tensor):
+        return F.grouped_mm(rows_RD.contiguous(), weight_LDF, offs=blocks)
+    out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
+    for weight_DF, rows_nD, out_nF in zip(
+        weight_LDF, rows_RD.split(blocks), out_RF.split(blocks), strict=True
+    ):
+        torch.mm(rows_nD, weight_DF, out=out_nF)
+    return out_RF
+
+
+def multiply_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, num_local: int, blocks: Blocks) -> Tensor:
     """Gradient of ``multiply`` with respect to the weights -> ``[L, D, F]``; zero for experts without rows."""
-    if rows_per_expert is None:
-        d_weight_LDF: Tensor = torch.ops.epmoe.grouped_gemm_weight_grad(
-            rows_RD, d_out_RF, tokens_per_expert_L
-        )
-        return d_weight_LDF
-    num_local = tokens_per_expert_L.shape[0]
-    rows_LCD = _stacked(rows_RD, num_local, rows_per_expert)
-    return torch.bmm(rows_LCD.transpose(1, 2), _stacked(d_out_RF, num_local, rows_per_expert))
+    if isinstance(blocks, int):
+        rows_LCD = _stacked(rows_RD, num_local, blocks)
+        return torch.bmm(rows_LCD.transpose(1, 2), _stacked(d_out_RF, num_local, blocks))
+    if isinstance(blocks, Tensor):
+        return F.grouped_mm(rows_RD.contiguous().t(), d_out_RF.contiguous(), offs=blocks)
+    d_weight_LDF = rows_RD.new_empty(num_local, rows_RD.shape[1], d_out_RF.shape[1])
+    pairs = zip(d_weight_LDF, rows_RD.split(blocks), d_out_RF.split(blocks), strict=True)
+    for d_weight_DF, rows_nD, d_out_nF in pairs:
+        torch.mm(rows_nD.t(), d_out_nF, out=d_weight_DF)
+    return d_weight_LDF
 
 
 def _stacked(rows_RX: Tensor, num_local: int, rows_per_expert: int) -> Tensor:
     return rows_RX.reshape(num_local, rows_per_expert, rows_RX.shape[1])
-
-
-def cuda_grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
-    """The operator's CUDA kernel: torch's grouped GEMM where it serves; the counts stay on the device."""
-    checks.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
-    if not _grouped_mm_serves(rows_RD, weight_LDF.shape[2]):
-        return reference.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
-    return F.grouped_mm(rows_RD.contiguous(), weight_LDF, offs=_ends(tokens_per_expert_L))
-
-
-def cuda_grouped_gemm_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
-    """The same for the gradient of the weights."""
-    checks.grouped_gemm_weight_grad(rows_RD, d_out_RF, tokens_per_expert_L)
-    if not _grouped_mm_serves(rows_RD, d_out_RF.shape[1]):
-        return reference.grouped_gemm_weight_grad(rows_RD, d_out_RF, tokens_per_expert_L)
-    return F.grouped_mm(rows_RD.contiguous().t(), d_out_RF.contiguous(), offs=_ends(tokens_per_expert_L))
-
-
-def _grouped_mm_serves(rows_RD: Tensor, width: int) -> bool:
-    # Rows of 16 bytes, and at least one: an empty product is the loop's business.
-    aligned = rows_RD.shape[1] % 8 == 0 and width % 8 == 0
-    return rows_RD.dtype == torch.bfloat16 and aligned and rows_RD.numel() > 0
-
-
-def _ends(tokens_per_expert_L: Tensor) -> Tensor:
-    return tokens_per_expert_L.cumsum(0, dtype=torch.int32)

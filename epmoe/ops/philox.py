@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT, PRIORITY = range(6)
+SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT, PRIORITY, SMOOTHING, PROBE = range(8)
 """Streams: what a number is drawn for."""
 
 MAX_LAYER = 2**16
@@ -43,7 +43,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def uniform(
-    seed: int, stream: int, layer: int, sample_T: Tensor, position_T: Tensor, num_lanes: int
+    seed: int,
+    stream: int,
+    layer: int,
+    sample_T: Tensor,
+    position_T: Tensor,
+    num_lanes: int,
+    first_lane: int = 0,
 ) -> Tensor:
     """Draws in [0, 1) for every token and lane -> float32 ``[T, num_lanes]``.
 
@@ -54,11 +60,13 @@ def uniform(
         sample_T: int64 sample number of each token's sequence, in [0, 2**40); not checked, that would wait for the
             device.
         position_T: int64 position of each token in its sequence.
-        num_lanes: Numbers per token.
+        num_lanes: Numbers per token,
+        first_lane: from this lane on, a multiple of 4.
     """
     if not 0 <= layer < MAX_LAYER:
         raise ValueError(f"layer={layer} must be in [0, {MAX_LAYER})")
-    block_Q = torch.arange((num_lanes + 3) // 4, device=sample_T.device)
+    first_block = first_lane // 4
+    block_Q = torch.arange(first_block, first_block + (num_lanes + 3) // 4, device=sample_T.device)
     sample_T1, position_T1 = sample_T.long().unsqueeze(1), position_T.long().unsqueeze(1)
     place = (stream << 24) | (layer << 8)
     counter_TQ = torch.broadcast_tensors(
@@ -72,7 +80,13 @@ def uniform(
 
 
 def normal(
-    seed: int, stream: int, layer: int, sample_T: Tensor, position_T: Tensor, num_lanes: int
+    seed: int,
+    stream: int,
+    layer: int,
+    sample_T: Tensor,
+    position_T: Tensor,
+    num_lanes: int,
+    first_lane: int = 0,
 ) -> Tensor:
     """Standard normal draws for every token and lane -> float64 ``[T, num_lanes]``. Arguments as for ``uniform``.
 
@@ -80,7 +94,7 @@ def normal(
     5.8 standard deviations.
     """
     num_pairs = (num_lanes + 1) // 2
-    draws_TL = uniform(seed, stream, layer, sample_T, position_T, 2 * num_pairs)
+    draws_TL = uniform(seed, stream, layer, sample_T, position_T, 2 * num_pairs, first_lane)
     radius_TQ, angle_TQ = draws_TL.double().unflatten(1, (num_pairs, 2)).unbind(-1)
     radius_TQ = (-2.0 * torch.log1p(-radius_TQ)).sqrt()
     angle_TQ = 2.0 * math.pi * angle_TQ

@@ -225,32 +225,3 @@ def activate_backward(
         d_hidden_RX = d_wide_RF * (wide_RX > 0)
     d_hidden_RX = d_hidden_RX.to(hidden_RX.dtype).contiguous()
     return d_hidden_RX, (act_RF * weight_R1).to(hidden_RX.dtype).contiguous(), d_weight_R
-
-
-def grouped_gemm(rows_RD: Tensor, weight_LDF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
-    """Consecutive blocks of rows, each times its expert's matrix -> ``[R, F]``.
-
-    Args:
-        tokens_per_expert_L: Rows of each expert; they add up to R.
-
-    Copies the counts to the host, which on CUDA waits for the device.
-    """
-    checks.grouped_gemm(rows_RD, weight_LDF, tokens_per_expert_L)
-    counts = checks.blocks("grouped_gemm", tokens_per_expert_L, rows_RD.shape[0])  # a host sync on CUDA
-    out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_LDF.shape[2])
-    blocks = zip(weight_LDF, rows_RD.split(counts), out_RF.split(counts), strict=True)
-    for weight_DF, rows_nD, out_nF in blocks:
-        torch.mm(rows_nD, weight_DF, out=out_nF)
-    return out_RF
-
-
-def grouped_gemm_weight_grad(rows_RD: Tensor, d_out_RF: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
-    """Gradient of ``grouped_gemm`` with respect to the weights -> ``[L, D, F]``; zero for experts without rows."""
-    checks.grouped_gemm_weight_grad(rows_RD, d_out_RF, tokens_per_expert_L)
-    # The counts wait for the device on CUDA.
-    counts = checks.blocks("grouped_gemm_weight_grad", tokens_per_expert_L, rows_RD.shape[0])
-    d_weight_LDF = rows_RD.new_empty(len(counts), rows_RD.shape[1], d_out_RF.shape[1])
-    blocks = zip(d_weight_LDF, rows_RD.split(counts), d_out_RF.split(counts), strict=True)
-    for d_weight_DF, rows_nD, d_out_nF in blocks:
-        torch.mm(rows_nD.t(), d_out_nF, out=d_weight_DF)
-    return d_weight_LDF

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmoe.ops import checks, ffn, gemm, native, reference
+from epmoe.ops import checks, ffn, native, reference
 from epmoe.types import compute_dtype
 
 _LIBRARY = torch.library.Library("epmoe", "DEF")
@@ -28,23 +28,17 @@ _SCHEMAS = {
     "combine_backward": "(Tensor d_y, Tensor rows, Tensor weight, Tensor token) -> (Tensor, Tensor)",
     "activate": "(Tensor hidden, Tensor? weight, str kind) -> Tensor",
     "activate_backward": "(Tensor d_act, Tensor hidden, Tensor? weight, str kind) -> (Tensor, Tensor, Tensor)",
-    "grouped_gemm": "(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor",
-    "grouped_gemm_weight_grad": "(Tensor rows, Tensor d_out, Tensor tokens_per_expert) -> Tensor",
+    "expert_ffn": "(Tensor rows, Tensor? weight, Tensor w_in, Tensor w_out, Tensor tokens_per_expert, "
+    "SymInt? rows_per_expert, str activation) -> (Tensor, Tensor)",
+    "expert_ffn_backward": "(Tensor d_y, Tensor rows, Tensor? weight, Tensor w_in, Tensor w_out, "
+    "Tensor tokens_per_expert, SymInt? rows_per_expert, Tensor hidden, str activation, bool needs_rows, "
+    "bool needs_w_in, bool needs_w_out) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-
-# Made of operators, so that it has no kernels of its own.
-_LIBRARY.define(
-    "expert_ffn(Tensor rows, Tensor? weight, Tensor w_in, Tensor w_out, Tensor tokens_per_expert, "
-    "SymInt? rows_per_expert, str activation) -> (Tensor, Tensor)"
-)
-_LIBRARY.impl("expert_ffn", ffn.expert_ffn, "CompositeExplicitAutograd")
-
-_LIBRARY.impl("grouped_gemm", gemm.cuda_grouped_gemm, "CUDA")
-_LIBRARY.impl("grouped_gemm_weight_grad", gemm.cuda_grouped_gemm_weight_grad, "CUDA")
+    _plain = getattr(ffn if _name.startswith("expert_ffn") else reference, _name)
+    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
 
 _STATUS = native.load_kernels()
 
@@ -119,16 +113,17 @@ def _(rows: Tensor, weight: Any, w_in: Tensor, w_out: Tensor, *others: Any) -> A
     return rows.new_empty(rows.shape[0], w_out.shape[2]), rows.new_empty(rows.shape[0], w_in.shape[2])
 
 
-@torch.library.register_fake("epmoe::grouped_gemm", lib=_LIBRARY)
-def _(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    checks.grouped_gemm(rows, weight, tokens_per_expert)
-    return rows.new_empty(rows.shape[0], weight.shape[2])
-
-
-@torch.library.register_fake("epmoe::grouped_gemm_weight_grad", lib=_LIBRARY)
-def _(rows: Tensor, d_out: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    checks.grouped_gemm_weight_grad(rows, d_out, tokens_per_expert)
-    return rows.new_empty(tokens_per_expert.shape[0], rows.shape[1], d_out.shape[1])
+@torch.library.register_fake("epmoe::expert_ffn_backward", lib=_LIBRARY)
+def _(d_y: Tensor, rows: Tensor, weight: Any, w_in: Tensor, w_out: Tensor, *rest: Any) -> Any:
+    *others, needs_rows, needs_w_in, needs_w_out = rest
+    checks.expert_ffn_backward(d_y, rows, weight, w_in, w_out, *others)
+    compute = compute_dtype(rows.dtype)
+    return (
+        rows.new_empty(rows.shape if needs_rows else 0),
+        rows.new_empty(0, dtype=compute) if weight is None else weight.new_empty(weight.shape),
+        rows.new_empty(w_in.shape if needs_w_in else 0),
+        rows.new_empty(w_out.shape if needs_w_out else 0),
+    )
 
 
 # ------------------------------------------------------------------------------------------ autograd
@@ -180,16 +175,23 @@ def _activate_backward(ctx: Any, d_act: Tensor) -> tuple[Any, ...]:
     return d_hidden, None if weight is None else d_weight.to(weight.dtype), None
 
 
-def _save_grouped_gemm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_expert_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.rows_per_expert, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros would be made as the pre-activation's gradient
 
 
-def _grouped_gemm_backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-    rows, weight, counts = ctx.saved_tensors
-    d_out = d_out.contiguous()
-    d_rows = ops.grouped_gemm(d_out, weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
-    d_weight = ops.grouped_gemm_weight_grad(rows, d_out, counts) if ctx.needs_input_grad[1] else None
-    return d_rows, d_weight, None
+def _expert_ffn_backward(ctx: Any, d_y: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if d_y is None:  # what came after has no gradient, and zeros are not made here
+        return (None,) * 7
+    *tensors, hidden = ctx.saved_tensors
+    needs_rows, needs_weight, *needs_matrices = ctx.needs_input_grad[:4]
+    gradients = ops.expert_ffn_backward(
+        d_y, *tensors, ctx.rows_per_expert, hidden, ctx.activation, needs_rows, *needs_matrices
+    )
+    needed = (needs_rows, needs_weight, *needs_matrices)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None)
 
 
 for _name, _backward, _save in (
@@ -197,40 +199,38 @@ for _name, _backward, _save in (
     ("permute", _permute_backward, _save_permute),
     ("combine", _combine_backward, _save_combine),
     ("activate", _activate_backward, _save_activate),
-    ("grouped_gemm", _grouped_gemm_backward, _save_grouped_gemm),
-    ("expert_ffn", ffn.expert_ffn_backward, ffn.save_expert_ffn),
+    ("expert_ffn", _expert_ffn_backward, _save_expert_ffn),
 ):
     torch.library.register_autograd(f"epmoe::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
 
 
 def _refuse_second_derivatives(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "route_topk, weighted combine, activate, grouped_gemm and expert_ffn have first derivatives only: their "
-        "backward kernels cannot be differentiated (create_graph=True)"
+        "route_topk, weighted combine, activate and expert_ffn have first derivatives only: their backward kernels "
+        "cannot be differentiated (create_graph=True)"
     )
 
 
 # Without a rule PyTorch would only warn, and take the derivative for zero.
-for _name in ("route_topk_backward", "combine_backward", "activate_backward", "grouped_gemm_weight_grad"):
+for _name in ("route_topk_backward", "combine_backward", "activate_backward", "expert_ffn_backward"):
     torch.library.register_autograd(f"epmoe::{_name}", _refuse_second_derivatives, lib=_LIBRARY)
 
 
 # ------------------------------------------------------------------------------------------ autocast
-def _autocast(name: str, matrices: tuple[int, ...], device_type: str) -> None:
+def _autocast(device_type: str) -> None:
     """Under autocast the expert GEMMs run in the autocast dtype, like ``torch.mm``; nothing else is cast."""
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(*inputs: Any) -> Any:
+    def cast(rows: Tensor, weight: Tensor | None, w_in: Tensor, w_out: Tensor, *others: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(exclude):
-            wanted = torch.get_autocast_dtype(device_type)
-            if inputs[0].dtype != torch.float64:
-                inputs = tuple(x.to(wanted) if i in matrices else x for i, x in enumerate(inputs))
-            return getattr(ops, name)(*inputs)
+            if rows.dtype != torch.float64:
+                wanted = torch.get_autocast_dtype(device_type)
+                rows, w_in, w_out = rows.to(wanted), w_in.to(wanted), w_out.to(wanted)
+            return ops.expert_ffn(rows, weight, w_in, w_out, *others)
 
-    _LIBRARY.impl(name, cast, key)
+    _LIBRARY.impl("expert_ffn", cast, key)
 
 
 for _device_type in ("cpu", "cuda"):
-    _autocast("grouped_gemm", (0, 1), _device_type)
-    _autocast("expert_ffn", (0, 2, 3), _device_type)
+    _autocast(_device_type)

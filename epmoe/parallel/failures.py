@@ -153,7 +153,8 @@ def comm_error(responder: Responder, where: str, error: Exception, timeout_s: fl
     rank = responder.rank
     _dump_stacks(f"[rank {rank}] a collective failed at {where}; stacks of this process:")
     # Long enough for every responder to look several times; ranks that time out do so at slightly different moments.
-    roll = responder.call(where, min(5.0, max(0.5, timeout_s / 100, responder.world_size / 200)))
+    grace_s = timeout_s / 100 if "timed out" in str(error).lower() or "timeout" in str(error).lower() else 0.5
+    roll = responder.call(where, min(5.0, max(0.5, grace_s, responder.world_size / 200)))
     slow = f"if it was only slow, raise parallel.timeout_s (now {timeout_s:g})"
     if not roll.answers:
         what = (

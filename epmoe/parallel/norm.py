@@ -50,9 +50,38 @@ def global_norm(
     # Gathered and added here, in rank order: an all-reduce may add in another order on each rank.
     parts = [torch.empty_like(local) for _ in range(ep_size)]
     dist.all_gather(parts, local, group=ep_group)
-    for part in parts:
-        squares = squares + part
-    return squares.sqrt()
+    return _in_order([squares, *parts]).sqrt()
+
+
+def sharded_norm(
+    dense: Sequence[Tensor], experts: Sequence[Tensor], world_group: dist.ProcessGroup, *, replicas: int
+) -> Tensor:
+    """``global_norm`` of gradients in shards. A collective over the world.
+
+    Args:
+        dense: This rank's shards.
+        experts: This rank's shards, which no other rank has.
+        world_group: All ranks.
+        replicas: How many sets of consecutive ranks hold all dense shards, each the same ones.
+    """
+    device = (*dense, *experts)[0].device
+    local_2 = torch.stack((sum_of_squares(dense, device), sum_of_squares(experts, device)))
+    parts = [torch.empty_like(local_2) for _ in range(dist.get_world_size(world_group))]
+    dist.all_gather(parts, local_2, group=world_group)
+    size = len(parts) // replicas
+    sums = [
+        _in_order([part[0] for part in parts[start : start + size]]) for start in range(0, len(parts), size)
+    ]
+    # The replicas agree. Were one of them damaged, the largest (and NaN counts as that) would tell every rank.
+    return (torch.stack(sums).amax() + _in_order([part[1] for part in parts])).sqrt()
+
+
+def _in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Sum from the first to the last, the same bits wherever it is computed."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:

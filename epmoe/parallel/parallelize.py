@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from epmoe.comm.exchange import sum_counts
 from epmoe.moe.build import build_dispatcher
-from epmoe.moe.experts import FFNExperts
+from epmoe.moe.experts import FFNExperts, ModuleExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
 
@@ -20,15 +21,28 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
     modules must already be this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``).
 
     Raises:
-        ValueError: ``dispatcher: local`` while the experts are spread over several ranks, or modules that are not
-            this rank's experts; the message says which ones are.
+        ValueError: ``dispatcher: local`` while the experts are spread over several ranks; modules that are not this
+            rank's experts, the message says which ones are; an overlap with fewer experts on a rank than parts, or
+            with experts of another kind.
     """
+    num_parts = mesh.parallel.overlap_chunks
+    if num_parts == 1 and not mesh.parallel.overlap_shared:
+        num_parts = 0
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
         dispatcher = build_dispatcher(
-            layer.moe, mesh.ep_group, ep_size=mesh.ep_size, device_type=mesh.device_mesh.device_type
+            layer.moe,
+            replace(mesh.exchange, layer=layer.router.layer),
+            device_type=mesh.device_mesh.device_type,
+            num_parts=num_parts,
         )
+        if num_parts and not isinstance(layer.experts, FFNExperts | ModuleExperts):
+            raise ValueError(
+                f"overlap_chunks and overlap_shared hand the experts their rows in parts, which "
+                f"{type(layer.experts).__name__} does not understand; use FFNExperts or ModuleExperts, or "
+                f"overlap_chunks=1 and overlap_shared=false"
+            )
         _keep_local_experts(layer, mesh)
         layer.dispatcher = dispatcher
         if mesh.world_size > 1:

@@ -278,6 +278,8 @@ def watching(runtime: Runtime, *, step: int, phase: str) -> Iterator[None]:
     except Exception as error:
         where = f"step {step}, phase {phase}"
         if is_comm_failure(error):
+            layer = [note for note in getattr(error, "__notes__", ()) if note.startswith("layer ")]
+            where = ", ".join([where, *layer])
             raise comm_error(runtime.responder, where, error, runtime.timeout_s) from error
         runtime.responder.leave_note(f"{where}: {type(error).__name__}: {error}")
         raise

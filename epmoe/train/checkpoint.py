@@ -33,6 +33,7 @@ from epmoe.data.files import sync_folder, write_json
 from epmoe.errors import CheckpointError, EpmoeError
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.runtime import gather_text, on_rank_zero, raise_together
+from epmoe.train.engine import Engine
 from epmoe.train.entries import (
     MAX_LISTED,
     Held,
@@ -57,7 +58,6 @@ from epmoe.train.manifest import (
     unlisted_shards,
     write_manifest,
 )
-from epmoe.train.optimizer import Optimizer
 from epmoe.train.run_folder import software_versions
 from epmoe.train.shards import ShardWriter, incomplete_tensors
 
@@ -88,7 +88,7 @@ def save_checkpoint(
     folder: Path,
     *,
     model: nn.Module,
-    optimizer: Optimizer,
+    engine: Engine,
     mesh: ExpertMesh,
     record: TrainingRecord,
     keep: int,
@@ -106,7 +106,7 @@ def save_checkpoint(
         CheckpointError: The disk is full or not writable, or the ranks do not hold every expert exactly once.
             Older checkpoints are untouched.
     """
-    tensors = local_tensors(model, optimizer)
+    tensors = local_tensors(model, engine)
     layouts = _agree_on_layout(held_by_this_rank(model, tensors), mesh)
     name = step_folder(record.step)
     temporary = folder / gather_text(f"{UNFINISHED}{name}-{uuid.uuid4().hex[:8]}")[0]
@@ -278,17 +278,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 # ------------------------------------------------------------------------------------------- reading
 def load_checkpoint(
-    checkpoint: Checkpoint, *, model: nn.Module, optimizer: Optimizer, mesh: ExpertMesh
+    checkpoint: Checkpoint, *, model: nn.Module, engine: Engine, mesh: ExpertMesh
 ) -> TrainingRecord:
     """Reads weights and optimizer state in place, in any layout. A collective -> where training stood.
 
     Raises:
         CheckpointError: The model's tensors are not the checkpoint's; nothing has been read then.
     """
-    tensors = local_tensors(model, optimizer)
+    tensors = local_tensors(model, engine)
     _require_match(checkpoint, held_by_this_rank(model, tensors), prefix="", same_dtype=True)
     _read(checkpoint.path, as_entries(tensors, mesh))
-    optimizer.publish()
+    engine.publish()
     return checkpoint.manifest.record
 
 
@@ -296,24 +296,24 @@ def load_weights(
     checkpoint: Checkpoint,
     *,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    engine: Engine | None = None,
     mesh: ExpertMesh | None = None,
 ) -> TrainingRecord:
     """Reads only the weights, in place; floating-point types are converted. A collective if there are ranks.
 
     Args:
-        optimizer: If it keeps float32 masters, these are read into.
+        engine: Whose weights are read into, float32 masters for example; None = the model's own.
         mesh: None in a single process that holds all experts; no process group is needed then.
 
     Raises:
         CheckpointError: The model's tensors are not the checkpoint's; nothing has been read then.
     """
-    tensors = local_tensors(model, optimizer)
+    tensors = local_tensors(model, engine)
     weights = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
     _require_match(checkpoint, held_by_this_rank(model, weights), prefix="model.", same_dtype=False)
     _read(checkpoint.path, as_entries(weights, mesh))
-    if optimizer is not None:
-        optimizer.publish()
+    if engine is not None:
+        engine.publish()
     return checkpoint.manifest.record
 
 

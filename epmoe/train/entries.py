@@ -4,6 +4,7 @@ model.blocks.1.moe.experts.w_in             [E, D, F], of which this rank holds 
 optim.blocks.1.moe.experts.w_in.exp_avg     the same
 model.head.experts.experts.5.weight         an expert that is a module: its global id is in the name
 optim.embed.weight.step                     everything else: the same tensor on every rank
+model.embed.weight                          or, of an engine with shards, some rows of it: a DTensor
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from epmoe.parallel.mesh import ExpertMesh, is_expert, split_expert_id
+from epmoe.parallel.mesh import ExpertMesh, is_stacked, split_expert_id
+from epmoe.train.engine import Engine
 from epmoe.train.manifest import TensorRecord
-from epmoe.train.optimizer import Optimizer, named_weights
+from epmoe.train.optimizer import named_weights
 from epmoe.train.shards import DTYPES
 
 MAX_LISTED = 10
@@ -29,35 +31,33 @@ class Held(NamedTuple):
 
     dtype: str
     shape: list[int]
-    """Of the whole tensor, or of one expert."""
+    """Of the whole tensor, also where this rank holds a shard, or of one expert."""
     experts: list[int] | None
-    """Global ids, ascending; None = the same on every rank."""
+    """Global ids, ascending; None = the same on every rank, or in shards that an engine cut."""
     num_experts: int
-    """Experts there should be over the ep group; 0 = the same on every rank."""
+    """Experts there should be over the ep group; 0 where ``experts`` is None."""
 
 
-def local_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """This rank's tensors by checkpoint key; without an optimizer only the weights."""
-    weights = named_weights(model) if optimizer is None else optimizer.weights()
+def local_tensors(model: nn.Module, engine: Engine | None) -> dict[str, Tensor]:
+    """This rank's tensors by checkpoint key; without an engine only the model's."""
+    weights = named_weights(model) if engine is None else engine.weights()
     tensors = {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
-    if optimizer is not None:
-        tensors |= {f"optim.{name}": tensor.detach() for name, tensor in optimizer.state().items()}
+    if engine is not None:
+        tensors |= {f"optim.{name}": tensor.detach() for name, tensor in engine.state().items()}
     return tensors
 
 
-def is_stacked(key: str, tensor: Tensor) -> bool:
-    """Whether dim 0 of a tensor counts this rank's experts."""
-    return is_expert(key) and tensor.ndim > 0 and split_expert_id(key)[1] is None
-
-
 def as_entries(tensors: Mapping[str, Tensor], mesh: ExpertMesh | None) -> dict[str, Tensor]:
-    """The tensors as DCP sees them: stacked experts as shards of one tensor, dim 0 = global expert id. No copies."""
+    """The tensors as DCP sees them: stacked experts as shards of one tensor, dim 0 = global expert id. No copies.
+
+    What an engine cut into shards itself is a DTensor of the whole tensor already.
+    """
     if mesh is None:
         return dict(tensors)
     placements = [Replicate(), Shard(0)]
     return {
         key: DTensor.from_local(tensor, mesh.device_mesh, placements, run_check=False)
-        if is_stacked(key, tensor)
+        if is_stacked(key, tensor) and not isinstance(tensor, DTensor)
         else tensor
         for key, tensor in tensors.items()
     }
@@ -74,7 +74,7 @@ def held_by_this_rank(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[s
     for key, tensor in tensors.items():
         template, expert = split_expert_id(key)
         dtype, shape = DTYPES[tensor.dtype], list(tensor.shape)
-        if expert is None and not is_stacked(key, tensor):
+        if isinstance(tensor, DTensor) or (expert is None and not is_stacked(key, tensor)):
             held[key] = Held(dtype, shape, None, 0)
             continue
         first, num_experts = next(numbers for prefix, numbers in owners.items() if prefix in key)

@@ -13,13 +13,13 @@ from epmoe.config import Config
 from epmoe.data.loader import Batch, TrainData
 from epmoe.errors import DataError, NumericsError
 from epmoe.models.decoder import Decoder
-from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh
-from epmoe.parallel.norm import clip_coefficient, global_norm, scale
+from epmoe.parallel.norm import clip_coefficient
 from epmoe.parallel.runtime import Agreed, Runtime, raise_together
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
 from epmoe.train.loss_scale import LossScale, new_loss_scale
-from epmoe.train.optimizer import Optimizer, learning_rate
+from epmoe.train.optimizer import learning_rate
+from epmoe.train.setup import build_engine
 from epmoe.train.signals import StopFlag
 from epmoe.train.step import micro_step, with_counts
 
@@ -93,8 +93,7 @@ class Trainer:
     ) -> None:
         self.config, self.runtime, self.mesh = config, runtime, mesh
         self.model, self.data, self.stop = model, data, stop
-        self.gradients = Gradients(model.named_parameters(), mesh)
-        self.optimizer = Optimizer(config.optimizer, model, self.gradients)
+        self.engine = build_engine(config, model, mesh)
         self.progress = Progress(loss_scale=new_loss_scale(config.train.precision))
         train = config.train
         self.micro_batch = train.micro_batch_size or train.global_batch_size // runtime.world_size
@@ -117,9 +116,8 @@ class Trainer:
             batches, damaged = [], error
         num_tokens = self._agree(batches, damaged, out_of_time)
         self.model.train()
-        self.gradients.zero()
+        self.engine.zero()
         local: Sums = {}
-        loss_scale = self.progress.loss_scale
         for batch in batches:
             sums = micro_step(
                 self.model,
@@ -127,16 +125,19 @@ class Trainer:
                 num_tokens=max(num_tokens, 1),
                 coefficients=self.config.moe.losses if self.config.moe else {},
                 precision=self.config.train.precision,
-                loss_scale=loss_scale.factor if loss_scale else 1.0,
+                backward=self._backward,
             )
             add_sums(local, sums)
         self._poison(env.fault("train.after_backward", step=number))
-        self.gradients.reduce()
-        if loss_scale:
-            scale(self.gradients.flats, torch.tensor(1 / loss_scale.factor))
-        norm = self._norm()
+        self.engine.reduce()
+        if self.progress.loss_scale is not None:
+            self.engine.clip(torch.tensor(1 / self.progress.loss_scale.factor))
         sums = all_reduce_sums(local, self.mesh.world_group)
-        return self._update(sums, num_tokens, norm)
+        return self._update(sums, num_tokens, self.engine.norm())
+
+    def _backward(self, objective: Tensor) -> None:
+        loss_scale = self.progress.loss_scale
+        self.engine.backward(objective if loss_scale is None else objective * loss_scale.factor)
 
     def sample_numbers(self, micro: int) -> list[int]:
         """Samples of this rank in a micro-batch of the next step. Together the ranks and micro-batches of a step
@@ -172,12 +173,8 @@ class Trainer:
 
     def _poison(self, value: str | None) -> None:
         if value is not None:
-            self.gradients.flats[0][0] = float(value)
-
-    def _norm(self) -> Tensor:
-        dense = [bucket.flat for bucket in self.gradients.dense]
-        experts = [bucket.flat for bucket in self.gradients.experts]
-        return global_norm(dense, experts, self.mesh.ep_group, self.runtime.device)
+            some = next(part.local for part in self.engine.gradients().values() if part.local.numel())
+            some.view(-1)[0] = float(value)
 
     def _update(self, sums: Sums, num_tokens: int, norm: Tensor) -> StepResult:
         progress, optimizer = self.progress, self.config.optimizer
@@ -198,8 +195,8 @@ class Trainer:
             self._skip(float(sums["loss"]), grad_norm, broken_tokens)
         elif num_tokens > 0:  # without a token in the loss, auxiliary losses alone would move the weights
             if clip != 1.0:
-                scale(self.gradients.flats, coefficient)
-            self.optimizer.step(lr)
+                self.engine.clip(coefficient)
+            self.engine.step(lr)
             for index, layer in enumerate(self.model.moe_layers()):
                 layer.router.after_step(sums[f"{index}.demand_E"], progress.step)
             progress.skipped_in_a_row = 0

@@ -1,4 +1,4 @@
-"""AdamW (torch's or apex's) or SGD over the gradient buffers, float32 masters, learning rates by step.
+"""AdamW (torch's or apex's) or SGD over gradients by name, float32 masters, learning rates by step.
 
 State is reached by fully qualified parameter name, because that is what a checkpoint is keyed by.
 """
@@ -6,16 +6,18 @@ State is reached by fully qualified parameter name, because that is what a check
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from epmoe.config import OptimizerConfig
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import load_apex
-from epmoe.parallel.gradients import Gradients
-from epmoe.parallel.mesh import is_expert, split_expert_id
+from epmoe.parallel.fsdp import rows_here
+from epmoe.parallel.mesh import is_stacked
 
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -57,8 +59,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def decays(name: str, parameter: Tensor, embeddings: set[int]) -> bool:
     """Whether weight decay applies: to matrices (each expert's own, where they are stacked) but embeddings."""
-    stacked = is_expert(name) and split_expert_id(name)[1] is None
-    return parameter.ndim - stacked >= 2 and id(parameter) not in embeddings
+    return parameter.ndim - is_stacked(name, parameter) >= 2 and id(parameter) not in embeddings
 
 
 class Optimizer:
@@ -70,10 +71,10 @@ class Optimizer:
     Args:
         config: The ``optimizer`` section.
         model: Its parameters that require gradients are trained.
-        gradients: Their gradient buffers.
+        gradients: Their gradients by name, in place; at least float32.
     """
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, gradients: Gradients) -> None:
+    def __init__(self, config: OptimizerConfig, model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
         self._model = model
         self._masters: dict[str, Tensor] = {}
         self._trained: dict[str, Tensor] = {}
@@ -81,8 +82,8 @@ class Optimizer:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            view = gradients.views[name]
-            tensor: Tensor = parameter
+            view = gradients[name]
+            tensor: Tensor = rows_here(parameter) if isinstance(parameter, DTensor) else parameter
             if view.dtype != parameter.dtype:
                 tensor = parameter.detach().to(view.dtype)
                 self._masters[name], self._rounded[name] = tensor, parameter
@@ -101,7 +102,7 @@ class Optimizer:
             }
 
     def step(self, lr: float) -> None:
-        """One update from the gradients in the buffers, at the given learning rate."""
+        """One update from the gradients, at the given learning rate."""
         for group in self._torch.param_groups:
             group["lr"] = lr
         self._torch.step()

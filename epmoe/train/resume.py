@@ -119,9 +119,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
         data_fingerprint=data.fingerprint,
         tokenizer_hash=prepared.tokenizer.sha256,
     )
-    record = load_checkpoint(
-        found.checkpoint, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh
-    )
+    record = load_checkpoint(found.checkpoint, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)
     counters = dict(record.trainer)
     seconds = float(counters.pop("seconds"))
     loss_scale = restored_scale(config.train.precision, counters)
@@ -150,4 +148,4 @@ def _start_from(config: Config, trainer: Trainer, prepared: PreparedData) -> Non
             why="the rows of its embedding would stand for other tokens",
             fix="data.tokenizer=RUN/tokenizer/tokenizer.json, with RUN the run it comes from",
         )
-    load_weights(start, model=trainer.model, optimizer=trainer.optimizer, mesh=trainer.mesh)
+    load_weights(start, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)

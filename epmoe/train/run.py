@@ -23,7 +23,7 @@ from epmoe.observe.display import make_display, say
 from epmoe.observe.record import read_records
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
 from epmoe.parallel import runtime
-from epmoe.parallel.mesh import build_mesh
+from epmoe.parallel.mesh import build_mesh, flat_after_all
 from epmoe.parallel.runtime import Runtime
 from epmoe.train.checkpoint import FOLDER, save_checkpoint
 from epmoe.train.evaluate import Evaluation, evaluate
@@ -173,12 +173,17 @@ class Run:
         runtime.require_equal("prepared data", self.prepared.fingerprint)
         data = TrainData(self.prepared, config.data, config.seed)
         num_experts = config.moe.num_experts if config.moe else 1
-        mesh = build_mesh(place, choose_ep_size(config.parallel.ep_size, place.world_size, num_experts))
+        ep_size = choose_ep_size(config.parallel.ep_size, place.world_size, num_experts)
+        mesh = build_mesh(place, ep_size, config.parallel)
         vocab_size = self.prepared.padded_vocab_size
         model = build_model(
             config, vocab_size, device=place.device, mesh=mesh, accelerators=self.accelerators
         )
-        self.compiled = compile_blocks(model) if config.train.compile else None
+        self.compiled = (
+            compile_blocks(model, in_shards=config.parallel.engine == "fsdp")
+            if config.train.compile
+            else None
+        )
         """What is compiled, until that is done."""
         self.trainer = Trainer(config, place, mesh, model=model, data=data, stop=stop)
         self.validation = validation_sets(self.prepared, config.data)
@@ -198,6 +203,8 @@ class Run:
         say(_layout(self.config, self.trainer))
         if self.accelerators.note:
             say(f"attention: {self.accelerators.note}")
+        if (why := flat_after_all(self.trainer.mesh)) is not None:
+            say(f"exchange: flat instead of hierarchical, {why}")
         if warning := text_warning(self.prepared):
             say(f"warning: {warning}")
         if self.trainer.num_micro > 1 and self.config.moe and self.config.moe.balance_scope == "global":
@@ -294,7 +301,7 @@ class Run:
             save_checkpoint(
                 self.folder.path / FOLDER,
                 model=self.trainer.model,
-                optimizer=self.trainer.optimizer,
+                engine=self.trainer.engine,
                 mesh=self.trainer.mesh,
                 record=self._training_record(),
                 keep=self.config.checkpoint.keep,
@@ -386,10 +393,10 @@ def _prepare(config: Config, place: Runtime, stop: StopFlag) -> PreparedData:
 
 def _layout(config: Config, trainer: Trainer) -> str:
     """Ranks, experts and sizes in one line."""
-    mesh, model = trainer.mesh, trainer.model
-    local = sum(parameter.numel() for parameter in model.parameters())
+    mesh = trainer.mesh
+    local = sum(part.local.numel() for part in trainer.engine.gradients().values())
     return (
         f"{mesh.world_size} rank(s) on {trainer.runtime.device.type}, ep_size {mesh.ep_size} "
-        f"({mesh.edp_size} holding each expert), {local:,} parameters per rank, {config.train.precision}, "
-        f"{torch.get_num_threads()} thread(s) per rank"
+        f"({mesh.edp_size} holding each expert), engine {config.parallel.engine}, {local:,} parameters per rank, "
+        f"{config.train.precision}, {torch.get_num_threads()} thread(s) per rank"
     )

@@ -6,18 +6,23 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from epmoe.config import Config
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import Accelerators, choose_accelerators
 from epmoe.models.decoder import Block, Decoder
-from epmoe.models.init import init_weights
+from epmoe.models.init import init_module, init_weights
 from epmoe.moe.router import Router
+from epmoe.parallel.fsdp import shard_model
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.parallelize import shard_experts
 from epmoe.parallel.runtime import gather_text, raise_together
+from epmoe.train.engine import Engine, NativeEngine
+from epmoe.train.fsdp import FSDPEngine
 from epmoe.train.optimizer import load_fused_adam
 from epmoe.train.step import AUTOCAST_DTYPE
+from epmoe.types import compute_dtype
 
 PARAMETER_DTYPE = {
     "fp32": torch.float32,
@@ -78,12 +83,13 @@ def build_model(
     """The decoder with this rank's experts, in the configured precision.
 
     Only this rank's parameters ever exist: the model is built without memory, reduced to the local experts, and
-    only then allocated. Weights depend on the seed and on global expert numbers, not on the layout.
+    only then allocated; for the FSDP engine block by block, each cut into shards before the next one. Weights depend
+    on the seed and on global expert numbers, not on the layout.
 
     Args:
         vocab_size: Padded vocabulary, V.
         mesh: The ranks that share the experts; None = this process holds them all.
-        init: False leaves the weights unset, for a checkpoint to fill.
+        init: False leaves the weights unset, for a checkpoint to fill; shards are always drawn.
         accelerators: None = what ``find_accelerators`` finds.
 
     Raises:
@@ -110,7 +116,37 @@ def build_model(
     for module in model.modules():
         if isinstance(module, Router):
             module.to(torch.promote_types(dtype, torch.float32))
+    if mesh is not None and config.parallel.engine == "fsdp":
+        _shard(model, config, mesh, device)
+        return model
     model.to_empty(device=device)
     if init:
         init_weights(model, config.seed)
     return model
+
+
+def _shard(model: Decoder, config: Config, mesh: ExpertMesh, device: torch.device) -> None:
+    """FSDP2: weights are drawn and cut block by block. The shards are at least float32, rounded where the model has
+    narrower parameters, which FSDP makes of them when it gathers."""
+    dtype = PARAMETER_DTYPE[config.train.precision]
+
+    def materialise(path: str, module: nn.Module) -> None:
+        module.to_empty(device=device, recurse=False)
+        init_module(config.model, path, module, config.seed)
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(compute_dtype(parameter.dtype))
+
+    shard_model(
+        model,
+        mesh,
+        hybrid=config.parallel.fsdp_shard == "hybrid",
+        compute_dtype=dtype if dtype != compute_dtype(dtype) else None,
+        materialise=materialise,
+    )
+
+
+def build_engine(config: Config, model: Decoder, mesh: ExpertMesh) -> Engine:
+    """The engine of ``parallel.engine`` for a model from ``build_model``. A collective."""
+    if config.parallel.engine == "fsdp":
+        return FSDPEngine(config.optimizer, model, mesh, hybrid=config.parallel.fsdp_shard == "hybrid")
+    return NativeEngine(config.optimizer, model, mesh)

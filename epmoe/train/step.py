@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -45,15 +45,12 @@ def micro_step(
     num_tokens: float,
     coefficients: Mapping[str, float],
     precision: str,
-    loss_scale: float = 1.0,
+    backward: Callable[[Tensor], None],
 ) -> Sums:
-    """Forward and backward of one micro-batch; gradients add up in ``.grad``.
+    """Forward and backward of one micro-batch; ``backward`` takes the objective.
 
     The objective is (task loss + sum of coefficient * auxiliary loss) / ``num_tokens``, all of them sums over tokens;
     with ``num_tokens`` counted over all ranks and micro-batches of the step, gradients only ever need to be summed.
-
-    Args:
-        loss_scale: Gradients are those of the objective times this number.
 
     Returns:
         Sums over this micro-batch: ``loss``, ``aux.<name>`` and ``<layer>.<metric>``.
@@ -65,7 +62,7 @@ def micro_step(
     for report in reports:
         for name, value in report.losses.items():
             objective = objective + coefficients[name] * value
-    (objective / num_tokens * loss_scale).backward()
+    backward(objective / num_tokens)
     return {"loss": loss.detach(), **report_sums(reports)}
 
 

@@ -10,6 +10,7 @@
 #include "cuda/route_topk.cu"
 #include "cuda/assign_slots.cu"
 #include "cuda/combine.cu"
+#include "cuda/activate.cu"
 
 extern "C" {
 AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* guard) {
@@ -30,4 +31,6 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe_emulated, CPU, library) {
   library.impl("permute", TORCH_BOX(&epmoe::cuda::permute));
   library.impl("combine", TORCH_BOX(&epmoe::cuda::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cuda::combine_backward));
+  library.impl("activate", TORCH_BOX(&epmoe::cuda::activate));
+  library.impl("activate_backward", TORCH_BOX(&epmoe::cuda::activate_backward));
 }

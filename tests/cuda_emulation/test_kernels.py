@@ -16,13 +16,23 @@ import pytest
 import torch
 
 import epmoe
+from epmoe.ops import ACTIVATIONS, reference
 from tests.oracle import cases
-from tests.unit.ops import twins
+from tests.unit.ops import activations, twins
 from tests.unit.ops.twins import FLOATING, WIDE, randint, randn
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
-NAMES = ("route_topk", "route_topk_backward", "assign_slots", "permute", "combine", "combine_backward")
+NAMES = (
+    "route_topk",
+    "route_topk_backward",
+    "assign_slots",
+    "permute",
+    "combine",
+    "combine_backward",
+    "activate",
+    "activate_backward",
+)
 COMPILE = [
     *(
         "-std=c++20",
@@ -167,6 +177,37 @@ def test_alignment_and_rows_out_of_range(call, tokens):
     twins.check_rows_out_of_range(call, tokens)
 
 
+# --------------------------------------------------------------------------------------- activations
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_activations_are_their_formulas(call, dtype, kind):
+    both = partial(call, "activate"), partial(call, "activate_backward")
+    for weight in activations.WEIGHTS:
+        activations.check_values(*both, dtype, kind, weight)
+    if dtype != torch.float16:
+        activations.check_far_outside(*both, dtype, kind)
+    activations.check_what_is_not_a_number(both[1], dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activated_rows_of_many_warps_and_of_any_alignment(call, kind):
+    """More vectors than threads, more rows than blocks; rows that are whole vectors but do not begin where one may."""
+    for rows, width, offset in ((2, 8 * 32 * 8 + 40, 0), (9, 32, 0), (9, 32, 1)):
+        d_act_RF, hidden_RX, weight_R = activations.make(kind, rows, width, torch.float32, "wide")
+        moved = torch.cat((hidden_RX.new_zeros(offset), hidden_RX.flatten()))[offset:].view(hidden_RX.shape)
+        assert moved.data_ptr() % 16 == 4 * offset
+        pairs = [
+            (call("activate", moved, weight_R, kind), reference.activate(hidden_RX, weight_R, kind)),
+            *zip(
+                call("activate_backward", d_act_RF, moved, weight_R, kind),
+                reference.activate_backward(d_act_RF, hidden_RX, weight_R, kind),
+                strict=True,
+            ),
+        ]
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- the whole
 def test_bad_input_is_an_exception_with_the_numbers(call):
     logits, flag = torch.randn(4, 3), torch.ones(4, dtype=torch.bool)
@@ -182,6 +223,10 @@ def test_bad_input_is_an_exception_with_the_numbers(call):
         call("permute", torch.ones(2, 2, dtype=torch.int32), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"token must have shape \[any\], got \[1, 1\]"):
         call("permute", torch.ones(2, 2), torch.tensor([[0]]))
+    with pytest.raises(ValueError, match="activate: kind='silu' must be one of swiglu, gelu, relu"):
+        call("activate", torch.ones(2, 4), None, "silu")
+    with pytest.raises(ValueError, match="activate_backward: hidden has 5 columns, but swiglu needs pairs"):
+        call("activate_backward", torch.ones(2, 2), torch.ones(2, 5), None, "swiglu")
     with pytest.raises(ValueError, match="capacity=-2 must be at least -1"):
         call("assign_slots", torch.arange(4), torch.arange(4), flag, 4, 4, -2)
 

@@ -23,8 +23,8 @@ from epmoe.train.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
+from epmoe.train.engine import NativeEngine
 from epmoe.train.entries import local_tensors
-from epmoe.train.optimizer import Optimizer
 from tests.distributed.harness import rank_outcomes, run_ranks
 from tests.distributed.tiny import NUM_EXPERTS, Tiny, record, tiny_model, trained
 
@@ -33,15 +33,15 @@ def _mesh(ep_size: int) -> ExpertMesh:
     return build_mesh(start("cpu", 20), ep_size)
 
 
-def _save(folder: Path, model: nn.Module, optimizer: Optimizer, mesh: ExpertMesh, step: int) -> None:
-    save_checkpoint(folder, model=model, optimizer=optimizer, mesh=mesh, record=record(step), keep=5)
+def _save(folder: Path, model: nn.Module, engine: NativeEngine, mesh: ExpertMesh, step: int) -> None:
+    save_checkpoint(folder, model=model, engine=engine, mesh=mesh, record=record(step), keep=5)
 
 
-def _assert_same(model: nn.Module, optimizer: Optimizer, mesh: ExpertMesh, steps: int) -> None:
+def _assert_same(model: nn.Module, engine: NativeEngine, mesh: ExpertMesh, steps: int) -> None:
     """The tensors are, bit for bit, those of a fresh model trained for ``steps`` steps in this layout."""
     fresh = tiny_model(mesh, listed=hasattr(model, "other"))
     wanted = local_tensors(fresh, trained(fresh, mesh, steps))
-    found = local_tensors(model, optimizer)
+    found = local_tensors(model, engine)
     assert found.keys() == wanted.keys()
     different = [key for key, tensor in found.items() if not torch.equal(tensor, wanted[key])]
     assert different == []
@@ -55,17 +55,17 @@ def _pass_on(rank: int, folder: Path, ep_sizes: list[int], first: bool) -> list[
         mesh = _mesh(ep_size)
         model = tiny_model(mesh, listed=True)
         if first:
-            optimizer, step = trained(model, mesh, 3), 1
+            engine, step = trained(model, mesh, 3), 1
         else:
-            optimizer = trained(model, mesh, 0)
+            engine = trained(model, mesh, 0)
             found = find_resumable(folder).checkpoint
             assert found is not None
-            read = load_checkpoint(found, model=model, optimizer=optimizer, mesh=mesh)
+            read = load_checkpoint(found, model=model, engine=engine, mesh=mesh)
             assert read == record(read.step)
-            _assert_same(model, optimizer, mesh, 3)
+            _assert_same(model, engine, mesh, 3)
             step = read.step + 1
         first = False
-        _save(folder, model, optimizer, mesh, step)
+        _save(folder, model, engine, mesh, step)
         files.append(sorted(path.name for path in (folder / f"step_{step:09d}").iterdir()))
     return files
 
@@ -85,14 +85,14 @@ def _init_from(rank: int, folder: Path) -> None:
     assert found is not None
     mesh = _mesh(4)
     model = tiny_model(mesh).bfloat16()
-    optimizer = trained(model, mesh, 0)  # float32 masters of other values
-    load_weights(found, model=model, optimizer=optimizer, mesh=mesh)
+    engine = trained(model, mesh, 0)  # float32 masters of other values
+    load_weights(found, model=model, engine=engine, mesh=mesh)
     fresh = tiny_model(mesh)
     wanted = trained(fresh, mesh, 2).weights()
-    for name, tensor in optimizer.weights().items():
+    for name, tensor in engine.weights().items():
         assert torch.equal(tensor, wanted[name])
     assert torch.equal(model.experts.w_in, wanted["experts.w_in"].bfloat16())
-    assert not any(tensor.any() for tensor in optimizer.state().values())
+    assert not any(tensor.any() for tensor in engine.state().values())
 
 
 def _write_one(rank: int, folder: Path, ep_size: int) -> None:
@@ -137,9 +137,9 @@ def _recovers(rank: int, folders: list[Path], expected: list[int]) -> list[int]:
         found = find_resumable(folder)
         assert found.checkpoint is not None
         model = tiny_model(mesh)
-        optimizer = trained(model, mesh, 0)
-        read = load_checkpoint(found.checkpoint, model=model, optimizer=optimizer, mesh=mesh)
-        _assert_same(model, optimizer, mesh, read.step)
+        engine = trained(model, mesh, 0)
+        read = load_checkpoint(found.checkpoint, model=model, engine=engine, mesh=mesh)
+        _assert_same(model, engine, mesh, read.step)
         assert read.step == step
         if (folder / "latest.json").exists():
             named = (folder / "latest.json").read_text().split('"folder": "')[1].split('"')[0]
@@ -171,13 +171,13 @@ class Padded(Tiny):
 def _disk_full(rank: int, folder: Path) -> list[Any]:
     mesh = _mesh(2)
     model = Padded(mesh.ep_rank * 2, 2)
-    optimizer = trained(model, mesh, 1)
-    _save(folder, model, optimizer, mesh, 1)
+    engine = trained(model, mesh, 1)
+    _save(folder, model, engine, mesh, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        _save(folder, model, optimizer, mesh, 2)
+        _save(folder, model, engine, mesh, 2)
         message = "saved"
     except CheckpointError as error:
         message = str(error)
@@ -185,7 +185,7 @@ def _disk_full(rank: int, folder: Path) -> list[Any]:
     dist.barrier()  # rank 0 clears up
     left = sorted(path.name for path in folder.iterdir())
     dist.barrier()  # everybody has looked
-    _save(folder, model, optimizer, mesh, 3)
+    _save(folder, model, engine, mesh, 3)
     found = find_resumable(folder)
     return [message, left, found.checkpoint is not None and found.checkpoint.path.name, found.rejected]
 
@@ -210,9 +210,9 @@ def _wrong_experts(rank: int, folder: Path) -> dict[str, str]:
     }
     said = {}
     for name, model in models.items():
-        optimizer = trained(model, mesh, 0)
+        engine = trained(model, mesh, 0)
         try:
-            _save(folder, model, optimizer, mesh, 1)
+            _save(folder, model, engine, mesh, 1)
             said[name] = "saved"
         except CheckpointError as error:
             said[name] = str(error)
@@ -282,10 +282,10 @@ def _values(rank: int, folder: Path) -> dict[str, Tensor]:
     wanted = {name: value.clone() for name, value in model.named_buffers()}
     for value in model.buffers():
         value.zero_()
-    optimizer = trained(model, mesh, 0)
+    engine = trained(model, mesh, 0)
     found = find_resumable(folder).checkpoint
     assert found is not None
-    load_checkpoint(found, model=model, optimizer=optimizer, mesh=mesh)
+    load_checkpoint(found, model=model, engine=engine, mesh=mesh)
     return {name: value for name, value in model.named_buffers() if not torch.equal(value, wanted[name])}
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from epmoe.config import Config
 from epmoe.errors import CommError, EpmoeError, Preempted
 from epmoe.parallel import runtime
 from epmoe.train.run_folder import close_run_folder, open_run_folder
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import rank_outcomes, run_ranks
 from tests.distributed.runs import (
     End,
     assert_same_run,
@@ -44,11 +45,51 @@ def test_a_peer_killed_inside_the_exchange_is_named_at_once(base: Path) -> None:
     survivor, victim = launch(base, config, "point=dispatch.exchange,rank=1,action=kill")
     assert victim.exit_code == -signal.SIGKILL
     assert survivor.error is not None
-    assert "CommError: rank 0 lost rank(s) [1] at step 1, phase training: dead or stopped" in survivor.error
+    assert "rank 0 lost rank(s) [1] at step 1, phase training, layer 1: dead or stopped" in survivor.error
     assert survivor.ended_after_s - victim.ended_after_s < 1.5
     ended = status(Path(config.out))
     assert (ended["state"], ended["exit_code"]) == ("failed", 7)
     assert "lost rank(s) [1] at step 1" in ended["message"]
+
+
+def _killed_at_a_call(rank: int, config: Config, victim: int, call: int) -> End:
+    """The victim dies when it is about to begin its n-th exchange."""
+    all_to_all, calls = dist.all_to_all_single, iter(range(1, 10**6))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if rank == victim and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return all_to_all(*args, **kwargs)
+
+    dist.all_to_all_single = counted
+    return attempt(rank, config)
+
+
+BOTH = ("parallel.exchange=hierarchical", "parallel.ranks_per_node=2", "parallel.ep_size=4")
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "victim", "call", "overrides"),
+    [
+        # Counts, two parts there and two home; then the gradients of two parts home and two there.
+        ("forward", 2, 1, 4, ("parallel.overlap_chunks=2",)),
+        ("backward", 2, 1, 8, ("parallel.overlap_chunks=2",)),
+        ("two nodes", 4, 3, 4, (*BOTH, "train.global_batch_size=8")),
+    ],
+)
+def test_a_peer_killed_while_rows_are_on_their_way(
+    base: Path, name: str, world_size: int, victim: int, call: int, overrides: tuple[str, ...]
+) -> None:
+    config = make_config(base, f"killed-{name}", "parallel.timeout_s=600", *overrides)
+    outcomes = rank_outcomes(world_size, _killed_at_a_call, base, config, victim, call)
+    dead = outcomes.pop(victim)
+    assert dead.exit_code == -signal.SIGKILL
+    first = min(outcome.ended_after_s for outcome in outcomes)
+    assert first - dead.ended_after_s < 1.5  # half of it for the roll call; 0.7 on a quiet machine
+    for outcome in outcomes:
+        assert outcome.result.code == 7
+        assert f"lost rank(s) [{victim}] at step 1, phase training, layer 1: dead" in outcome.result.message
+    assert status(Path(config.out))["exit_code"] == 7
 
 
 def test_a_stopped_peer_is_named_after_the_time_out(base: Path, capfd: pytest.CaptureFixture[str]) -> None:

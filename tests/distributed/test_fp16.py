@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from epmoe.config_file import override_config
 from epmoe.parallel import runtime
+from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh
 from epmoe.train import loss_scale
 from epmoe.train.loop import Trainer
@@ -24,16 +26,21 @@ INTERVAL = 3
 """Finite steps to a larger scale, in these tests."""
 
 
-def train_cell(place: Any, mesh: Any, precision: str, fault: str) -> dict[str, Any]:
+def query(trainer: Trainer) -> torch.Tensor:
+    """Some weights, this rank's rows of them."""
+    return rows_here(trainer.engine.weights()["blocks.0.attention.q_proj.weight"]).clone()
+
+
+def train_cell(place: Any, mesh: Any, precision: str, fault: str, engine: str = "native") -> dict[str, Any]:
     """Six steps; what they did, and the weights."""
     os.environ["EPMOE_FAULT"] = fault
-    cfg = config("ragged", precision, 1, place.world_size)
+    cfg = override_config(config("ragged", precision, 1, place.world_size), [f"parallel.engine={engine}"])
     model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
     trainer = Trainer(cfg, place, mesh, model=model, data=Samples(), stop=StopFlag())  # type: ignore[arg-type]
-    start = trainer.optimizer.weights()["blocks.0.attention.q_proj.weight"].detach().clone()
+    start = query(trainer)
     results = [trainer.step()]
-    moved = not torch.equal(start, trainer.optimizer.weights()["blocks.0.attention.q_proj.weight"])
-    gradients = {name: view.clone() for name, view in trainer.gradients.views.items()}
+    moved = not torch.equal(start, query(trainer))
+    gradients = {name: part.local.clone() for name, part in trainer.engine.gradients().items()}
     scales = [trainer.progress.loss_scale]
     for _ in range(STEPS - 1):
         results.append(trainer.step())
@@ -55,7 +62,8 @@ def train_ranks(rank: int) -> list[dict[str, Any]]:
     place = runtime.start("cpu", 60.0)
     mesh = build_mesh(place, 2)
     fault = "point=train.after_backward,rank=1,step=1,action=inf"
-    cells = [("fp32", ""), ("fp16_autocast", ""), ("fp16_autocast", fault)]
+    cells: list[tuple[str, ...]] = [("fp32", ""), ("fp16_autocast", ""), ("fp16_autocast", fault)]
+    cells += [("fp16_autocast", "", "fsdp"), ("fp16_autocast", fault, "fsdp")]
     return [train_cell(place, mesh, *cell) for cell in cells]
 
 
@@ -66,7 +74,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
 
 def test_float16_trains_as_float32_does(ranks: list[list[dict[str, Any]]]) -> None:
     """Losses to 0.2%, gradients of the first step to 3% of the largest of their tensor: float16 has 11 bits."""
-    for single, half, _ in ranks:
+    for single, half, *_ in ranks:
         errors = {
             name: float((half["gradients"][name] - value).abs().max() / value.abs().max())
             for name, value in single["gradients"].items()
@@ -82,13 +90,13 @@ def test_float16_trains_as_float32_does(ranks: list[list[dict[str, Any]]]) -> No
 
 
 def test_the_scale_grows_after_finite_steps(ranks: list[list[dict[str, Any]]]) -> None:
-    for _, half, _ in ranks:
+    for _, half, *_ in ranks:
         assert half["factors"] == [2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**17, 2.0**18]
         assert not any(half["overflow"])
 
 
 def test_an_overflow_on_one_rank_halves_the_scale_on_all(ranks: list[list[dict[str, Any]]]) -> None:
-    for _, _, hit in ranks:
+    for _, _, hit, *_ in ranks:
         assert hit["factors"] == [2.0**15, 2.0**15, 2.0**15, 2.0**16, 2.0**16, 2.0**16]
         assert hit["overflow"] == [True] + [False] * (STEPS - 1)
         assert not hit["moved"], "the update was left out"
@@ -96,6 +104,17 @@ def test_an_overflow_on_one_rank_halves_the_scale_on_all(ranks: list[list[dict[s
         assert (progress.overflowed, progress.skipped, progress.skipped_in_a_row) == (1, 0, 0)
     assert ranks[0][2]["norms"] == ranks[1][2]["norms"]
     assert ranks[0][2]["progress"] == ranks[1][2]["progress"]
+
+
+def test_shards_have_the_scale_of_native_gradients(ranks: list[list[dict[str, Any]]]) -> None:
+    for _, *native, good, hit in ranks:
+        for shards, wanted in zip((good, hit), native, strict=True):
+            assert shards["factors"] == wanted["factors"]
+            assert shards["overflow"] == wanted["overflow"]
+            assert shards["moved"] == wanted["moved"]
+            assert shards["progress"] == wanted["progress"]
+            assert shards["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+            assert shards["norms"][1:] == pytest.approx(wanted["norms"][1:], rel=1e-3)
 
 
 def test_overflows_end_the_run_only_at_the_floor(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
-from epmoe.parallel.norm import clip_coefficient, global_norm, scale, sum_of_squares
+from epmoe.parallel.norm import clip_coefficient, global_norm, scale, sharded_norm, sum_of_squares
 from epmoe.parallel.runtime import start
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import NUM_EXPERTS, draw, tiny_model
@@ -133,6 +133,24 @@ def test_norm_of_four_experts_on_two_ranks(tmp_path: Path) -> None:
         assert norm == pytest.approx(10.954452, abs=1e-6)
         assert coefficient == 1.0 / math.sqrt(120.0)
         assert clipped == pytest.approx(1.0, abs=1e-6)
+
+
+def _sharded_norms(rank: int) -> tuple[float, float, float]:
+    group = start("cpu", 20).world_group
+    experts = [torch.tensor([2.0, 4.0]) + 4.0 * rank]
+    shard, empty = [torch.full((3,), 2.0)], [torch.zeros(0)]
+    cut_over_both = sharded_norm(shard if rank else empty, experts, group, replicas=1)
+    on_each = sharded_norm(shard, experts, group, replicas=2)
+    damaged = sharded_norm([torch.tensor([math.nan])] if rank else shard, experts, group, replicas=2)
+    return float(cut_over_both), float(on_each), float(damaged)
+
+
+def test_norm_of_shards_counts_every_element_once(tmp_path: Path) -> None:
+    """The same four expert gradients and dense ones whose squares add up to 12, on one rank or a copy on each."""
+    ranks = run_ranks(2, _sharded_norms, tmp_path)
+    for cut_over_both, on_each, damaged in ranks:
+        assert cut_over_both == on_each == math.sqrt(132.0)
+        assert math.isnan(damaged), "a copy that is damaged is seen by every rank"
 
 
 def _random_norm(rank: int) -> list[tuple[str, str]]:

@@ -74,6 +74,13 @@ VARIANTS = {
     "dense": ["moe=null"],
     "ep1": ["parallel.ep_size=1", "moe.router=switch", "moe.top_k=1", "moe.shared_experts=1"],
     "bias": ["train.precision=bf16_params", "moe.router={name: deepseek, bias_rate: 0.125}", "moe.losses={}"],
+    "fsdp": ["parallel.engine=fsdp"],
+    "fsdp_hybrid": [
+        "parallel.engine=fsdp",
+        "parallel.fsdp_shard=hybrid",
+        "train.precision=bf16_params",
+        "train.micro_batch_size=1",
+    ],
     "noisy": [
         "moe.router=noisy_topk",
         "moe.losses={balance: 0.01, importance: 0.1, load: 0.1}",

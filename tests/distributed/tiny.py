@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.config import OptimizerConfig
-from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh
+from epmoe.train.engine import NativeEngine
 from epmoe.train.manifest import TrainingRecord
-from epmoe.train.optimizer import Optimizer
 
 NUM_EXPERTS = 4
 
@@ -73,17 +72,17 @@ def tiny_model(mesh: ExpertMesh, *, listed: bool = False) -> Tiny:
     return Tiny(mesh.ep_rank * count, count, listed=listed)
 
 
-def trained(model: nn.Module, mesh: ExpertMesh, steps: int) -> Optimizer:
+def trained(model: nn.Module, mesh: ExpertMesh, steps: int) -> NativeEngine:
     """AdamW as if after some steps: weights and moments that depend on ``steps`` and their name alone. (Real steps
     would not do: torch's fused AdamW rounds by where an element lies in its tensor, hence by layout.)"""
-    optimizer = Optimizer(OptimizerConfig(), model, Gradients(model.named_parameters(), mesh))
-    for name, tensor in {**optimizer.weights(), **optimizer.state()}.items() if steps else ():
+    engine = NativeEngine(OptimizerConfig(), model, mesh)
+    for name, tensor in {**engine.weights(), **engine.state()}.items() if steps else ():
         if name.endswith(".step"):
             tensor.fill_(steps)
         elif tensor.is_floating_point():
             tensor.detach().copy_(_own_rows(f"{steps} {name}", name, model, tensor))
-    optimizer.publish()
-    return optimizer
+    engine.publish()
+    return engine
 
 
 def _own_rows(key: str, name: str, model: nn.Module, tensor: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def test_fused_adam_is_adamw_and_reads_its_state() -> None:
     def make(name: Any) -> tuple[Optimizer, Gradients]:
         model = Tiny(0, 4).to(GPU)
         gradients = Gradients(model.named_parameters(), no_groups)
-        return Optimizer(OptimizerConfig(name=name, weight_decay=0.3), model, gradients), gradients
+        return Optimizer(OptimizerConfig(name=name, weight_decay=0.3), model, gradients.views), gradients
 
     plain, plain_gradients = make("adamw")
     train_steps(plain, plain_gradients, range(10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map
 from epmoe import ops
 from epmoe.ops import reference
 from tests.oracle import cases
-from tests.unit.ops import twins
+from tests.unit.ops import activations, twins
 from tests.unit.ops.twins import FLOATING, WIDE, randint, randn
 
 if not torch.cuda.is_available():
@@ -103,6 +104,38 @@ def test_strides_alignment_and_rows_out_of_range():
     for tokens in (4, 40):
         twins.check_alignment(call, tokens)
         twins.check_rows_out_of_range(call, tokens)
+
+
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_activations_are_their_formulas(dtype, kind):
+    both = partial(call, "activate"), partial(call, "activate_backward")
+    for weight in activations.WEIGHTS:
+        activations.check_values(*both, dtype, kind, weight)
+    if dtype != torch.float16:
+        activations.check_far_outside(*both, dtype, kind)
+    activations.check_what_is_not_a_number(both[1], dtype, kind)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_experts_equal_the_cpus(dtype):
+    """Blocks of one size, and such that are counted: on the host, or on the device by torch's grouped product."""
+    for counts, each in (([5, 0, 11, 3], None), ([4, 4], 4), ([0, 0], None)):
+        rows, local = sum(counts), len(counts)
+        weight_R = randn(1, rows)
+        w_in, w_out = (
+            randn(2, local, 16, 48, dtype=dtype).mul_(0.25),
+            randn(3, local, 24, 16, dtype=dtype).mul_(0.25),
+        )
+        given = (randn(4, rows, 16, dtype=dtype), weight_R, w_in, w_out, torch.tensor(counts), each)
+        y, hidden = call("expert_ffn", *given, "swiglu")
+        wanted = torch.ops.epmoe.expert_ffn(*given, "swiglu")
+        backward = (randn(5, rows, 16, dtype=dtype), *given, wanted[1], "swiglu", True, True, True)
+        got = (y, hidden, *call("expert_ffn_backward", *backward))
+        for one, other in zip(got, (*wanted, *torch.ops.epmoe.expert_ffn_backward(*backward)), strict=True):
+            limit = 16 * torch.finfo(one.dtype).eps if dtype in WIDE else 16 * torch.finfo(dtype).eps
+            scale = max(1.0, other.abs().max().item()) if other.numel() else 1.0
+            torch.testing.assert_close(one, other, rtol=0, atol=limit * scale)
 
 
 def test_gradients_equal_the_cpus():

@@ -120,7 +120,7 @@ def choose(
 def count_broken(valid_T: Tensor, usable_T: Tensor, logits_TE: Tensor) -> Tensor:
     """Real tokens that cannot be routed -> int64 scalar; all -inf says that no expert is available, not that any is
     broken."""
-    return (valid_T & ~usable_T & (logits_TE != -torch.inf).any(-1)).sum()
+    return (valid_T & ~usable_T & (logits_TE.amax(-1) != -torch.inf)).sum()
 
 
 def probabilities(logits_TE: Tensor, usable_T: Tensor) -> tuple[Tensor, Tensor]:

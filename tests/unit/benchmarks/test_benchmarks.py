@@ -8,12 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from epmoe.config import Config, DataConfig, MoEConfig, router_classes
 
 FOLDER = Path(__file__).parents[3] / "benchmarks"
 RUN_ALL = """
@@ -41,6 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "ops": [],
         "layer": ["--activation", "swiglu", "--peers", "index_add loop", "GShard einsum", "SonicMoE"],
         "step": ["--config", str(base / "tiny.yaml")],
+        "routers": ["--config", str(base / "tiny.yaml")],
     }
     words = [
         [
@@ -68,7 +72,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in extra:
         picture = (base / f"{name}.svg").read_text()
         assert picture.startswith("<svg")
-        assert 'class="ours"' in picture
+        assert ('class="line base"' if name == "routers" else 'class="ours"') in picture
     return {name: json.loads((base / f"{name}.json").read_text()) for name in extra}
 
 
@@ -108,6 +112,59 @@ def test_layers_are_timed_against_the_bound(results: dict[str, Any]) -> None:
         assert sum(case["parts"].values()) == pytest.approx(1.0)
         assert {"routing", "row moves", "expert GEMM"} <= case["parts"].keys()
         assert "CuTe" in case["unavailable"]["SonicMoE"]
+
+
+def test_every_causal_router_is_compared_at_equal_arithmetic(results: dict[str, Any]) -> None:
+    dense, *rows = results["routers"]["rows"]
+    causal = {name for name, options in router_classes().items() if options().looks_ahead is None}
+    assert {row["model"] for row in rows} == causal >= {"gshard_top2", "task", "dense"}
+    assert dense["model"] == "dense FFN"
+    assert dense["speed_of_dense"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    for row in (dense, *rows):
+        assert row["mflop_per_token"] == pytest.approx(dense["mflop_per_token"], rel=0.02)
+        assert row["against_dense"]["0"] == row["bits_per_byte"]["0"] - dense["bits_per_byte"]["0"]
+        assert [tokens for tokens, _ in row["curve"]] == [128, 256]
+        assert row["tokens_per_second"] == pytest.approx(64 / row["step_s"]["median"])
+    found = {row["model"]: row for row in rows}
+    assert (found["task"]["dead_experts"], found["task"]["busiest_share"]) == (2, 0.5)
+    assert (found["dense"]["experts"], found["dense"]["busiest_share"]) == ("4 x 16", 0.25)
+    assert found["switch"]["drop_rate"] > 0 == found["deepseek"]["drop_rate"]
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_routers
+    from router_report import append_line, read_lines
+    from router_variants import DENSE, Variant
+
+    base = Config(data=DataConfig(cache=str(tmp_path)))
+    variants = [
+        Variant(name=name, config=base.model_copy(update={"moe": moe}), flops=1, why="")
+        for name, moe in ((DENSE, None), ("topk", MoEConfig(router="topk")))
+    ]
+    trained: list[tuple[str, int]] = []
+
+    def train_once(config: Config, *_: Any, **__: Any) -> dict[str, Any]:
+        trained.append((config.moe.router.name if config.moe else DENSE, config.seed))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return {"bits_per_byte": 2.0, "train_seconds": 1.0, "validation_seconds": 1.0}
+
+    monkeypatch.setattr(bench_routers, "train_once", train_once)
+    monkeypatch.setattr(bench_routers, "where", lambda _: dict.fromkeys(bench_routers.ORIGIN))
+    place, prepared = SimpleNamespace(device=CPU), SimpleNamespace(fingerprint="f")
+    store, arguments = tmp_path / "r.jsonl", SimpleNamespace(seeds=2, minutes=9.0, log_every=1, quick=True)
+    with pytest.raises(KeyboardInterrupt):
+        bench_routers.train_missing(variants, prepared, place, store, arguments)
+    store.write_text(store.read_text() + '{"part": "run", "key"')  # a line that a crash tore
+    assert len(read_lines(store)) == 2
+    bench_routers.train_missing(variants, prepared, place, store, arguments)
+    assert trained == [(DENSE, 0), ("topk", 0), (DENSE, 1), (DENSE, 1), ("topk", 1)]
+    append_line(store, {"part": "run", "key": "k", "bits_per_byte": 1.0})
+    assert len(read_lines(store)) == 5
+    late = SimpleNamespace(**{**vars(arguments), "seeds": 3, "minutes": -1.0})
+    bench_routers.train_missing(variants, prepared, place, store, late)
+    assert len(trained) == 5, "no run begins when the time is over"
 
 
 def test_a_step_is_split_into_parts(results: dict[str, Any]) -> None:

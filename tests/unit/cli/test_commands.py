@@ -21,6 +21,7 @@ from epmoe.cli.generate import generate
 from epmoe.config import Config
 from epmoe.config_file import dump_config, load_config
 from epmoe.data.tokenizer import JsonTokenizer, json_tokenizer
+from epmoe.models.sizes import count_parameters
 from tests.distributed.harness import rank_outcomes
 from tests.distributed.runs import finish, make_config
 
@@ -245,6 +246,24 @@ def test_a_dry_run_shows_the_whole_configuration_and_makes_nothing(
     assert facts["ranks"].startswith("1, ep_size 1")
     assert facts["tokens"] == "64 per step, 1,280 in 20 steps"
     assert not (base / "never").exists()
+
+
+def test_a_dry_run_knows_what_shards_leave_on_a_rank() -> None:
+    def memory(engine: dict[str, str], precision: str) -> int:
+        values = {"parallel": {"ep_size": 2, **engine}, "train": {"precision": precision}}
+        [line] = [
+            text for text in explain(Config.model_validate(values), 8).splitlines() if "# memory" in text
+        ]
+        return int(line.split()[2].replace(",", ""))
+
+    hybrid = {"engine": "fsdp", "fsdp_shard": "hybrid"}
+    native, full, half = (memory(engine, "fp32") for engine in ({}, {"engine": "fsdp"}, hybrid))
+    assert native > half > full
+    # Dense weights, gradients and moments over 8 ranks instead of each, experts over 8 instead of 2.
+    counts = count_parameters(Config().model, Config().moe, 4096)
+    assert full == round(16 * counts.total / 8 / 2**20)
+    assert native == round(16 * (counts.dense + counts.expert / 2) / 2**20)
+    assert memory({"engine": "fsdp"}, "bf16_params") == full  # masters alone
 
 
 def test_a_dry_run_counts_the_entries_of_a_tokenizer_file(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_scalars_follow_yaml_1_2(write):
         ("moe: {router: null}\n", ["moe.router: expects a mapping, got null"]),
         ("moe: {losses: {balence: 1}}\n", ["run.yaml:1:25: moe.losses.balence", "balance, z"]),
         ("parallel: {ep_size: 0}\n", ["parallel.ep_size: expects a number greater than 0 or 'auto', got 0"]),
+        ("parallel: {engine: deepsped}\n", ["parallel.engine: 'deepsped' is not a choice", "native, fsdp"]),
+        (
+            "parallel:\n  fsdp_shard: hybrid\n",
+            [
+                "run.yaml:2:15: parallel",
+                "fsdp_shard=hybrid means nothing to engine=native",
+                "set engine: fsdp",
+            ],
+        ),
         ("data: {sources: []}\n", ["data.sources: expects at least 1 element(s)"]),
         (
             "data: {sources: [{pth: x}]}\n",
@@ -340,6 +349,38 @@ def test_layouts_that_do_not_divide_list_the_ones_that_do():
     check_layout(local, 1)
     with pytest.raises(ConfigError, match=r"moe.dispatcher.*ep_size is 2"):
         check_layout(local, 2)
+
+
+def test_exchanges_and_overlaps_that_cannot_be():
+    def problem(world_size, **parallel):
+        with pytest.raises(ConfigError) as caught:
+            check_layout(Config(parallel=ParallelConfig(**parallel)), world_size)
+        return str(caught.value)
+
+    two_nodes = {"exchange": "hierarchical", "ranks_per_node": 2}
+    check_layout(Config(parallel=ParallelConfig(**two_nodes, overlap_chunks=2)), 4)
+    check_layout(Config(parallel=ParallelConfig(exchange="hierarchical", ranks_per_node=16)), 4)
+    check_layout(Config(parallel=ParallelConfig(ranks_per_node=3)), 4)  # flat does not ask
+    message = problem(4, overlap_chunks=3)
+    assert "parallel.overlap_chunks" in message
+    assert "has rows for some of a rank's experts, and it has 2" in message
+    assert "valid values: 1 to 2" in message
+    message = problem(4, exchange="hierarchical", ranks_per_node=3)
+    assert "ranks_per_node=3 must divide the world size 4; valid values: 1, 2, 4" in message
+    assert "or parallel.exchange: flat" in message
+    six = Config(
+        moe=MoEConfig(num_experts=6),
+        train=TrainConfig(global_batch_size=12),
+        parallel=ParallelConfig(exchange="hierarchical", ranks_per_node=4),
+    )
+    with pytest.raises(ConfigError, match=r"ep_size=6 and ranks_per_node=4.*hold parts of nodes") as caught:
+        check_layout(six, 12)
+    assert "valid values of ep_size: 1, 2, 4, 12" in str(caught.value)
+
+
+def test_sharing_work_with_the_wire_needs_shared_experts(write):
+    assert "there are no shared experts" in mistakes(write("parallel: {overlap_shared: true}\n"))
+    load_config(write("parallel: {overlap_shared: true}\nmoe: {shared_experts: 1}\n"))
 
 
 def test_names_in_the_configuration_are_those_the_layer_can_build(write):

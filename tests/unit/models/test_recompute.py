@@ -17,7 +17,7 @@ from epmoe.config import MoEConfig
 from epmoe.models.attention import attention_inputs
 from epmoe.moe import dispatcher, layer
 from epmoe.moe.build import ROUTERS, build_moe_layer
-from epmoe.moe.recompute import CheapTensors, Replay
+from epmoe.moe.recompute import CheapTensors, Replay, kept
 from epmoe.moe.router import Router
 from tests.unit.models.kept import Storages
 from tests.unit.models.training import decoder, gradients, objective, samples
@@ -30,6 +30,7 @@ def test_the_same_gradients_bit_for_bit(router: str) -> None:
     cases: list[dict[str, Any]] = [{}]
     if router == "gshard_top2":
         cases += [{"dispatcher": "padded"}, {"save": "hidden"}, {"capacity_factor": None}]
+        cases += [{"smoothing": {"draws": 2, "sigma": 0.5, "reroute": reroute}} for reroute in (False, True)]
     for case in cases:
         wanted = gradients(decoder(router=router, **case))
         assert any(value.any() for name, value in wanted.items() if "moe" in name)
@@ -69,7 +70,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     with monkeypatch.context() as patched:
         watch(Router, "decide")
-        watch(Router, "project")
+        watch(Router, "inputs")
         watch(dispatcher, "plan_slots")
         watch(dispatcher, "plan_padded")
         watch(layer, "routing_metrics")
@@ -84,7 +85,7 @@ def test_one_decision_in_two_passes(way: str, monkeypatch: pytest.MonkeyPatch) -
         with counted(monkeypatch) as calls:
             objective(model).backward()
         passes = 2 if mode == "full" else 1
-        assert calls == {"decide": 1, plan: 1, "routing_metrics": 1, "project": passes}
+        assert calls == {"decide": 1, plan: 1, "routing_metrics": 1, "inputs": passes}
 
 
 def test_the_second_pass_takes_the_routing_of_the_first() -> None:
@@ -103,13 +104,22 @@ def gradients_of_experts(model: Any, *, spoil: bool) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [experts.w_in, experts.w_out]))
 
 
+def test_a_decision_for_every_copy_that_is_routed_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reroute, decisions in ((True, 3), (False, 1)):
+        model = decoder(recompute="full", smoothing={"draws": 3, "sigma": 0.5, "reroute": reroute})
+        with counted(monkeypatch) as calls:
+            objective(model).backward()
+        assert calls["decide"] == calls["plan_slots"] == decisions
+        assert calls["inputs"] == 2 * decisions
+
+
 def test_replay_holds_nothing_of_the_graph() -> None:
     moe = build_moe_layer(MoEConfig(num_experts=4, router="topk"), d_model=8, d_ff=8)  # type: ignore[arg-type]
     x_BSD = torch.randn(2, 6, 8, requires_grad=True)
     _, ctx = samples()
     replay = Replay()
     ctx = replace(ctx, valid_BS=None, token_BS=None, task_B=None, sample_B=torch.arange(2))
-    y_BSD, report = checkpoint(moe, x_BSD, ctx, replay, use_reentrant=False, preserve_rng_state=False)
+    y_BSD, report = checkpoint(moe, x_BSD, ctx, replay=replay, use_reentrant=False, preserve_rng_state=False)
     assert replay.routing is not None
     assert replay.routing.weight_A.grad_fn is None
     assert replay.routing.weight_A.requires_grad
@@ -137,15 +147,15 @@ def test_each_mode_keeps_less() -> None:
     none, selective, full = map(kept_per_token, MODES)
     print(f"{none=} {selective=} {full=} bytes per token")
     assert full < 500, "only what belongs to the decision: some numbers per choice and per expert"
-    # Two norms inside and out, the router's copy, and the activation of the shared expert: 4 * (5 * 16 + 2 * 24).
-    assert full < selective <= none - 512
+    # Two norms inside and out, and the activation of the shared expert: 4 * (4 * 16 + 2 * 24).
+    assert full < selective <= none - 448
 
 
 def test_evaluation_computes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder(recompute="full").eval()
     with counted(monkeypatch) as calls:
         objective(model).backward()
-    assert calls["project"] == calls["decide"] == 1
+    assert calls["inputs"] == calls["decide"] == 1
 
 
 # ------------------------------------------------------------------------------------------- cheap tensors
@@ -172,6 +182,21 @@ def test_a_cheap_tensor_is_made_once_for_all_who_need_it() -> None:
         got = torch.autograd.grad(total, [x, w], retain_graph=passes == 1)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         assert len(made) == 2
+
+
+@pytest.mark.parametrize("hooks", [CheapTensors, lambda: kept(Replay())])
+def test_nothing_outlives_its_graph(hooks: Callable[[], Any]) -> None:
+    """``exp`` keeps its result, which must not hold itself where no backward pass ever asks for it."""
+    x = torch.randn(4, 3, requires_grad=True)
+    with Storages() as storages:
+        with hooks() as remake:
+            y = x.exp()
+            z = remake(torch.exp, y.sigmoid()) if isinstance(remake, CheapTensors) else y
+        z.exp().sum().backward()
+        with hooks():
+            y = x.exp()
+        del y, z, remake
+    assert storages.alive([x.grad]) == 0
 
 
 def test_a_cheap_tensor_may_be_its_own_input_or_empty() -> None:

@@ -21,6 +21,7 @@ def decoder(
     precision: str = "fp64",
     num_layers: int = 2,
     router: str = "gshard_top2",
+    smoothing: dict[str, Any] | None = None,
     **moe: Any,
 ) -> Decoder:
     """With dropout, shared experts, normed heads; every second block has experts."""
@@ -33,7 +34,7 @@ def decoder(
     moe = {
         "every": 2,
         "num_experts": 4,
-        "router": {"name": router, **special.get(router, {})},
+        "router": {"name": router, "smoothing": smoothing, **special.get(router, {})},
         "d_ff": 24,
         "shared_experts": 1,
         "allow_non_causal": True,

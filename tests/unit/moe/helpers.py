@@ -14,7 +14,7 @@ from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.plan import plan_local, plan_slots
 from epmoe.types import DispatchPlan, Routing, TokenContext
 from tests.oracle import capacity as oracle_capacity
-from tests.oracle import cases, deepseek, groups, noisy, philox, routing
+from tests.oracle import cases, deepseek, groups, mixture, noisy, philox, routing
 from tests.oracle.layer import LayerResult, ffn_experts, router_logits, run_layer
 from tests.oracle.routing import Decision
 
@@ -82,6 +82,16 @@ ROUTERS: dict[str, dict] = {
     "sentence": {"router": {"name": "sentence", "tau": 0.4}},
     "sentence_drawn": {"router": {"name": "sentence", "second_policy": "sampling"}},
     "task": {"router": {"name": "task", "num_tasks": TASKS, "tau": 0.4}},
+    "dense": {"router": "dense"},
+    "dense_scaled": {"router": {"name": "dense", "pooling": "max_scaled"}},
+    "dense_pick": {"router": {"name": "dense", "pooling": "max_pick", "router_loss": True}},
+    "dense_groups": {"router": {"name": "dense", "num_groups": 2}},
+    "top2_smooth": {"router": {"name": "topk", "smoothing": {"gate": "uniform"}}, "top_k": 2},
+    "choice_smooth": {"router": {"name": "expert_choice", "smoothing": {"gate": "uniform"}}},
+    "top1_smooth": {
+        "router": {"name": "topk", "smoothing": {"gate": "normal", "gate_sigma": 0.3}},
+        "top_k": 1,
+    },
 }
 GROUPED = ("expert_choice", "base", "sinkhorn", "strictly_balanced")
 """Names of the families that decide about the tokens of a group together."""
@@ -92,7 +102,7 @@ def config(router: str, *, slot_order: str = "choice_major", **fields) -> MoECon
     values = {**ROUTERS[router], **fields}
     options = values["router"]
     options = {"name": options} if isinstance(options, str) else dict(options)
-    if options["name"] == "hierarchical":
+    if options["name"] == "hierarchical" or router == "dense_groups":
         options["num_groups"] = 1 if values.get("num_experts", 8) % 2 else 2
     if router == "v3" and values.get("num_experts", 8) == 4:
         options["num_groups"] = 2
@@ -199,6 +209,8 @@ def extras(moe: MoEConfig, tokens: int, seed: int = 0) -> Extras:
         learned["noise_logits_TE"] = normals(experts)
     if moe.router.name == "hierarchical":
         learned |= {"group_logits_TP": normals(groups), "group_noise_logits_TP": normals(groups)}
+    if moe.router.name == "dense" and groups > 1:
+        learned["group_logits_TP"] = normals(groups)
     if getattr(moe.router, "bias_rate", None) is not None:
         learned["bias_E"] = 0.3 * torch.randn(experts, generator=generator, dtype=torch.float64)
     name = moe.router.name
@@ -372,6 +384,10 @@ def _decision_by_position(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, 
             group_normal=listed(given.group_normal),
             slot_order=order,
         )
+    if options.name == "dense":
+        return mixture.dense(
+            logits_TE, valid, pooling=options.pooling, group_logits_TP=given.group_logits_TP, slot_order=order
+        )
     normalize = k > 1 if options.normalize is None else options.normalize
     if options.name == "deepseek":
         return deepseek.deepseek(
@@ -417,8 +433,9 @@ def oracle_layer(x_BSD: Tensor, weights: dict[str, Tensor], moe: MoEConfig, ctx:
     by_sequence = moe.group == "sequence"
     group_of = [t // seq_len if by_sequence else 0 for t in range(len(places))]
     slots = oracle_slots(moe, seq_len if by_sequence else len(places))
+    logits_TE = _oracle_logits(seen_TD, weights.get("router.weight"), moe)
     decision = oracle_decision(
-        _oracle_logits(seen_TD, weights.get("router.weight"), moe),
+        logits_TE if moe.router.smoothing is None else logits_TE + _gate_noise(moe, places),
         valid,
         moe,
         _layer_extras(moe, seen_TD, weights, places, ctx),
@@ -451,6 +468,15 @@ def _draws(stream: int, places: list[tuple[int, int]], lanes: int) -> list[list[
     return [
         [philox.draw(SEED, stream, LAYER, sample, s, lane) for lane in range(lanes)] for sample, s in places
     ]
+
+
+def _gate_noise(moe: MoEConfig, places: list[tuple[int, int]]) -> Tensor:
+    smoothing, experts = moe.router.smoothing, moe.num_experts
+    uniform = _draws(NOISE, places, experts + experts % 2)
+    if smoothing.gate == "normal":
+        pairs = [[noisy.box_muller(pair) for pair in zip(u[::2], u[1::2], strict=True)] for u in uniform]
+        uniform = [[smoothing.gate_sigma * z for pair in row for z in pair] for row in pairs]
+    return torch.tensor(uniform, dtype=torch.float64).view(len(places), -1)[:, :experts]
 
 
 def _layer_extras(

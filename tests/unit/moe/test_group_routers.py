@@ -80,7 +80,7 @@ def test_lists_of_another_length_than_tokens_times_k(name, factor):
     for make in (
         lambda: LocalDispatcher(),
         lambda: LocalDispatcher(weigh_rows=True),
-        lambda: PaddedDispatcher(None, local=True),
+        lambda: PaddedDispatcher(None),
     ):
         layer = make_layer(config(name, num_experts=4, capacity_factor=factor, min_capacity=0))
         layer.dispatcher = make()

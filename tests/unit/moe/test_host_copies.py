@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from epmoe.comm.exchange import flat
 from epmoe.moe.build import DISPATCHERS
 from epmoe.types import TokenContext
 from tests.unit.moe.helpers import config, context, make_layer, tokens
@@ -44,7 +45,7 @@ def one_rank_group(tmp_path_factory):
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_dispatch_makes_the_host_wait_at_most_once(name, factor, one_rank_group):
     layer = make_layer(config("gshard_random", num_experts=4, capacity_factor=factor))
-    layer.dispatcher = DISPATCHERS[name](one_rank_group, local=False, weigh_rows=False)
+    layer.dispatcher = DISPATCHERS[name](flat(one_rank_group), weigh_rows=False)
     x_BSD = tokens(2, 6)
     with HostCopies() as routed:
         routing = layer.router(x_BSD.flatten(0, 1), context(x_BSD), seq_len=6)

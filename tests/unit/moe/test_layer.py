@@ -11,7 +11,7 @@ from epmoe.types import TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, oracle_layer, tokens
 
 BREAKABLE = ("gshard_random", "switch", "top2", "noisy2", "two_levels", "v3", "expert_choice", "base", "sinkhorn1",
-             "strict2", "hash_table", "sentence", "task")  # fmt: skip
+             "strict2", "hash_table", "sentence", "task", "dense_groups")  # fmt: skip
 COUNTS = ("demand_E", "kept_E", "assignments", "overflow_tokens", "valid_tokens", "nonfinite_tokens")
 
 
@@ -54,8 +54,8 @@ def compare(moe, x_BSD, ctx):
 @pytest.mark.parametrize("slot_order", ["choice_major", "token_major"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers(name, slot_order):
-    experts = {"two_levels_wide": 8, "v3": 8, "two_levels": 4, "v2": 4}.get(name, 5)
-    factor = 0.3 if name in ("expert_choice", "strict2") else 0.5  # these spread evenly
+    experts = {"two_levels_wide": 8, "v3": 8, "two_levels": 4, "v2": 4, "dense_groups": 4}.get(name, 5)
+    factor = 0.3 if name in ("expert_choice", "choice_smooth", "strict2") else 0.5  # these spread evenly
     moe = config(name, slot_order=slot_order, num_experts=experts, capacity_factor=factor, min_capacity=0)
     x_BSD = tokens(3, 7)
     result = compare(moe, x_BSD, context(x_BSD, "some"))
@@ -86,7 +86,15 @@ def test_batches(name, shape, padding):
 
 
 @pytest.mark.parametrize(
-    ("name", "experts", "top_k"), [("switch", 1, 1), ("top2", 1, 1), ("gshard_all", 2, 2), ("top2", 5, 5)]
+    ("name", "experts", "top_k"),
+    [
+        ("switch", 1, 1),
+        ("top2", 1, 1),
+        ("gshard_all", 2, 2),
+        ("top2", 5, 5),
+        ("dense", 1, 1),
+        ("dense", 5, 5),
+    ],
 )
 def test_few_experts(name, experts, top_k):
     moe = config(name, num_experts=experts, top_k=top_k, capacity_factor=1.0)

@@ -10,10 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from epmoe.moe.build import build_moe_layer
-from epmoe.moe.dispatcher import PaddedDispatcher, _swap_blocks
+from epmoe.moe.dispatcher import PaddedDispatcher
 from epmoe.moe.experts import ModuleExperts
+from epmoe.moe.trip import _swap_blocks
 from epmoe.ops import DROPLESS
-from epmoe.ops.ffn import expert_ffn
+from epmoe.ops.ffn import expert_ffn, expert_ffn_backward
 from epmoe.types import TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
@@ -133,7 +134,7 @@ def test_one_expert():
 def test_no_slots_at_all(weigh_rows):
     """A capacity of 0 drops everything; the router still learns from its losses, the experts get zeros."""
     layer = layer_of(config("top2", num_experts=4))
-    dispatcher = PaddedDispatcher(None, local=True, weigh_rows=weigh_rows)
+    dispatcher = PaddedDispatcher(None, weigh_rows=weigh_rows)
     x_TD = tokens(2, 6).flatten(0, 1).requires_grad_()
     routing = layer.router(x_TD, TokenContext(), seq_len=6)
     batch, plan = dispatcher.dispatch(x_TD, routing, num_experts=4, group_size=6, capacity=0)
@@ -152,7 +153,7 @@ def test_slots_are_where_the_plan_says():
     layer = layer_of(moe)
     x_TD = tokens(2, 5).flatten(0, 1)
     routing = layer.router(x_TD, TokenContext(), seq_len=5)
-    dispatcher = PaddedDispatcher(None, local=True, weigh_rows=True)
+    dispatcher = PaddedDispatcher(None, weigh_rows=True)
     batch, plan = dispatcher.dispatch(x_TD, routing, num_experts=3, group_size=5, capacity=2)
     wanted_ND, weight_N = torch.zeros(3 * 2 * 2, 4).double(), torch.zeros(3 * 2 * 2).double()
     for a, slot in enumerate(plan.slot_A.tolist()):
@@ -164,7 +165,7 @@ def test_slots_are_where_the_plan_says():
     assert torch.equal(batch.weight_R, weight_N)
     assert batch.rows_per_expert == 4
     assert batch.tokens_per_expert_L.tolist() == [4, 4, 4]
-    assert plan.padded
+    assert [part.rows_per_expert for part in plan.parts] == [4]
 
 
 def test_blocks_change_places():
@@ -193,7 +194,7 @@ def test_passes_without_capacity_are_ragged(save):
         batch, plan = layer.dispatcher.dispatch(
             x_BSD.flatten(0, 1), routing, num_experts=4, group_size=7, capacity=capacity
         )
-        assert (plan.padded, batch.rows_per_expert is not None) == (padded, padded)
+        assert (bool(plan.parts), batch.rows_per_expert is not None) == (padded, padded)
     limited = moe.model_copy(update={"capacity_factor_eval": 0.5})
     layer, other = layer_of(limited, {"dispatcher": "padded", "save": save}).eval(), layer_of(limited).eval()
     metrics = assert_same_function(layer, other, x_BSD, context(x_BSD))
@@ -264,7 +265,9 @@ def test_the_host_reads_nothing_in_either_pass(save):
 def test_neither_do_the_experts_inside():
     rows_RD, weights = torch.randn(6, 4), (torch.randn(3, 4, 10), torch.randn(3, 5, 4))
     with HostCopies() as copies:
-        expert_ffn(rows_RD, torch.randn(6), *weights, torch.tensor([2, 2, 2]), 2, "swiglu")
+        given = (rows_RD, torch.randn(6), *weights, torch.tensor([2, 2, 2]), 2)
+        y_RD, hidden_RX = expert_ffn(*given, "swiglu")
+        expert_ffn_backward(y_RD, *given, hidden_RX, "swiglu", True, True, True)
     assert copies.calls == []
 
 

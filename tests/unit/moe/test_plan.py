@@ -95,16 +95,18 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
     for rank in range(num_ranks):
         mine = range(rank * num_local, (rank + 1) * num_local)
         counts_WL = torch.stack([slots.tokens_per_expert_E[mine.start : mine.stop] for slots in all_slots])
-        plan = plan_exchange(routings[rank], all_slots[rank], counts_WL)
+        sent_WL = all_slots[rank].tokens_per_expert_E.view_as(counts_WL)
+        plan = plan_exchange(routings[rank], all_slots[rank], torch.stack((sent_WL, counts_WL)))
+        [part] = plan.parts
         assert [(int(routings[rank].expert_A[a]), rank, a) for a in plan.assignment_N.tolist()] == sent[rank]
         rows = [row for other in sent for row in other if row[0] in mine]
-        assert plan.recv_splits == tuple(len([r for r in other if r[0] in mine]) for other in sent)
-        assert plan.send_splits == tuple(
+        assert part.splits[1] == tuple(len([r for r in other if r[0] in mine]) for other in sent)
+        assert part.splits[0] == tuple(
             len([r for r in sent[rank] if r[0] // num_local == to]) for to in range(num_ranks)
         )
-        ordered = [rows[i] for i in plan.expert_order_R.tolist()]
+        ordered = [rows[i] for i in part.expert_order_R.tolist()]
         assert ordered == sorted(rows), "ascending expert, then rank, then priority"
-        back = [ordered[i] for i in plan.rank_order_R.tolist()]
+        back = [ordered[i] for i in part.rank_order_R.tolist()]
         assert back == rows
         for row in back:
             received_back[row[1]].append(row)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
+from epmoe.comm.exchange import flat
 from epmoe.moe.build import DISPATCHERS
 from epmoe.moe.experts import FFNExperts
 from epmoe.types import TokenContext
@@ -49,7 +50,8 @@ def saved_bytes(name, save, activation, dtype, group) -> tuple[int, int]:
     moe = config("top2", num_experts=E, capacity_factor=1.0, activation=activation)
     layer = make_layer(moe, d_model=D, d_ff=F).to(dtype)
     assert isinstance(layer.experts, FFNExperts)
-    dispatcher = DISPATCHERS[name](group, local=name in ("local", "padded"), weigh_rows=save == "hidden")
+    exchange = None if name in ("local", "padded") else flat(group)
+    dispatcher = DISPATCHERS[name](exchange, weigh_rows=save == "hidden")
     x_TD = torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     routing = layer.router(x_TD, TokenContext(), seq_len=TOKENS)
     saved = Saved(*layer.parameters(), x_TD)

@@ -38,8 +38,8 @@ def laid_out(tensor, layout):
 
 
 def plain(name):
-    """The operator's meaning in PyTorch; ``expert_ffn`` has one for all kernels."""
-    return getattr(ffn if name == "expert_ffn" else reference, name)
+    """The operator's meaning in PyTorch."""
+    return getattr(ffn if name.startswith("expert_ffn") else reference, name)
 
 
 def small(name):
@@ -94,18 +94,26 @@ def small(name):
             "rows_per_expert": None,
             "activation": "swiglu",
         },
+        "expert_ffn_backward": {
+            "d_y": randn(10, 4, 3),
+            "rows": randn(6, 4, 3),
+            "weight": randn(7, 4),
+            "w_in": randn(8, 2, 3, 10),
+            "w_out": randn(9, 2, 5, 3),
+            "tokens_per_expert": counts,
+            "rows_per_expert": None,
+            "hidden": randn(11, 4, 10),
+            "activation": "swiglu",
+            "needs_rows": True,
+            "needs_w_in": True,
+            "needs_w_out": True,
+        },
         "combine": {"rows": randn(6, 4, 3), "weight": randn(7, 4), "token": number, "num_tokens": 4},
         "combine_backward": {
             "d_y": randn(8, 4, 3),
             "rows": randn(6, 4, 3),
             "weight": randn(7, 4),
             "token": number,
-        },
-        "grouped_gemm": {"rows": randn(6, 4, 3), "weight": randn(9, 2, 3, 5), "tokens_per_expert": counts},
-        "grouped_gemm_weight_grad": {
-            "rows": randn(6, 4, 3),
-            "d_out": randn(9, 4, 5),
-            "tokens_per_expert": counts,
         },
     }[name]
 

@@ -1,8 +1,7 @@
-"""``activate`` and its backward against their formulas in float64, the native kernels and the plain ones alike."""
+"""Activations against their formulas in float64: the operator, and the same numbers computed inside ``expert_ffn``."""
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import pytest
@@ -12,139 +11,88 @@ from torch import Tensor
 from epmoe import ops
 from epmoe.ops import reference
 from epmoe.types import compute_dtype
+from tests.unit.ops import activations
+from tests.unit.ops.activations import WEIGHTS, exact
+from tests.unit.ops.helpers import needs_native
+from tests.unit.ops.twins import FLOATING
 
-# The kernel that PyTorch chooses here, and the plain one. They are the same where nothing is compiled.
+
+def alone(num_rows: int) -> tuple[Tensor, None]:
+    """Every row has an expert of its own."""
+    return torch.ones(num_rows, dtype=torch.int64), None
+
+
+def inside(hidden: Tensor, weight: Tensor | None, kind: str) -> Tensor:
+    """``activate`` by way of ``expert_ffn``: rows of one number, 1, times one matrix per row, and then the identity."""
+    num_rows, columns = hidden.shape
+    width = columns // 2 if kind == "swiglu" else columns
+    w_out = torch.eye(width).to(hidden).expand(num_rows, width, width)
+    given = (hidden.new_ones(num_rows, 1), weight, hidden.unsqueeze(1), w_out)
+    return torch.ops.epmoe.expert_ffn(*given, *alone(num_rows), kind)[0]
+
+
+def inside_backward(
+    d_act: Tensor, hidden: Tensor, weight: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``activate_backward`` likewise: gradients of matrices of one row or column are the gradients before them."""
+    num_rows = hidden.shape[0]
+    ones_R1, ones_R = hidden.new_ones(num_rows, 1), torch.ones(num_rows, dtype=compute_dtype(hidden.dtype))
+    matrices = (torch.zeros_like(hidden).unsqueeze(1), d_act.unsqueeze(2), *alone(num_rows), hidden, kind)
+    needs = (False, True, True)
+    backward = torch.ops.epmoe.expert_ffn_backward
+    _, d_weight, d_w_in, d_w_out = backward(ones_R1, ones_R1, weight, *matrices, *needs)
+    if weight is None:
+        assert d_weight.shape == (0,)
+        d_weight = backward(ones_R1, ones_R1, ones_R, *matrices, *needs)[1]
+    elif weight.dtype != ones_R.dtype:
+        assert d_weight.dtype == weight.dtype
+        d_weight = backward(ones_R1, ones_R1, weight.to(ones_R), *matrices, *needs)[1]
+    return d_w_in.squeeze(1), d_w_out.squeeze(2), d_weight
+
+
 KERNELS = {
-    "chosen": (torch.ops.epmoe.activate, torch.ops.epmoe.activate_backward),
     "plain": (reference.activate, reference.activate_backward),
+    "inside": (inside, inside_backward),
 }
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KINDS = ops.ACTIVATIONS
-
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)
-all_kinds = pytest.mark.parametrize("kind", KINDS)
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+all_kinds = pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+all_dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 
 
-def make(kind: str, rows: int, width: int, dtype: torch.dtype, weight: str, seed: int = 0):
-    """d_act, hidden and row weights: normal numbers, in the first row also large ones of both signs."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width * (2 if kind == "swiglu" else 1), generator=generator) * 3
-    if rows:
-        hidden[0, :width] = torch.linspace(-30, 30, width) if width > 1 else -11.0
-    d_act = torch.randn(rows, width, generator=generator).to(dtype)
-    weight_R = torch.randn(rows, generator=generator)
-    made = {"none": None, "wide": weight_R.to(compute_dtype(dtype)), "narrow": weight_R.to(dtype)}
-    return d_act, hidden.to(dtype), made[weight]
-
-
-def exact(kind: str, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Value, its derivatives with respect to gate and up, and the size that rounding errors are relative to."""
-    x = hidden.double()
-    if kind == "swiglu":
-        gate, up = x.chunk(2, dim=-1)
-        share = gate.sigmoid()
-        silu = gate * share
-        return silu * up, up * (share + silu * (1 - share)), silu, (gate * up).abs()
-    if kind == "relu":
-        return x.clamp_min(0), (x > 0).double(), None, x.abs()
-    below = torch.erfc(-x * math.sqrt(0.5)) / 2
-    return x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi), None, x.abs()
-
-
-def assert_within(got: Tensor, wanted: Tensor, allowed: Tensor, dtype: torch.dtype) -> None:
-    """Within ``allowed`` and what rounding to ``dtype`` adds: half a unit in the last place, or an underflow."""
-    assert got.dtype == dtype
-    assert got.shape == wanted.shape
-    limits = torch.finfo(dtype)
-    rounding = 0.501 * limits.eps * wanted.abs() + limits.smallest_normal * limits.eps
-    excess = (got.double() - wanted).abs() - allowed - rounding
-    assert not (excess > 0).any(), f"off by {excess.max():.3g} more than allowed"
-    assert got.isfinite().all()
-
-
-@pytest.mark.parametrize("weight", ["none", "wide", "narrow"])
+@pytest.mark.parametrize("weight", WEIGHTS)
 @both_kernels
 @all_kinds
 @all_dtypes
 def test_value_and_gradients(dtype, kind, kernel, weight):
-    """With u the unit of the compute dtype: values within 3u of |x|, gates within 8u, weights within 8u of the sum."""
-    forward, backward = KERNELS[kernel]
-    unit = torch.finfo(compute_dtype(dtype)).eps
-    for rows, width in ((1, 1), (3, 7), (5, 33), (2, 130), (0, 4), (3, 0)):
-        d_act_RF, hidden_RX, weight_R = make(kind, rows, width, dtype, weight)
-        value, d_gate, d_up, size = exact(kind, hidden_RX)
-        scale = torch.ones(rows, 1).double() if weight_R is None else weight_R.double().unsqueeze(1)
-        d_wide = d_act_RF.double()
-
-        act_RF = forward(hidden_RX, weight_R, kind)
-        assert_within(act_RF, value * scale, 3 * unit * (size * scale).abs(), dtype)
-
-        d_hidden_RX, again_RF, d_weight_R = backward(d_act_RF, hidden_RX, weight_R, kind)
-        assert torch.equal(again_RF, act_RF), "the backward pass computes the same bits again"
-        upstream = d_wide * scale
-        wanted = [upstream * d_gate] + ([] if d_up is None else [upstream * d_up])
-        slope = hidden_RX.double().chunk(2, -1)[1].abs() if kind == "swiglu" else torch.ones_like(upstream)
-        allowed = [8 * unit * upstream.abs() * slope]
-        if d_up is not None:
-            allowed.append(4 * unit * upstream.abs() * hidden_RX.double().chunk(2, -1)[0].abs())
-        assert_within(d_hidden_RX, torch.cat(wanted, -1), torch.cat(allowed, -1), dtype)
-        total = (d_wide.abs() * size).sum(-1)
-        assert_within(d_weight_R, (d_wide * value).sum(-1), 8 * unit * total, compute_dtype(dtype))
+    activations.check_values(*KERNELS[kernel], dtype, kind, weight)
 
 
-@pytest.mark.skipif(ops.kernel_status()[0] != "native", reason="torch's gelu loses the tail")
+@needs_native
 def test_native_kernels_keep_the_digits_of_small_values():
-    """Relative to the value itself, in float32: silu within 4 units everywhere, gelu within 64 down to -12."""
-    x = torch.linspace(-12, 12, 40001).unsqueeze(1)
+    """Relative to the value itself, in float32: silu within 4 units everywhere, gelu within 64 down to -12.
+
+    Torch's gelu loses the tail.
+    """
+    x = torch.linspace(-12, 12, 40001).unsqueeze(0)
     unit = torch.finfo(torch.float32).eps
     for kind, hidden, units in (("swiglu", torch.cat((x, torch.ones_like(x)), 1), 4), ("gelu", x, 64)):
         wanted = exact(kind, hidden)[0]
-        error = (ops.activate(hidden, None, kind).double() - wanted).abs()
-        assert (error <= units * unit * wanted.abs()).all()
+        act = inside_backward(x, hidden, None, kind)[1]
+        assert ((act.double() - wanted).abs() <= units * unit * wanted.abs()).all()
 
 
 @both_kernels
 @all_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_numbers_far_outside(dtype, kind, kernel):
-    """What exp cannot represent is 0 and not something that a large factor makes visible."""
-    forward, backward = KERNELS[kernel]
-    x = torch.tensor([-1e37, -1e30, -1e4, -200.0, -100.0, 100.0, 1e4, 1e30, 1e37]).to(dtype).unsqueeze(1)
-    hidden = torch.cat((x, torch.full_like(x, -2.0)), 1) if kind == "swiglu" else x
-    value, d_gate, d_up, _ = exact(kind, hidden)
-    ones = torch.ones_like(x)
-    d_hidden, act, d_weight = backward(ones, hidden, None, kind)
-    assert_within(forward(hidden, None, kind), value, 1e-6 * value.abs() + 1e-30, dtype)
-    assert_within(act, value, 1e-6 * value.abs() + 1e-30, dtype)
-    wanted = torch.cat((d_gate,) if d_up is None else (d_gate, d_up), 1)
-    assert_within(d_hidden, wanted, 1e-6 * wanted.abs() + 1e-30, dtype)
-    assert_within(d_weight, value[:, 0], 1e-6 * value[:, 0].abs() + 1e-30, compute_dtype(dtype))
+    activations.check_far_outside(*KERNELS[kernel], dtype, kind)
 
 
 @both_kernels
 @all_kinds
 @all_dtypes
 def test_what_is_not_a_number_stays_where_it_is(dtype, kind, kernel):
-    """NaN stays NaN and infinity is never made finite; neighbours are not touched."""
-    forward, backward = KERNELS[kernel]
-    d_act_RF, clean_RX, weight_R = make(kind, 4, 19, dtype, "wide")
-    hidden_RX = clean_RX.clone()
-    hidden_RX[1, 3], hidden_RX[2, 18] = math.nan, math.inf
-    act_RF, clean_RF = (forward(h, weight_R, kind) for h in (hidden_RX, clean_RX))
-    d_hidden_RX, _, d_weight_R = backward(d_act_RF, hidden_RX, weight_R, kind)
-    d_clean_RX, _, d_clean_R = backward(d_act_RF, clean_RX, weight_R, kind)
-    assert act_RF[1, 3].isnan()
-    assert not act_RF[2, 18].isfinite()
-    assert d_weight_R.isfinite().tolist() == [True, False, False, True]
-    if kind != "relu":  # the derivative of relu is 0 or 1, also there
-        assert d_hidden_RX[1, 3].isnan()
-    places = {(1, 3), (2, 18), *([(1, 22), (2, 37)] if kind == "swiglu" else [])}
-    for got, wanted in ((act_RF, clean_RF), (d_hidden_RX, d_clean_RX)):
-        for row, column in places & {(r, c) for r in range(4) for c in range(got.shape[1])}:
-            got[row, column] = wanted[row, column]
-        assert torch.equal(got, wanted)
-    assert torch.equal(d_weight_R[[0, 3]], d_clean_R[[0, 3]])
+    activations.check_what_is_not_a_number(KERNELS[kernel][1], dtype, kind)
 
 
 @all_kinds
@@ -160,8 +108,10 @@ def test_strides_do_not_matter():
     hidden, weight = wide[:, ::3], torch.randn(5, 2, dtype=torch.float64)[:, 1]
     d_act = torch.ones((), dtype=torch.float64).expand(5, 4)
     for one, other in zip(
-        KERNELS["chosen"][1](d_act, hidden, weight, "swiglu"),
-        KERNELS["chosen"][1](d_act.contiguous(), hidden.contiguous(), weight.contiguous(), "swiglu"),
+        torch.ops.epmoe.activate_backward(d_act, hidden, weight, "swiglu"),
+        torch.ops.epmoe.activate_backward(
+            d_act.contiguous(), hidden.contiguous(), weight.contiguous(), "swiglu"
+        ),
         strict=True,
     ):
         assert torch.equal(one, other)

@@ -8,8 +8,12 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from epmoe import ops
+from epmoe.ops.gemm import multiply, multiply_weight_grad
+from tests.unit.ops.helpers import plain
+from tests.unit.ops.twins import FLOATING
 
 D, F = 4, 3
 COUNTS = [[0], [5], [0, 0, 0], [2, 0, 3], [0, 4, 1]]
@@ -194,3 +198,101 @@ def test_opcheck(per_expert, weighted):
                 "test_aot_dispatch_static",
             ],
         )
+
+
+# ------------------------------------------------------------------------------------------- threads
+@pytest.fixture
+def threads():
+    """Sets the number of threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+SHARES = {
+    "one large, many small": [90] + [3, 0, 7] * 5,
+    "the large one last": [1] * 20 + [70],
+    "two large": [60, 2, 60, 1, 0],
+    "only small": [5] * 24,
+    "only one": [50],
+    "none has rows": [0] * 9,
+    "the first and the last have none": [0, 4, 9, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("counts", SHARES.values(), ids=SHARES)
+def test_any_number_of_threads_shares_the_experts_out(counts, dtype, threads):
+    """Large experts get all threads, small ones one each: every block is computed once, and those without rows too.
+
+    The same counts and threads give the same bits again, whoever computed what; other threads other sums.
+    """
+    rows, weight, w_in, w_out = make(counts, "swiglu", weighted=True, dtype=dtype)
+    given = (
+        rows,
+        weight.to(torch.promote_types(dtype, torch.float32)),
+        w_in,
+        w_out,
+        torch.tensor(counts),
+        None,
+    )
+    d_y = make(counts, "gelu", weighted=False, dtype=dtype)[0]
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in given]
+    y, hidden = plain("expert_ffn")(*wide, "swiglu")
+    needs = (True, True, True)
+    gradients = plain("expert_ffn_backward")(d_y.double(), *wide, hidden, "swiglu", *needs)
+    tolerance = 16 * torch.finfo(dtype).eps
+    for count in (1, 2, 4):
+        threads(count)
+        runs = []
+        for _ in range(3):
+            with torch.inference_mode():
+                y_RD, hidden_RX = torch.ops.epmoe.expert_ffn(*given, "swiglu")
+                backward = torch.ops.epmoe.expert_ffn_backward(d_y, *given, hidden_RX, "swiglu", *needs)
+            runs.append((y_RD, hidden_RX, *backward))
+        for one, wanted in zip(runs[0], (y, hidden, *gradients), strict=True):
+            scale = wanted.abs().max().item() if wanted.numel() else 1.0
+            torch.testing.assert_close(one.double(), wanted, rtol=0, atol=tolerance * scale)
+        for other in runs[1:]:
+            assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+def test_between_the_products_one_expert_takes_memory_and_not_all(threads):
+    """Of the activation, its gradient and that of the pre-activation only blocks of single experts exist."""
+    threads(1)
+    counts, width = [8] * 16, 2 * 64
+    rows, w_in, w_out = torch.randn(128, 8), torch.randn(16, 8, width), torch.randn(16, 64, 8)
+    given = (rows, None, w_in, w_out, torch.tensor(counts), None)
+    for name, arguments in (
+        ("expert_ffn", (*given, "swiglu")),
+        ("expert_ffn_backward", (rows, *given, torch.randn(128, width), "swiglu", True, False, False)),
+    ):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            outputs = getattr(torch.ops.epmoe, name)(*arguments)
+        taken = sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages())
+        kept = sum(output.nbytes for output in outputs)
+        assert taken <= kept + 4 * (8 * (width + 64) + 3 * 64), name
+
+
+# -------------------------------------------------------------------------------------------- products
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [[4, 4], [0, 3, 5], [0, 0]])
+def test_every_library_multiplies_alike(counts, dtype):
+    """Blocks of one size, blocks that are counted, and where they end: torch's grouped product runs here too."""
+    num_rows, num_local = sum(counts), len(counts)
+    generator = torch.Generator().manual_seed(0)
+    rows, out = (torch.randn(num_rows, width, generator=generator).to(dtype) for width in (8, 16))
+    weight = torch.randn(num_local, 8, 16, generator=generator).to(dtype)
+    blocks, d_blocks = rows.double().split(counts), out.double().split(counts)
+    wanted = torch.cat([b @ w.double() for b, w in zip(blocks, weight, strict=True)])
+    d_wanted = torch.stack([b.t() @ d for b, d in zip(blocks, d_blocks, strict=True)])
+    ways = [counts]
+    if len(set(counts)) == 1:
+        ways.append(counts[0])
+    if dtype == torch.bfloat16 and num_rows:
+        ways.append(torch.tensor(counts).cumsum(0, dtype=torch.int32))
+    for way in ways:
+        limit = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(multiply(rows, weight, way).double(), wanted, rtol=limit, atol=limit)
+        got = multiply_weight_grad(rows, out, num_local, way)
+        torch.testing.assert_close(got.double(), d_wanted, rtol=limit, atol=2 * limit)

@@ -6,6 +6,7 @@ Without native kernels the first two are the same.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -26,6 +27,7 @@ SPECIAL = st.sampled_from(
     [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1.0 + 2**-23, -3.5, 1e30, -1e30, 1e-40, 80.0]
 )
 EXACT = 1e-12
+NEEDS = list(itertools.product([False, True], repeat=3))
 
 
 def agree(name, arguments, near=assert_near):
@@ -278,52 +280,27 @@ def blocks(draw_from):
 
 
 @settings(max_examples=250, deadline=None)
-@given(blocks())
-def test_grouped_gemm(arguments):
-    rows_RD, weight_LDF, counts_L, d_out_RF = arguments
-    expert_R = [expert for expert, count in enumerate(counts_L.tolist()) for _ in range(count)]
-    exact_RF, terms_RF = torch.zeros(2, *d_out_RF.shape, dtype=torch.float64)
-    exact_LDF, terms_LDF = torch.zeros(2, *weight_LDF.shape, dtype=torch.float64)
-    for row, expert in enumerate(expert_R):
-        products_DF = rows_RD[row].double().unsqueeze(1) * weight_LDF[expert].double()
-        exact_RF[row], terms_RF[row] = products_DF.sum(0), products_DF.abs().sum(0)
-        outer_DF = rows_RD[row].double().unsqueeze(1) * d_out_RF[row].double()
-        exact_LDF[expert] += outer_DF
-        terms_LDF[expert] += outer_DF.abs()
-    (out_RF,) = agree("grouped_gemm", (rows_RD, weight_LDF, counts_L))
-    compute = torch.promote_types(rows_RD.dtype, torch.float32)
-    assert_within(out_RF, exact_RF, terms_RF, compute)
-    (d_weight_LDF,) = agree("grouped_gemm_weight_grad", (rows_RD, d_out_RF, counts_L))
-    assert_within(d_weight_LDF, exact_LDF, terms_LDF, compute)
-
-
-@settings(max_examples=100, deadline=None)
-@given(blocks(), st.sampled_from(ops.ACTIVATIONS), st.booleans(), st.booleans())
-def test_activations_and_experts_in_any_memory_order(arguments, kind, weighted, even):
-    """Values are tested elsewhere; here the same numbers in another order in memory."""
-    rows_RD, w_in_LDX, counts_L, d_out_RF = arguments
+@given(blocks(), st.sampled_from(ops.ACTIVATIONS), st.booleans(), st.booleans(), st.sampled_from(NEEDS))
+def test_experts(arguments, kind, weighted, even, needs):
+    """The values of activations are tested elsewhere; here the native kernel and the plain one, in any memory order."""
+    rows_RD, w_in_LDX, counts_L, hidden_RX = arguments
     if kind == "swiglu":
-        w_in_LDX, d_out_RF = torch.cat((w_in_LDX, w_in_LDX), 2), torch.cat((d_out_RF, d_out_RF), 1)
-    num_rows, dtype = d_out_RF.shape[0], rows_RD.dtype
-    weight_R = laid_out(randn(1, num_rows), "strided") if weighted else None
-    hidden_RX = laid_out(d_out_RF, "transposed")
-    (act_RF,) = agree("activate", (hidden_RX, weight_R, kind), near_in_sums)
-    d_act_RF = laid_out(randn(2, *act_RF.shape, dtype=dtype), "transposed")
-    agree("activate_backward", (d_act_RF, hidden_RX, weight_R, kind), near_in_sums)
+        w_in_LDX, hidden_RX = torch.cat((w_in_LDX, w_in_LDX), 2), torch.cat((hidden_RX, hidden_RX), 1)
+    (num_rows, columns), dtype = hidden_RX.shape, rows_RD.dtype
+    width = columns // (2 if kind == "swiglu" else 1)
+    w_out_LFD = laid_out(randn(3, len(counts_L), width, 3, dtype=dtype), "offset")
     even = even and len(set(counts_L.tolist())) == 1
-    w_out_LFD = randn(3, len(counts_L), act_RF.shape[1], rows_RD.shape[1], dtype=dtype)
     more = (
-        weight_R,
+        laid_out(randn(1, num_rows), "strided") if weighted else None,
         w_in_LDX,
-        laid_out(w_out_LFD, "offset"),
+        w_out_LFD,
         counts_L,
         int(counts_L[0]) if even else None,
-        kind,
     )
-    moved_y, moved_hidden = agree("expert_ffn", (rows_RD, *more), assert_same_bits)
-    y_RD, hidden_RX = call("expert_ffn", rows_RD.clone(memory_format=torch.contiguous_format), *more)
-    near_in_sums(moved_y, y_RD)
-    near_in_sums(moved_hidden, hidden_RX)
+    agree("expert_ffn", (rows_RD, *more, kind), near_in_sums)
+    hidden_RX = laid_out(hidden_RX, "transposed")
+    d_y_RD = laid_out(randn(2, num_rows, 3, dtype=dtype), "transposed")
+    agree("expert_ffn_backward", (d_y_RD, rows_RD, *more, hidden_RX, kind, *needs), near_in_sums)
 
 
 def near_in_sums(one, other):

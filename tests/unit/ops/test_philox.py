@@ -71,6 +71,7 @@ def test_streams_are_the_agreed_numbers():
         3,
         4,
     )
+    assert (philox.PRIORITY, philox.SMOOTHING, philox.PROBE) == (5, 6, 7)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,6 @@ VARIANTS = [
     ("combine", {"weight": None}),
     ("combine_backward", {}),
     ("combine_backward", SOME),
-    ("grouped_gemm", {}),
-    ("grouped_gemm_weight_grad", {}),
 ]
 ACTIVATION_VARIANTS = [
     ("activate", {}),
@@ -39,8 +37,13 @@ ACTIVATION_VARIANTS = [
     ("activate_backward", {"d_act": randn(8, 4, 6), "weight": None, "kind": "gelu"}),
     ("expert_ffn", {}),
     ("expert_ffn", {"rows_per_expert": 2, "weight": None}),
+    ("expert_ffn_backward", {}),
+    (
+        "expert_ffn_backward",
+        {"rows_per_expert": 2, "weight": None, "needs_rows": False, "needs_w_out": False},
+    ),
 ]
-DIFFERENTIABLE = ("route_topk", "permute", "combine", "activate", "grouped_gemm", "expert_ffn")
+DIFFERENTIABLE = ("route_topk", "permute", "combine", "activate", "expert_ffn")
 
 
 def named(value):
@@ -69,13 +72,14 @@ def test_opcheck(name, change):
 
 def without_rows(name, arguments):
     """No tokens and no rows; experts stay, with nothing to do."""
-    if name.startswith("grouped_gemm"):
-        rows, other, counts = arguments
-        return rows[:0], other if name == "grouped_gemm" else other[:0], torch.zeros_like(counts)
-    if name == "expert_ffn":
-        rows, weight, w_in, w_out, counts, each, activation = arguments
-        weight = None if weight is None else weight[:0]
-        return rows[:0], weight, w_in, w_out, counts * 0, None if each is None else 0, activation
+    if name.startswith("expert_ffn"):
+        keep = dict(zip(small(name), arguments, strict=True))
+        gone = {
+            key: keep[key][:0] for key in ("d_y", "rows", "weight", "hidden") if keep.get(key) is not None
+        }
+        each = None if keep["rows_per_expert"] is None else 0
+        counts = keep["tokens_per_expert"] * 0
+        return tuple((keep | gone | {"tokens_per_expert": counts, "rows_per_expert": each}).values())
     return tuple(a[:0] if torch.is_tensor(a) else a for a in arguments)
 
 
@@ -106,7 +110,7 @@ def test_moves_have_second_derivatives():
         assert gradgradcheck(lambda x: ops.permute(x, token), x)
 
 
-@pytest.mark.parametrize("name", ["route_topk", "combine", "activate", "grouped_gemm", "expert_ffn"])
+@pytest.mark.parametrize("name", ["route_topk", "combine", "activate", "expert_ffn"])
 def test_second_derivatives_that_do_not_exist_are_refused(name):
     """Not taken for zero with a warning, as PyTorch would."""
     arguments = double(name, PLAIN if name == "route_topk" else {})
@@ -118,7 +122,7 @@ def test_second_derivatives_that_do_not_exist_are_refused(name):
         sum(g.pow(2).sum() for g in gradients).backward()
 
 
-def moe(logits_TE, x_TD, weight_EDF):
+def moe(logits_TE, x_TD, w_in_EDF, w_out_EFD):
     """A layer's operators from logits to output, without capacity."""
     (tokens, experts), top_k = logits_TE.shape, 2
     valid_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
@@ -129,14 +133,15 @@ def moe(logits_TE, x_TD, weight_EDF):
     _, demand_GE = ops.assign_slots(expert_A, expert_A * 0, active_TK.flatten(), 1, experts, ops.DROPLESS)
     order_A = expert_A.argsort(stable=True)
     token_A = order_A // top_k
-    rows_AF = ops.grouped_gemm(ops.permute(x_TD, token_A), weight_EDF, demand_GE[0])
-    return ops.combine(rows_AF, weights_TK.flatten().index_select(0, order_A), token_A, tokens)
+    rows_AD = ops.permute(x_TD, token_A)
+    rows_AD, _ = ops.expert_ffn(rows_AD, None, w_in_EDF, w_out_EFD, demand_GE[0], None, "relu")
+    return ops.combine(rows_AD, weights_TK.flatten().index_select(0, order_A), token_A, tokens)
 
 
 def test_compiles_into_one_graph_for_any_number_of_tokens():
     compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (6, 9):
-        inputs = [randn(tokens, tokens, 3), randn(1, tokens, 4), randn(2, 3, 4, 5)]
+        inputs = [randn(tokens, tokens, 3), randn(1, tokens, 4), randn(2, 3, 4, 5), randn(3, 3, 5, 4)]
         results = []
         for function in (moe, compiled):
             leaves = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -155,14 +160,18 @@ AUTOCAST = [
     ("combine", {"rows": torch.ones(4, 3).bfloat16()}, ["bfloat16"]),
     ("combine_backward", {"weight": torch.ones(4).double()}, ["float32", "float64"]),
     ("activate", {}, ["float32"]),
-    ("grouped_gemm", {}, ["bfloat16"]),
-    ("grouped_gemm", {"weight": torch.ones(2, 3, 5).half()}, ["bfloat16"]),
+    ("expert_ffn", {}, ["bfloat16", "bfloat16"]),
+    ("expert_ffn", {"w_in": torch.ones(2, 3, 10).half()}, ["bfloat16", "bfloat16"]),
     (
-        "grouped_gemm",
-        {"rows": torch.ones(4, 3).double(), "weight": torch.ones(2, 3, 5).double()},
-        ["float64"],
+        "expert_ffn",
+        {
+            "rows": torch.ones(4, 3).double(),
+            "w_in": torch.ones(2, 3, 10).double(),
+            "w_out": torch.ones(2, 5, 3).double(),
+        },
+        ["float64", "float64"],
     ),
-    ("grouped_gemm_weight_grad", {}, ["float32"]),
+    ("expert_ffn_backward", {}, ["float32"] * 4),
 ]
 
 
@@ -175,13 +184,13 @@ def test_autocast_casts_the_expert_gemm_only(name, change, dtypes):
 
 
 def test_autocast_leaves_gradients_in_the_dtype_of_their_tensors():
-    leaves = [randn(0, 4, 3), randn(1, 4, 6), randn(2, 3, 6, 5)]
+    leaves = [randn(0, 4, 3), randn(1, 4, 6), randn(2, 3, 6, 5), randn(3, 3, 5, 6)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     with torch.autocast("cpu", torch.bfloat16):
         y_TD = moe(*leaves)
     assert y_TD.dtype == torch.bfloat16
     gradients = torch.autograd.grad(y_TD.float().sum(), leaves)
-    assert [g.dtype for g in gradients] == [torch.float32] * 3
+    assert [g.dtype for g in gradients] == [torch.float32] * 4
 
 
 def test_kernel_status_names_what_runs():

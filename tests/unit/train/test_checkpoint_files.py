@@ -41,8 +41,8 @@ def _write(rank: int, folder: Path) -> None:
     mesh = build_mesh(start("cpu", 20), 2)
     for step in (1, 2):
         model = tiny_model(mesh)
-        optimizer = trained(model, mesh, step)
-        save_checkpoint(folder, model=model, optimizer=optimizer, mesh=mesh, record=record(step), keep=3)
+        engine = trained(model, mesh, step)
+        save_checkpoint(folder, model=model, engine=engine, mesh=mesh, record=record(step), keep=3)
 
 
 @pytest.fixture(scope="module")

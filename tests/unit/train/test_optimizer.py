@@ -28,7 +28,7 @@ DECAYED = {
 
 def _make(model: nn.Module, **settings: Any) -> tuple[Optimizer, Gradients]:
     gradients = Gradients(model.named_parameters(), NO_GROUPS)
-    return Optimizer(OptimizerConfig(**settings), model, gradients), gradients
+    return Optimizer(OptimizerConfig(**settings), model, gradients.views), gradients
 
 
 def _fill(gradients: Gradients, step: int) -> dict[str, Tensor]:

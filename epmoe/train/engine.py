@@ -1,0 +1,132 @@
+"""Where gradients and optimizer state live: what the trainer asks of an engine, and the native engine.
+
+The trainer keeps the data, the objective, what all ranks agree on, the decision about a step that is not finite, and
+the learning rate; ``epmoe.train.setup.build_engine`` chooses the engine. The objective is divided by the token count
+of all ranks, so an engine sums gradients over ranks and never averages them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from epmoe.config import OptimizerConfig
+from epmoe.parallel.gradients import Gradients
+from epmoe.parallel.mesh import ExpertMesh, is_stacked
+from epmoe.parallel.norm import global_norm, scale
+from epmoe.train.optimizer import Optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What this rank holds of a tensor: rows of its dim 0, in place. All of them where every rank holds the same."""
+
+    local: Tensor
+    first_row: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+class Engine(Protocol):
+    """Gradients and optimizer state of a model. Every method but the last four is called on all ranks alike."""
+
+    def zero(self) -> None:
+        """Forgets the gradients; the start of an optimizer step."""
+
+    def backward(self, objective: Tensor) -> None:
+        """Adds the gradient of a micro-batch's objective (a scalar) to those of the step so far."""
+
+    def reduce(self) -> None:
+        """Ends the accumulation: every gradient is then its sum over all ranks, zero where nobody touched it."""
+
+    def norm(self) -> Tensor:
+        """L2 norm of the whole model's reduced gradient -> float64 scalar, the same bits on every rank."""
+
+    def clip(self, coefficient: Tensor) -> None:
+        """Multiplies every gradient by the coefficient, the same on all ranks."""
+
+    def step(self, lr: float) -> None:
+        """One update of the weights at a learning rate."""
+
+    def gradients(self) -> dict[str, Part]:
+        """This rank's part of every gradient, by the parameter's name."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model, in place: masters where there are some, else parameters and buffers.
+
+        A tensor of which this rank holds rows is a DTensor, or this rank's stacked experts.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors as ``<parameter name>.exp_avg`` and so on, in place and as ``weights`` has them."""
+
+    def publish(self) -> None:
+        """Tells the model what was read into ``weights``."""
+
+
+class NativeEngine:
+    """Dense weights on every rank, experts on their owners; gradients in flat buffers, one all-reduce for each.
+
+    Args:
+        config: The ``optimizer`` section.
+        model: With this rank's experts; the parameters that require gradients are trained.
+        mesh: Who shares experts with whom.
+    """
+
+    def __init__(self, config: OptimizerConfig, model: nn.Module, mesh: ExpertMesh) -> None:
+        self._mesh = mesh
+        self._gradients = Gradients(model.named_parameters(), mesh)
+        self._optimizer = Optimizer(config, model, self._gradients.views)
+
+    def zero(self) -> None:
+        """Sets every gradient to zero."""
+        self._gradients.zero()
+
+    def backward(self, objective: Tensor) -> None:
+        """Adds to the buffers; nothing travels."""
+        objective.backward()
+
+    def reduce(self) -> None:
+        """Dense gradients are summed over the world, those of experts over the ranks that hold the same ones."""
+        self._gradients.reduce()
+
+    def norm(self) -> Tensor:
+        """One small gather over the ep group."""
+        dense = [bucket.flat for bucket in self._gradients.dense]
+        experts = [bucket.flat for bucket in self._gradients.experts]
+        device = self._gradients.flats[0].device
+        return global_norm(dense, experts, self._mesh.ep_group, device)
+
+    def clip(self, coefficient: Tensor) -> None:
+        """Scales the buffers."""
+        scale(self._gradients.flats, coefficient)
+
+    def step(self, lr: float) -> None:
+        """AdamW or SGD, then masters are rounded into the parameters."""
+        self._optimizer.step(lr)
+
+    def gradients(self) -> dict[str, Part]:
+        """Views of the buffers."""
+        return {name: expert_part(name, view, self._mesh) for name, view in self._gradients.views.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """See ``Engine``."""
+        return self._optimizer.weights()
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Engine``."""
+        return self._optimizer.state()
+
+    def publish(self) -> None:
+        """Rounds the masters into the parameters."""
+        self._optimizer.publish()
+
+
+def expert_part(name: str, tensor: Tensor, mesh: ExpertMesh) -> Part:
+    """The part of a tensor that a rank holds which keeps dense tensors whole and its own experts stacked."""
+    shape = tuple(tensor.shape)
+    if not is_stacked(name, tensor):
+        return Part(local=tensor, first_row=0, shape=shape)
+    return Part(local=tensor, first_row=mesh.ep_rank * shape[0], shape=(mesh.ep_size * shape[0], *shape[1:]))
