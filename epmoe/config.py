@@ -403,8 +403,13 @@ class TrainConfig(Section):
     """Sequences per optimizer step over all ranks."""
     micro_batch_size: Positive | None = None
     """Sequences per rank and forward pass; null = global_batch_size / ranks (no accumulation)."""
-    precision: Literal["fp32", "bf16_autocast", "bf16_params", "fp64"] = "fp32"
-    """fp64 is for proofs, not for speed."""
+    precision: Literal["fp32", "bf16_autocast", "bf16_params", "fp16_autocast", "fp64"] = "fp32"
+    """fp64 is for proofs, not for speed. fp16_autocast multiplies the loss by a factor that follows the gradients."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What a block does not keep for its backward pass: nothing is left out; what is cheap to make again; all but its
+    input and what its router decided. The gradients are the same."""
+    compile: bool = False
+    """Compile the blocks for training with torch.compile, which takes its time in the first step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop cleanly, with checkpoint and final evaluation, after this long; the schedule still counts ``steps``."""

@@ -64,6 +64,8 @@ class RouterOptions(Section):
     """Why no auxiliary loss can do anything to this router; None if one can."""
     no_capacity: ClassVar[str | None] = None
     """Why ``moe.capacity_factor`` means nothing to this router; None if it does."""
+    decides_on_host: ClassVar[bool] = False
+    """The decision is taken on the CPU, so that no compiler can make one graph of the layer."""
     without: ClassVar[tuple[str, ...]] = ()
     """Options of every router that mean nothing to this one, and are refused."""
 
@@ -396,6 +398,7 @@ class BaseOptions(RouterOptions):
     name: Literal["base"] = "base"
 
     fixed_top_k: ClassVar[int | None] = 1
+    decides_on_host: ClassVar[bool] = True
     balance_count: ClassVar[Literal["top1", "all"]] = "top1"
     default_losses: ClassVar[Mapping[str, float] | None] = {}
 

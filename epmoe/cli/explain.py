@@ -9,7 +9,7 @@ from epmoe.data.tokenizer import padded_vocab_size
 from epmoe.errors import DataError
 from epmoe.models.sizes import count_parameters, flops_per_token
 
-STATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 4, "fp64": 8}
+STATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16_params": 4, "fp16_autocast": 4, "fp64": 8}
 """Per parameter and tensor: weight or master, gradient and each of Adam's moments."""
 
 

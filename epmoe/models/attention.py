@@ -16,6 +16,7 @@ from epmoe.config import ModelConfig
 from epmoe.errors import EpmoeError
 from epmoe.models.accelerators import HALF, Accelerators
 from epmoe.models.layers import Linear, RMSNorm
+from epmoe.moe.recompute import Remake, plain
 from epmoe.types import compute_dtype
 
 
@@ -155,11 +156,17 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_size, config.norm_eps, accelerators.rms_norm)
             self.k_norm = RMSNorm(config.head_size, config.norm_eps, accelerators.rms_norm)
 
-    def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> Tensor:
-        """x ``[B, S, D]`` -> ``[B, S, D]``."""
-        query_BHQP = self._heads(self.q_proj(x_BSD), self.q_norm)
-        key_BJMP = self._heads(self.k_proj(x_BSD), self.k_norm)
-        value_BJMP = self._heads(self.v_proj(x_BSD), None)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        inputs: AttentionInputs,
+        cache: KVCache | None = None,
+        remake: Remake = plain,
+    ) -> Tensor:
+        """x ``[B, S, D]`` -> ``[B, S, D]``; ``remake`` computes what need not be kept."""
+        query_BHQP = self._heads(self.q_proj(x_BSD, remake), self.q_norm)
+        key_BJMP = self._heads(self.k_proj(x_BSD, remake), self.k_norm)
+        value_BJMP = self._heads(self.v_proj(x_BSD, remake), None)
         query_BHQP = apply_rotary(query_BHQP, inputs.cos_QP, inputs.sin_QP)
         key_BJMP = apply_rotary(key_BJMP, inputs.cos_QP, inputs.sin_QP)
         if cache is not None:

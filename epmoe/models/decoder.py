@@ -24,11 +24,15 @@ Expert matrices are stored ``[in, out]``, the transpose of theirs; every other m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from epmoe.config import ModelConfig, MoEConfig, causality_problem
 from epmoe.errors import ConfigError, EpmoeError
@@ -39,7 +43,12 @@ from epmoe.models.layers import Embedding, KeyedDropout, Linear, RMSNorm, SwiGLU
 from epmoe.models.sizes import expert_width, is_moe_layer
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.layer import MoELayer
+from epmoe.moe.recompute import CheapTensors, Remake, Replay, plain
 from epmoe.types import RouterReport, TokenContext
+
+Recompute = Literal["none", "selective", "full"]
+"""Keep everything; keep all but what is cheap to make again; keep the input and what was decided."""
+BlockFunction = Callable[..., tuple[Tensor, RouterReport | None]]
 
 
 class Block(nn.Module):
@@ -77,22 +86,63 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(model.d_model, model.d_ff)
         self.ffn_dropout = KeyedDropout(model.dropout, site=2 * layer + 2, seed=seed)
+        self.recompute: Recompute = "none"
+        """What a training pass does not keep for its backward pass."""
+        self.compiled: BlockFunction | None = None
+        """``run`` for training passes, if they are compiled."""
 
     def forward(
         self, x_BSD: Tensor, inputs: AttentionInputs, ctx: TokenContext | None, cache: KVCache | None
     ) -> tuple[Tensor, RouterReport | None]:
         """x ``[B, S, D]`` -> ``[B, S, D]`` and, from an MoE block, the router's report."""
-        mixed_BSD = self.attention(self.attention_norm(x_BSD), inputs, cache)
-        x_BSD = x_BSD + self.attention_dropout(mixed_BSD, ctx)
-        out_BSD, report = self._feed_forward(self.ffn_norm(x_BSD), ctx)
-        return x_BSD + self.ffn_dropout(out_BSD, ctx), report
+        if not (self.training and torch.is_grad_enabled()) or cache is not None:
+            return self.run(x_BSD, inputs, ctx, cache)
+        run = self.compiled or self.run
+        if self.recompute == "full":
+            # Draws are keyed, so that there is no state of a generator to bring back.
+            return checkpoint(  # type: ignore[no-any-return]
+                run, x_BSD, inputs, ctx, None, Replay(), use_reentrant=False, preserve_rng_state=False
+            )
+        if self.recompute == "selective" and self.compiled is None:
+            with CheapTensors() as remake:
+                return run(x_BSD, inputs, ctx, None, None, remake)
+        return run(x_BSD, inputs, ctx, None)
 
-    def _feed_forward(self, x_BSD: Tensor, ctx: TokenContext | None) -> tuple[Tensor, RouterReport | None]:
+    def run(
+        self,
+        x_BSD: Tensor,
+        inputs: AttentionInputs,
+        ctx: TokenContext | None,
+        cache: KVCache | None = None,
+        replay: Replay | None = None,
+        remake: Remake = plain,
+    ) -> tuple[Tensor, RouterReport | None]:
+        """What ``forward`` returns, computed once."""
+        x_BSD, normed_BSD = self.attend(x_BSD, inputs, ctx, cache, remake)
         if self.ffn is not None:
-            return self.ffn(x_BSD), None
+            return self.add(x_BSD, self.ffn(normed_BSD, remake), ctx), None
         assert self.moe is not None  # the constructor sets one of the two
-        moe_out: tuple[Tensor, RouterReport] = self.moe(x_BSD, ctx, self.shared)
-        return moe_out
+        beside = None if self.shared is None else partial(self.shared, remake=remake)
+        out_BSD, report = self.moe(normed_BSD, ctx, beside, replay, remake)
+        return self.add(x_BSD, out_BSD, ctx), report
+
+    def attend(
+        self,
+        x_BSD: Tensor,
+        inputs: AttentionInputs,
+        ctx: TokenContext | None,
+        cache: KVCache | None = None,
+        remake: Remake = plain,
+    ) -> tuple[Tensor, Tensor]:
+        """What comes before the experts: the residual stream after attention, and its norm."""
+        mixed_BSD = self.attention(remake(self.attention_norm, x_BSD), inputs, cache, remake)
+        x_BSD = x_BSD + self.attention_dropout(mixed_BSD, ctx)
+        return x_BSD, remake(self.ffn_norm, x_BSD)
+
+    def add(self, x_BSD: Tensor, out_BSD: Tensor, ctx: TokenContext | None) -> Tensor:
+        """What comes after the feed-forward part: its result into the residual stream."""
+        left_BSD: Tensor = self.ffn_dropout(out_BSD, ctx)
+        return x_BSD + left_BSD
 
 
 class Decoder(nn.Module):

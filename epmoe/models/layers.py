@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from epmoe.errors import EpmoeError
 from epmoe.models.accelerators import RMSNormFunction
+from epmoe.moe.recompute import Remake, plain
 from epmoe.ops import philox
 from epmoe.types import TokenContext, compute_dtype
 
@@ -17,6 +18,13 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x_X: Tensor, remake: Remake = plain) -> Tensor:
+        """x ``[..., in]`` -> ``[..., out]``. Autocast's copy of x in another dtype is a matter for ``remake`` too."""
+        device_type = x_X.device.type
+        if remake is not plain and torch.is_autocast_enabled(device_type) and x_X.dtype != torch.float64:
+            x_X = remake(Tensor.to, x_X, torch.get_autocast_dtype(device_type))
+        return super().forward(x_X)
 
     def reset_parameters(self) -> None:
         """Does nothing, so that building a model neither costs a draw nor moves torch's global generator."""
@@ -66,11 +74,15 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(d_model, d_ff)
         self.down_proj = Linear(d_ff, d_model)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """x ``[B, S, D]`` -> ``[B, S, D]``."""
-        hidden_BSF = F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)
-        out_BSD: Tensor = self.down_proj(hidden_BSF)
+    def forward(self, x_BSD: Tensor, remake: Remake = plain) -> Tensor:
+        """x ``[B, S, D]`` -> ``[B, S, D]``; ``remake`` computes what need not be kept."""
+        hidden_BSF = remake(_gated, self.gate_proj(x_BSD, remake), self.up_proj(x_BSD, remake))
+        out_BSD: Tensor = self.down_proj(hidden_BSF, remake)
         return out_BSD
+
+
+def _gated(gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
+    return F.silu(gate_BSF) * up_BSF
 
 
 class KeyedDropout(nn.Module):

@@ -26,9 +26,20 @@ class Dispatcher(Protocol):
     """
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
-        """Sends every kept assignment's row to its expert."""
+        """Sends every kept assignment's row to its expert.
+
+        Args:
+            plan: That of the same routing from before: nothing is planned, and no counts are exchanged.
+        """
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         """Brings the experts' rows back and sums them per token with the routing weights -> ``[T, D]``."""
@@ -52,11 +63,19 @@ class LocalDispatcher:
         self.weigh_rows = weigh_rows
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
         """Rows in ascending expert order."""
-        slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
-        plan = plan_local(routing, slots)  # the one device-to-host copy
+        if plan is None:
+            slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+            plan = plan_local(routing, slots)  # the one device-to-host copy
         batch = ExpertBatch(
             rows_RD=permute(x_TD, plan.token_N),
             tokens_per_expert_L=plan.tokens_per_expert_E,
@@ -87,14 +106,22 @@ class AllToAllDispatcher:
         self.spread = Spread(num_ranks=exchange.num_ranks, num_parts=max(num_parts, 1))
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
         """Rows to the ranks that hold their experts, there in ascending local expert order."""
-        slots = plan_slots(
-            routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
-        )
-        counts_SWL = exchange_counts(self.exchange, slots.tokens_per_expert_E)
-        plan = plan_exchange(routing, slots, counts_SWL, self.spread)  # the one device-to-host copy
+        if plan is None:
+            slots = plan_slots(
+                routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
+            )
+            counts_SWL = exchange_counts(self.exchange, slots.tokens_per_expert_E)
+            plan = plan_exchange(routing, slots, counts_SWL, self.spread)  # the one device-to-host copy
         rows_ND = permute(x_TD, plan.token_N)
         weight_N1 = _weights(routing, plan) if self.weigh_rows else None
         return to_experts(self.exchange, rows_ND, weight_N1, plan.parts, overlap=self.overlap), plan
@@ -131,17 +158,25 @@ class PaddedDispatcher:
         self.ragged, self.overlap, self.spread = ragged, ragged.overlap, ragged.spread
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, group_size: int, capacity: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        group_size: int,
+        capacity: int,
+        plan: DispatchPlan | None = None,
     ) -> tuple[ExpertBatch | Pipeline, DispatchPlan]:
         """The blocks of this rank's experts, one expert after the other, in each the ranks in ascending order."""
         if capacity == DROPLESS:
             return self.ragged.dispatch(
-                x_TD, routing, num_experts=num_experts, group_size=group_size, capacity=capacity
+                x_TD, routing, num_experts=num_experts, group_size=group_size, capacity=capacity, plan=plan
             )
-        plan = plan_padded(
-            routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
-        )
-        plan = replace(plan, parts=self.parts(num_experts, plan.token_N))
+        if plan is None:
+            plan = plan_padded(
+                routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
+            )
+            plan = replace(plan, parts=self.parts(num_experts, plan.token_N))
         weight_N1 = _weights(routing, plan) if self.weigh_rows else None
         return self.send_blocks(permute(x_TD, plan.token_N), plan.parts, weight_N1), plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from epmoe.config_routers import SmoothingOptions
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
+from epmoe.moe.recompute import Remake, Replay, kept, plain
 from epmoe.moe.router import Router
 from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.smoothing import noisy_copy
-from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
+from epmoe.types import DispatchPlan, RouterInputs, RouterReport, Routing, TokenContext
 
 UNREDUCED = (
     "the experts of this layer are spread over ranks, and nobody sums their gradients over the ranks that hold the "
@@ -54,6 +56,8 @@ class MoELayer(nn.Module):
         x_BSD: Tensor,
         ctx: TokenContext | None = None,
         beside: Callable[[Tensor], Tensor] | None = None,
+        replay: Replay | None = None,
+        remake: Remake = plain,
     ) -> tuple[Tensor, RouterReport]:
         """Routes, dispatches, computes, combines.
 
@@ -61,9 +65,12 @@ class MoELayer(nn.Module):
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
             beside: Computed from x_BSD too, while rows travel if the dispatcher overlaps, and added to the result.
+            replay: For a pass that will be recomputed: an empty one, which the second pass gets again.
+            remake: Computes what need not be kept for the backward pass.
 
         Returns:
-            y_BSD (as wide as the experts' outputs) and the report with losses (differentiable sums) and metrics.
+            y_BSD (as wide as the experts' outputs) and the report with losses (differentiable sums) and metrics; in a
+            second pass an empty report.
 
         Raises:
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
@@ -75,9 +82,11 @@ class MoELayer(nn.Module):
         ctx = ctx or TokenContext()
         copies = self.copies(x_BSD, ctx)
         if self.rerouted:
-            y_BSD, report = _mean([self._chain(copy_BSD, (copy_BSD,), ctx, None) for copy_BSD in copies])
+            replays = repeat(None) if replay is None else replay.of_copies()
+            pairs = zip(copies, replays, strict=False)
+            y_BSD, report = _mean([self._chain(copy, (copy,), ctx, None, own, remake) for copy, own in pairs])
             return y_BSD if beside is None else y_BSD + beside(x_BSD), report
-        return self._chain(x_BSD, copies, ctx, beside)
+        return self._chain(x_BSD, copies, ctx, beside, replay, remake)
 
     def _chain(
         self,
@@ -85,10 +94,17 @@ class MoELayer(nn.Module):
         copies: Iterable[Tensor],
         ctx: TokenContext,
         beside: Callable[[Tensor], Tensor] | None,
+        replay: Replay | None,
+        remake: Remake,
     ) -> tuple[Tensor, RouterReport]:
         """The mean output of copies of the input that all go where the input goes, plus what is computed beside."""
-        routing = self.route(x_BSD, ctx)
         group_size, capacity = self.group_and_capacity(x_BSD)
+        inputs = self._router_inputs(x_BSD, ctx, remake)
+        routing, plan = (None, None) if replay is None else (replay.routing, replay.plan)
+        again = routing is not None
+        if routing is None:
+            with kept(replay):
+                routing = self.router.decide(inputs)
         outputs, beside_BSD = [], None
         for copy_BSD in copies:
             batch, plan = self.dispatcher.dispatch(
@@ -97,21 +113,36 @@ class MoELayer(nn.Module):
                 num_experts=self.moe.num_experts,
                 group_size=group_size,
                 capacity=capacity,
+                plan=plan,
             )
             if beside is not None and beside_BSD is None:
                 beside_BSD = beside(x_BSD)
             outputs.append(self.dispatcher.combine(self.experts(batch), routing, plan))
         y_BSD = mean_of(outputs).to(x_BSD.dtype).unflatten(0, x_BSD.shape[:2])
-        report = self.report(routing, plan, ctx, x_BSD.shape[1])
-        return y_BSD if beside_BSD is None else y_BSD + beside_BSD, report
+        if beside_BSD is not None:
+            y_BSD = y_BSD + beside_BSD
+        if again:
+            return y_BSD, RouterReport(losses={}, metrics={})
+        assert plan is not None  # there is a copy
+        if replay is not None:
+            replay.remember(routing, plan)
+        with kept(replay):
+            return y_BSD, self.report(routing, plan, ctx, x_BSD.shape[1])
 
     def route(self, x_BSD: Tensor, ctx: TokenContext) -> Routing:
         """The router's decision. Arguments as for ``forward``."""
+        return self.router.decide(self._router_inputs(x_BSD, ctx, plain))
+
+    def _router_inputs(self, x_BSD: Tensor, ctx: TokenContext, remake: Remake) -> RouterInputs:
         group_size, capacity = self.group_and_capacity(x_BSD)
-        routing: Routing = self.router(
-            x_BSD.flatten(0, 1), ctx, seq_len=x_BSD.shape[1], group_size=group_size, capacity=capacity
+        return self.router.inputs(
+            x_BSD.flatten(0, 1),
+            ctx,
+            seq_len=x_BSD.shape[1],
+            group_size=group_size,
+            capacity=capacity,
+            remake=remake,
         )
-        return routing
 
     def group_and_capacity(self, x_BSD: Tensor) -> tuple[int, int]:
         """Tokens that share a capacity, and each expert's slots among them."""

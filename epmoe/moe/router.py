@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.config_routers import RouterOptions
+from epmoe.moe.recompute import Remake, plain
 from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.routers.family import Family, Init, Part, zeros
 from epmoe.moe.smoothing import gate_noise
@@ -90,23 +91,41 @@ class Router(nn.Module):
         group_size: int = 0,
         capacity: int = DROPLESS,
     ) -> Routing:
-        """Logits of every token, and the family's decision.
+        """Logits of every token, and the family's decision; arguments and errors are those of ``inputs``."""
+        return self.decide(self.inputs(x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity))
+
+    def decide(self, inputs: RouterInputs) -> Routing:
+        """The family's decision."""
+        with torch.autocast(inputs.logits_TE.device.type, enabled=False):
+            return self.family.route(inputs, self.options, self.top_k)
+
+    def inputs(
+        self,
+        x_TD: Tensor,
+        ctx: TokenContext,
+        *,
+        seq_len: int,
+        group_size: int = 0,
+        capacity: int = DROPLESS,
+        remake: Remake = plain,
+    ) -> RouterInputs:
+        """Logits of every token, and all else that the family decides from.
 
         Args:
             x_TD: Tokens, sequence after sequence.
             seq_len: Tokens per sequence, S.
             group_size: Tokens per capacity group; 0 = all of them.
             capacity: Slots per expert and group, for families whose choice depends on them.
+            remake: Computes what need not be kept for the backward pass.
 
         Raises:
             ValueError: The policy draws random numbers and ``ctx.sample_B`` is None.
         """
-        dtype = compute_dtype(x_TD.dtype)
         draws = self.draws(ctx, seq_len, x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = self._jitter(x_TD.to(dtype), draws)
+            x_TD = remake(self._own_copy, x_TD, draws)
             fields: dict[str, Any] = {p.field: self._field(p, x_TD) for p in self.parts if p.field}
-            inputs = RouterInputs(
+            return RouterInputs(
                 logits_TE=self._smooth(self._logits(x_TD), draws),
                 valid_T=_valid(x_TD, ctx),
                 draws=draws,
@@ -119,7 +138,6 @@ class Router(nn.Module):
                 task_T=None if ctx.task_B is None else ctx.task_B.repeat_interleave(seq_len),
                 **fields,
             )
-            return self.family.route(inputs, self.options, self.top_k)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self.weight is None:
@@ -167,8 +185,9 @@ class Router(nn.Module):
             raise missing_draws("smoothing")
         return logits_TE + gate_noise(options, draws, logits_TE.shape[1]).to(logits_TE.dtype)
 
-    def _jitter(self, x_TD: Tensor, draws: Draws | None) -> Tensor:
-        """Multiplies the router's own copy of the input by U[1-eps, 1+eps) (Switch, arXiv:2101.03961)."""
+    def _own_copy(self, x_TD: Tensor, draws: Draws | None) -> Tensor:
+        """The tokens in the router's dtype; with jitter, times U[1-eps, 1+eps) (Switch, arXiv:2101.03961)."""
+        x_TD = x_TD.to(compute_dtype(x_TD.dtype))
         eps = self.options.jitter
         if not self.training or eps == 0.0:
             return x_TD

@@ -15,6 +15,7 @@ from torch import Tensor
 from epmoe.config_routers import SoftOptions
 from epmoe.moe.dispatcher import PaddedDispatcher
 from epmoe.moe.layer import MoELayer
+from epmoe.moe.recompute import Remake, Replay, plain
 from epmoe.moe.routers.family import Family, FloatArray, Part
 from epmoe.moe.trip import Pipeline
 from epmoe.types import (
@@ -68,13 +69,16 @@ class SoftMoELayer(MoELayer):
         x_BSD: Tensor,
         ctx: TokenContext | None = None,
         beside: Callable[[Tensor], Tensor] | None = None,
+        replay: Replay | None = None,
+        remake: Remake = plain,
     ) -> tuple[Tensor, RouterReport]:
         """Mixes tokens into slots, computes, mixes results back.
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask. None: all tokens are valid.
-            beside: As in ``MoELayer``.
+            beside, remake: As in ``MoELayer``.
+            replay: Not looked at: nothing is decided here that a second pass could decide otherwise.
         """
         num_tokens, width = x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2]
         size = x_BSD.shape[1] if self.moe.group == "sequence" else num_tokens
@@ -85,7 +89,7 @@ class SoftMoELayer(MoELayer):
             valid_GS = torch.ones_like(finite_GS)
             if ctx is not None and ctx.valid_BS is not None:
                 valid_GS = ctx.valid_BS.reshape(num_groups, size)
-            x_GSD = torch.where(finite_GS.unsqueeze(2), x_GSD, 0.0)
+            x_GSD = remake(torch.where, finite_GS.unsqueeze(2), x_GSD, 0.0)
             phi_XD, scale = (getattr(self.router, name).to(x_GSD.dtype) for name in ("phi", "scale"))
             dispatch_GSX, combine_GSX = mixing_weights(x_GSD, phi_XD, scale, valid_GS & finite_GS)
             slot_GXD = dispatch_GSX.transpose(1, 2) @ x_GSD

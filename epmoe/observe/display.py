@@ -142,6 +142,9 @@ def plain_line(record: StepRecord, total_steps: int) -> str:
         pairs["dead"] = str(sum(len(layer.dead_experts) for layer in layers))
     if record.skipped_steps:
         pairs["skipped"] = str(record.skipped_steps)
+    if record.loss_scale is not None:
+        pairs["loss_scale"] = f"{record.loss_scale:g}"
+        pairs["overflows"] = str(record.overflowed_steps)
     pairs["eta"] = duration(seconds_left(record, total_steps)).replace(" ", "")
     return " ".join(f"{key}={value}" for key, value in pairs.items())
 
@@ -175,6 +178,8 @@ def _numbers(record: StepRecord, losses: deque[float]) -> Text:
         text.append(f"  drop {record.drop_rate:.1%}")
     if record.skipped_steps:
         text.append(f"  {record.skipped_steps} steps skipped", style="bold yellow")
+    if record.loss_scale is not None:
+        text.append(f"  loss scale {record.loss_scale:g}, {record.overflowed_steps} overflows")
     return text
 
 

@@ -108,6 +108,10 @@ class StepRecord:
     """Training time so far, over all restarts."""
     skipped_steps: int = 0
     """Updates left out so far because a loss or gradient was not finite."""
+    overflowed_steps: int = 0
+    """Updates left out so far because gradients overflowed and the loss scale was halved."""
+    loss_scale: float | None = None
+    """What the loss is multiplied by; None where gradients need no scale."""
     layers: dict[int, LayerHealth] = field(default_factory=dict)
     """By number of the layer; MoE layers only."""
     val: dict[str, float] = field(default_factory=dict)
@@ -174,7 +178,7 @@ def _plain(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
             value = {key: math.nan if child is None else child for key, child in value.items()}
         elif isinstance(value, list):
             value = tuple(value)
-        elif value is None and known.name != "mfu":
+        elif value is None and known.name not in ("mfu", "loss_scale"):
             value = math.nan
         arguments[known.name] = value
     return arguments

@@ -108,6 +108,9 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "speed/flops_per_second": record.flops_per_second,
         "speed/memory_gib": record.memory_gib,
     }
+    if record.loss_scale is not None:
+        values["train/loss_scale"] = record.loss_scale
+        values["train/overflowed_steps"] = record.overflowed_steps
     if record.mfu is not None:
         values["speed/mfu"] = record.mfu
     values |= {f"aux/{name}": value for name, value in record.aux.items()}

@@ -17,6 +17,7 @@ from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.norm import clip_coefficient
 from epmoe.parallel.runtime import Agreed, Runtime, raise_together
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
+from epmoe.train.loss_scale import LossScale, new_loss_scale
 from epmoe.train.optimizer import learning_rate
 from epmoe.train.setup import build_engine
 from epmoe.train.signals import StopFlag
@@ -36,6 +37,10 @@ class Progress:
     skipped: int = 0
     """Steps without an update because something was not finite."""
     skipped_in_a_row: int = 0
+    overflowed: int = 0
+    """Steps without an update because gradients overflowed under a loss scale that can shrink; not among the former."""
+    loss_scale: LossScale | None = None
+    """``fp16_autocast`` alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,8 @@ class StepResult:
     lr: float
     finite: bool
     """False: the update was left out."""
+    overflow: bool = False
+    """The reason: the loss scale, which is smaller now."""
 
 
 class StopRequested(Agreed):
@@ -87,7 +94,7 @@ class Trainer:
         self.config, self.runtime, self.mesh = config, runtime, mesh
         self.model, self.data, self.stop = model, data, stop
         self.engine = build_engine(config, model, mesh)
-        self.progress = Progress()
+        self.progress = Progress(loss_scale=new_loss_scale(config.train.precision))
         train = config.train
         self.micro_batch = train.micro_batch_size or train.global_batch_size // runtime.world_size
         self.num_micro = train.global_batch_size // (self.micro_batch * runtime.world_size)
@@ -118,13 +125,19 @@ class Trainer:
                 num_tokens=max(num_tokens, 1),
                 coefficients=self.config.moe.losses if self.config.moe else {},
                 precision=self.config.train.precision,
-                backward=self.engine.backward,
+                backward=self._backward,
             )
             add_sums(local, sums)
         self._poison(env.fault("train.after_backward", step=number))
         self.engine.reduce()
+        if self.progress.loss_scale is not None:
+            self.engine.clip(torch.tensor(1 / self.progress.loss_scale.factor))
         sums = all_reduce_sums(local, self.mesh.world_group)
         return self._update(sums, num_tokens, self.engine.norm())
+
+    def _backward(self, objective: Tensor) -> None:
+        loss_scale = self.progress.loss_scale
+        self.engine.backward(objective if loss_scale is None else objective * loss_scale.factor)
 
     def sample_numbers(self, micro: int) -> list[int]:
         """Samples of this rank in a micro-batch of the next step. Together the ranks and micro-batches of a step
@@ -170,8 +183,15 @@ class Trainer:
         grad_norm, clip = torch.stack((norm, coefficient)).tolist()
         broken_tokens = sum(int(v) for name, v in sums.items() if name.endswith(".nonfinite_tokens"))
         # Loss, norm and counts are the same bits on every rank, so every rank takes the same decision.
-        finite = math.isfinite(grad_norm) and math.isfinite(float(sums["loss"])) and broken_tokens == 0
-        if not finite:
+        good_forward = math.isfinite(float(sums["loss"])) and broken_tokens == 0
+        finite = good_forward and math.isfinite(grad_norm)
+        loss_scale = progress.loss_scale
+        overflow = good_forward and not finite and loss_scale is not None and loss_scale.can_shrink
+        if loss_scale is not None and good_forward:
+            progress.loss_scale = loss_scale.after_update() if finite else loss_scale.after_overflow()
+        if overflow:
+            progress.overflowed += 1
+        elif not finite:
             self._skip(float(sums["loss"]), grad_norm, broken_tokens)
         elif num_tokens > 0:  # without a token in the loss, auxiliary losses alone would move the weights
             if clip != 1.0:
@@ -184,7 +204,13 @@ class Trainer:
         progress.samples += self.config.train.global_batch_size
         progress.tokens += num_tokens
         return StepResult(
-            sums=sums, num_tokens=num_tokens, grad_norm=grad_norm, clip=clip, lr=lr, finite=finite
+            sums=sums,
+            num_tokens=num_tokens,
+            grad_norm=grad_norm,
+            clip=clip,
+            lr=lr,
+            finite=finite,
+            overflow=overflow,
         )
 
     def _skip(self, loss: float, grad_norm: float, broken_tokens: int) -> None:

@@ -78,7 +78,9 @@ class Recorder:
             return replace(self.latest, val=dict(val))
         spent = self.clock.lap()
         self.seconds += spent
-        sums, tokens = self._sums or result.sums, max(self._tokens_counted, 1)
+        sums, tokens = self._sums, max(self._tokens_counted, 1)
+        if not sums:  # no step of the interval was finite
+            sums, tokens = result.sums, max(result.num_tokens, 1)
         per_second = self._tokens_seen / max(spent, 1e-9)
         flops = per_second * self.flops_per_token
         peak = peak_flops(self.device)
@@ -98,6 +100,8 @@ class Recorder:
             memory_gib=memory_gib(self.device),
             seconds=self.seconds,
             skipped_steps=progress.skipped,
+            overflowed_steps=progress.overflowed,
+            loss_scale=progress.loss_scale.factor if progress.loss_scale else None,
             layers={layer: layer_health(sums, index) for index, layer in enumerate(self.layers)},
             val=dict(val),
         )

@@ -21,6 +21,7 @@ from epmoe.train.checkpoint import (
     remove_unfinished,
 )
 from epmoe.train.loop import Progress, Trainer
+from epmoe.train.loss_scale import restored_scale
 from epmoe.train.manifest import TrainingRecord
 from epmoe.train.run_folder import RunFolder
 
@@ -121,7 +122,10 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
     record = load_checkpoint(found.checkpoint, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)
     counters = dict(record.trainer)
     seconds = float(counters.pop("seconds"))
-    trainer.progress = Progress(step=record.step, samples=record.samples, tokens=record.tokens, **counters)
+    loss_scale = restored_scale(config.train.precision, counters)
+    trainer.progress = Progress(
+        step=record.step, samples=record.samples, tokens=record.tokens, loss_scale=loss_scale, **counters
+    )
     if folder.is_writer:
         for reason in found.rejected:
             print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from epmoe.data.prepare import prepare
 from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, text_warning
 from epmoe.data.progress import console_progress
 from epmoe.errors import ConfigError, EpmoeError, MemoryExhausted, Preempted
+from epmoe.models.compile import compile_blocks, compiler_problem
 from epmoe.observe.display import make_display, say
 from epmoe.observe.record import read_records
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
@@ -28,6 +30,7 @@ from epmoe.train.checkpoint import FOLDER, save_checkpoint
 from epmoe.train.evaluate import Evaluation, evaluate
 from epmoe.train.finish import finish
 from epmoe.train.loop import Progress, StopRequested, TimeUp, Trainer
+from epmoe.train.loss_scale import scale_numbers
 from epmoe.train.manifest import TrainingRecord
 from epmoe.train.profile import StepProfiler
 from epmoe.train.recording import Recorder
@@ -151,7 +154,8 @@ def _out_of_memory(config: Config, error: BaseException) -> MemoryExhausted:
         f"out of memory with micro batches of {train.micro_batch_size or 'all'} x {config.data.seq_len} tokens",
         why=str(error).partition("\n")[0],
         fix="lower train.micro_batch_size (gradients accumulate, results stay the same), moe.capacity_factor, or "
-        "data.seq_len; train.precision=bf16_autocast halves activations",
+        "data.seq_len; train.recompute=full keeps a fraction of the activations, train.precision=bf16_autocast halves "
+        "them",
     )
 
 
@@ -163,6 +167,8 @@ class Run:
         self.config, self.place, self.folder, self.stop = config, place, folder, stop
         # First: what cannot be had is known before minutes of data preparation.
         self.accelerators = agree_on_accelerators(config, place.device)
+        if config.train.compile:
+            runtime.raise_together(compiler_problem())
         self.prepared = _prepare(config, place, stop)
         # The embedded corpus is each node's own Python: other versions hold other text.
         runtime.require_equal("prepared data", self.prepared.fingerprint)
@@ -174,6 +180,12 @@ class Run:
         model = build_model(
             config, vocab_size, device=place.device, mesh=mesh, accelerators=self.accelerators
         )
+        self.compiled = (
+            compile_blocks(model, in_shards=config.parallel.engine == "fsdp")
+            if config.train.compile
+            else None
+        )
+        """What is compiled, until that is done."""
         self.trainer = Trainer(config, place, mesh, model=model, data=data, stop=stop)
         self.validation = validation_sets(self.prepared, config.data)
         seconds = resume(folder, self.trainer, data, self.prepared)
@@ -245,7 +257,7 @@ class Run:
                 number = self.progress.step + 1
                 profiler.before_step(number)
                 try:
-                    with runtime.watching(self.place, step=number, phase="training"):
+                    with runtime.watching(self.place, step=number, phase="training"), self._compiling():
                         result = self.trainer.step(out_of_time=time.monotonic() > deadline)
                 except TimeUp:
                     return
@@ -253,6 +265,18 @@ class Run:
                 self.recorder.add(result)
                 if number < total:
                     self._between_steps(number)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Around a step: the first one says that it compiles, and how long it took."""
+        what, self.compiled = self.compiled, None
+        if what is None or not self.folder.is_writer:
+            yield
+            return
+        say(f"compiling {what} ...")
+        started = time.monotonic()
+        yield
+        say(f"compiled, {time.monotonic() - started:.0f} s with the first step")
 
     def _between_steps(self, step: int) -> None:
         """Evaluation, record and checkpoint, if they are due.
@@ -287,7 +311,12 @@ class Run:
 
     def _training_record(self) -> TrainingRecord:
         progress = self.progress
-        counters = {"skipped": progress.skipped, "skipped_in_a_row": progress.skipped_in_a_row}
+        counters = {
+            "skipped": progress.skipped,
+            "skipped_in_a_row": progress.skipped_in_a_row,
+            "overflowed": progress.overflowed,
+            **scale_numbers(progress.loss_scale),
+        }
         return TrainingRecord(
             step=progress.step,
             tokens=progress.tokens,

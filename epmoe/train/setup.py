@@ -11,7 +11,7 @@ from torch import nn
 from epmoe.config import Config
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import Accelerators, choose_accelerators
-from epmoe.models.decoder import Decoder
+from epmoe.models.decoder import Block, Decoder
 from epmoe.models.init import init_module, init_weights
 from epmoe.moe.router import Router
 from epmoe.parallel.deepspeed import load_deepspeed
@@ -23,12 +23,14 @@ from epmoe.train.deepspeed import DeepSpeedEngine
 from epmoe.train.engine import Engine, NativeEngine
 from epmoe.train.fsdp import FSDPEngine
 from epmoe.train.optimizer import load_fused_adam
+from epmoe.train.step import AUTOCAST_DTYPE
 from epmoe.types import compute_dtype
 
 PARAMETER_DTYPE = {
     "fp32": torch.float32,
     "bf16_autocast": torch.float32,
     "bf16_params": torch.bfloat16,
+    "fp16_autocast": torch.float32,
     "fp64": torch.float64,
 }
 """Dtype of the parameters for each ``train.precision``; routers keep at least float32."""
@@ -40,11 +42,11 @@ def find_accelerators(config: Config, device: torch.device) -> Accelerators:
     Raises:
         ConfigError: The configuration asks for one that cannot be had.
     """
-    half = config.train.precision in ("bf16_autocast", "bf16_params")
+    precision = config.train.precision
     return choose_accelerators(
         config.model,
         device=device,
-        dtype=torch.bfloat16 if half else PARAMETER_DTYPE[config.train.precision],
+        dtype=AUTOCAST_DTYPE.get(precision, PARAMETER_DTYPE[precision]),
         cross_document=config.data.cross_document,
     )
 
@@ -111,6 +113,9 @@ def build_model(
         )
         if mesh is not None:
             shard_experts(model, mesh)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.recompute = config.train.recompute
     model.to(dtype)
     for module in model.modules():
         if isinstance(module, Router):

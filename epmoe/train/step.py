@@ -18,10 +18,14 @@ from epmoe.types import RouterReport, compute_dtype
 IGNORED = -100
 
 
+AUTOCAST_DTYPE = {"bf16_autocast": torch.bfloat16, "fp16_autocast": torch.float16}
+"""In which dtype matrices are multiplied where that is not the parameters' own."""
+
+
 def autocast(precision: str, device_type: str) -> AbstractContextManager[object]:
     """The autocast context of a precision."""
-    if precision == "bf16_autocast":
-        return torch.autocast(device_type, torch.bfloat16)
+    if precision in AUTOCAST_DTYPE:
+        return torch.autocast(device_type, AUTOCAST_DTYPE[precision])
     return nullcontext()
 
 

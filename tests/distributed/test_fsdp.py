@@ -98,6 +98,7 @@ CELLS += [
     for accumulation in (1, 2)
 ]
 CELLS += [(world, ep, "fsdp_hybrid", "fp64", 2) for world, ep in ((2, 1), (2, 2), (4, 2), (4, 4))]
+CELLS += [(2, 2, f"fsdp_{recompute}", "fp64", 2) for recompute in ("full", "selective")]
 
 
 @pytest.fixture(scope="module")

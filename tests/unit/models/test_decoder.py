@@ -11,7 +11,7 @@ from epmoe.config import ModelConfig, MoEConfig
 from epmoe.config_routers import GShardTop2Options, TopKOptions
 from epmoe.errors import EpmoeError
 from epmoe.models import presets
-from epmoe.models.attention import KVCache
+from epmoe.models.attention import KVCache, attention_inputs
 from epmoe.models.decoder import Block, Decoder
 from epmoe.models.init import init_weights
 from epmoe.types import TokenContext
@@ -192,10 +192,12 @@ def test_shared_experts_are_added_with_weight_one() -> None:
     assert block.shared is not None
     assert block.shared.down_proj.weight.shape == (16, 2 * 24)
     x_BSD = torch.randn(1, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    both_BSD, _ = block._feed_forward(x_BSD, None)
     assert block.moe is not None
-    routed_BSD, _ = block.moe(x_BSD, None)
-    torch.testing.assert_close(both_BSD - routed_BSD, block.shared(x_BSD))
+    inputs = attention_inputs(model.config, x_BSD)
+    mixed_BSD, normed_BSD = block.attend(x_BSD, inputs, None)
+    routed_BSD, _ = block.moe(normed_BSD, None)
+    out_BSD, _ = block.run(x_BSD, inputs, None)
+    torch.testing.assert_close(out_BSD - mixed_BSD - routed_BSD, block.shared(normed_BSD))
 
 
 @every_layout
