@@ -182,6 +182,36 @@ struct AssignSlots {
   }
 };
 
+struct Uniform {
+  Tensor sample_T, position_T;
+  int64_t num_tokens, num_lanes, first_block;
+  Tensor draws_TL;
+
+  Uniform(
+      DeviceType device,
+      const Tensor& sample_in,
+      const Tensor& position_in,
+      int64_t stream,
+      int64_t layer,
+      int64_t lanes,
+      int64_t first_lane) {
+    const Check check("uniform", device, sample_in);
+    sample_T = check.of(ScalarType::Long, sample_in, "sample", {kAnySize});
+    num_tokens = sample_T.size(0);
+    position_T = check.of(ScalarType::Long, position_in, "position", {num_tokens});
+    check.at_least(0, stream, "stream");
+    check.at_most(kMaxStream, stream, "stream");
+    check.at_least(0, layer, "layer");
+    check.at_most(kMaxLayer - 1, layer, "layer");
+    check.at_least(0, lanes, "num_lanes");
+    check.at_least(0, first_lane, "first_lane");
+    EPMOE_CHECK(first_lane % 4 == 0, "uniform: first_lane=", first_lane, " must be a multiple of 4");
+    num_lanes = lanes;
+    first_block = first_lane / 4;
+    draws_TL = check.fresh(sample_T, "draws", {num_tokens, num_lanes}, ScalarType::Float);
+  }
+};
+
 struct Permute {
   Tensor x_TD, token_N;
   int64_t num_tokens, num_rows, width;

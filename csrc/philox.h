@@ -14,11 +14,16 @@ namespace epmoe {
 
 constexpr int64_t kSecondExpertStream = 0;
 constexpr int64_t kMaxLayer = 65536;
+constexpr int64_t kMaxStream = 255;
 
-// The draw of lane 0, in [0, 1).
-EPMOE_HOST_DEVICE inline double philox_uniform(
-    int64_t seed, int64_t stream, int64_t layer, int64_t sample, int64_t position) {
-  uint32_t c0 = 0;
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// The words of four consecutive lanes; a draw is made of each by philox_draw.
+EPMOE_HOST_DEVICE inline PhiloxWords philox_words(
+    int64_t seed, int64_t stream, int64_t layer, int64_t sample, int64_t position, int64_t block) {
+  uint32_t c0 = static_cast<uint32_t>(block);
   uint32_t c1 = static_cast<uint32_t>(position);
   uint32_t c2 = static_cast<uint32_t>(sample);
   uint32_t c3 = static_cast<uint32_t>((stream << 24) | (layer << 8) | ((sample >> 32) & 0xFF));
@@ -34,7 +39,12 @@ EPMOE_HOST_DEVICE inline double philox_uniform(
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
-  return (c0 >> 8) * 0x1p-24;
+  return {{c0, c1, c2, c3}};
+}
+
+// In [0, 1), a multiple of 2^-24: float32 holds it exactly.
+EPMOE_HOST_DEVICE inline float philox_draw(uint32_t word) {
+  return static_cast<float>(word >> 8) * 0x1p-24F;
 }
 
 }  // namespace epmoe

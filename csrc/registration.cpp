@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe, CPU, library) {
   library.impl("route_topk_backward", TORCH_BOX(&epmoe::cpu::route_topk_backward));
   library.impl("assign_slots", TORCH_BOX(&epmoe::cpu::assign_slots));
   library.impl("permute", TORCH_BOX(&epmoe::cpu::permute));
+  library.impl("uniform", TORCH_BOX(&epmoe::cpu::uniform));
   library.impl("combine", TORCH_BOX(&epmoe::cpu::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cpu::combine_backward));
   library.impl("expert_ffn", TORCH_BOX(&epmoe::cpu::expert_ffn));
@@ -22,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe, CUDA, library) {
   library.impl("route_topk_backward", TORCH_BOX(&epmoe::cuda::route_topk_backward));
   library.impl("assign_slots", TORCH_BOX(&epmoe::cuda::assign_slots));
   library.impl("permute", TORCH_BOX(&epmoe::cuda::permute));
+  library.impl("uniform", TORCH_BOX(&epmoe::cuda::uniform));
   library.impl("combine", TORCH_BOX(&epmoe::cuda::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cuda::combine_backward));
   library.impl("activate", TORCH_BOX(&epmoe::cuda::activate));

@@ -34,7 +34,7 @@ struct Draws {
     if (uniform_double != nullptr) {
       return uniform_double[t];
     }
-    return sample == nullptr ? 0.0 : philox_uniform(seed, kSecondExpertStream, layer, sample[t], position[t]);
+    return sample == nullptr ? 0.0 : philox_draw(philox_words(seed, kSecondExpertStream, layer, sample[t], position[t], 0).word[0]);
   }
 };
 

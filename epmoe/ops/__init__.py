@@ -1,7 +1,7 @@
 """The operators: pure tensor functions with reference kernels, autograd and autocast rules.
 
 ``route_topk``, ``assign_slots``, ``permute``, ``combine``, ``activate``: meaning in ``epmoe.ops.reference``;
-``expert_ffn``: in ``epmoe.ops.ffn``.
+``expert_ffn``: in ``epmoe.ops.ffn``; ``uniform``: in ``epmoe.ops.philox``.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmoe.ops.philox import MAX_LAYER
+from epmoe.ops.philox import MAX_LAYER, MAX_STREAM
 
 WIDE = (torch.float32, torch.float64)
 FLOATING = (*WIDE, torch.bfloat16, torch.float16)
@@ -125,6 +125,22 @@ def route_topk(
     check.at_most(MAX_LAYER - 1, layer, "layer")
     for counter, name in zip(given, ("sample", "position"), strict=True):
         check.tensor(counter, name, (torch.int64,), (num_tokens,))
+
+
+def uniform(
+    sample_T: Tensor, position_T: Tensor, stream: int, layer: int, num_lanes: int, first_lane: int
+) -> None:
+    """Arguments of ``uniform``."""
+    check = Check("uniform", sample_T.device)
+    check.tensor(sample_T, "sample", (torch.int64,), (None,))
+    check.tensor(position_T, "position", (torch.int64,), (sample_T.shape[0],))
+    check.at_least(0, stream, "stream")
+    check.at_most(MAX_STREAM, stream, "stream")
+    check.at_least(0, layer, "layer")
+    check.at_most(MAX_LAYER - 1, layer, "layer")
+    check.at_least(0, num_lanes, "num_lanes")
+    check.at_least(0, first_lane, "first_lane")
+    check.that(first_lane % 4 == 0, lambda: f"first_lane={first_lane} must be a multiple of 4")
 
 
 def route_topk_backward(

@@ -19,6 +19,7 @@ SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT, PRIORITY, SMOOTHING, PROBE = rang
 """Streams: what a number is drawn for."""
 
 MAX_LAYER = 2**16
+MAX_STREAM = 255
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -51,7 +52,7 @@ def uniform(
     num_lanes: int,
     first_lane: int = 0,
 ) -> Tensor:
-    """Draws in [0, 1) for every token and lane -> float32 ``[T, num_lanes]``.
+    """Draws in [0, 1) for every token and lane -> float32 ``[T, num_lanes]``, by the operator of that name.
 
     Args:
         seed: Any integer; its low 64 bits are the key.
@@ -62,21 +63,15 @@ def uniform(
         position_T: int64 position of each token in its sequence.
         num_lanes: Numbers per token,
         first_lane: from this lane on, a multiple of 4.
+
+    Raises:
+        ValueError: A number is out of range.
     """
-    if not 0 <= layer < MAX_LAYER:
-        raise ValueError(f"layer={layer} must be in [0, {MAX_LAYER})")
-    first_block = first_lane // 4
-    block_Q = torch.arange(first_block, first_block + (num_lanes + 3) // 4, device=sample_T.device)
-    sample_T1, position_T1 = sample_T.long().unsqueeze(1), position_T.long().unsqueeze(1)
-    place = (stream << 24) | (layer << 8)
-    counter_TQ = torch.broadcast_tensors(
-        block_Q, position_T1 & _MASK, sample_T1 & _MASK, ((sample_T1 >> 32) & 0xFF) | place
+    key = (seed + 2**63) % 2**64 - 2**63  # the same bits as a signed integer
+    draws_TL: Tensor = torch.ops.epmoe.uniform(
+        sample_T.long(), position_T.long(), key, stream, layer, num_lanes, first_lane
     )
-    words = philox4x32(
-        (counter_TQ[0], counter_TQ[1], counter_TQ[2], counter_TQ[3]), (seed & _MASK, (seed >> 32) & _MASK)
-    )
-    draws_TL = torch.stack(words, dim=-1).flatten(1)[:, :num_lanes]
-    return (draws_TL >> 8).to(torch.float32) * 2.0**-24
+    return draws_TL
 
 
 def normal(

@@ -26,6 +26,23 @@ def usable_rows(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
     return valid_T & ~broken_T & logits_TE.isfinite().any(-1)
 
 
+def uniform(
+    sample_T: Tensor, position_T: Tensor, seed: int, stream: int, layer: int, num_lanes: int, first_lane: int
+) -> Tensor:
+    """Draws in [0, 1) -> float32 ``[T, num_lanes]``; see ``epmoe.ops.philox.uniform``."""
+    checks.uniform(sample_T, position_T, stream, layer, num_lanes, first_lane)
+    first_block, mask = first_lane // 4, 0xFFFFFFFF
+    block_Q = torch.arange(first_block, first_block + (num_lanes + 3) // 4, device=sample_T.device)
+    sample_T1, position_T1 = sample_T.unsqueeze(1), position_T.unsqueeze(1)
+    place = (stream << 24) | (layer << 8)
+    c0_TQ, c1_TQ, c2_TQ, c3_TQ = torch.broadcast_tensors(
+        block_Q & mask, position_T1 & mask, sample_T1 & mask, ((sample_T1 >> 32) & 0xFF) | place
+    )
+    words = philox.philox4x32((c0_TQ, c1_TQ, c2_TQ, c3_TQ), (seed & mask, (seed >> 32) & mask))
+    draws_TL = torch.stack(words, dim=-1).flatten(1)[:, :num_lanes]
+    return (draws_TL >> 8).to(torch.float32) * 2.0**-24
+
+
 def route_topk(
     logits_TE: Tensor,
     valid_T: Tensor,
@@ -63,7 +80,7 @@ def route_topk(
     active_TK = usable_T.unsqueeze(1) & chosen_TK.isfinite()
     if second_policy != "all":
         if second_policy == "random" and sample_T is not None and position_T is not None:
-            uniform_T = philox.uniform(seed, philox.SECOND_EXPERT, layer, sample_T, position_T, 1)[:, 0]
+            uniform_T = uniform(sample_T, position_T, seed, philox.SECOND_EXPERT, layer, 1, 0)[:, 0]
         active_TK[:, 1] &= _second_active(chosen_TK, uniform_T, second_policy, tau)
     weights_TK = chosen_TK.softmax(-1) if normalize else probs_TE.gather(1, ids_TK)
     return probs_TE, ids_TK, weights_TK * active_TK, active_TK

@@ -24,6 +24,8 @@ _SCHEMAS = {
     "assign_slots": "(Tensor expert, Tensor group, Tensor active, SymInt num_groups, int num_experts, "
     "SymInt capacity) -> (Tensor, Tensor)",
     "permute": "(Tensor x, Tensor token) -> Tensor",
+    "uniform": "(Tensor sample, Tensor position, int seed, int stream, int layer, SymInt num_lanes, int first_lane) "
+    "-> Tensor",
     "combine": "(Tensor rows, Tensor? weight, Tensor token, SymInt num_tokens) -> Tensor",
     "combine_backward": "(Tensor d_y, Tensor rows, Tensor weight, Tensor token) -> (Tensor, Tensor)",
     "activate": "(Tensor hidden, Tensor? weight, str kind) -> Tensor",
@@ -80,6 +82,14 @@ def _(expert: Tensor, group: Tensor, active: Tensor, num_groups: int, num_expert
 def _(x: Tensor, token: Tensor) -> Tensor:
     checks.permute(x, token)
     return x.new_empty(token.shape[0], x.shape[1])
+
+
+@torch.library.register_fake("epmoe::uniform", lib=_LIBRARY)
+def _(
+    sample: Tensor, position: Tensor, seed: int, stream: int, layer: int, num_lanes: int, first: int
+) -> Tensor:
+    checks.uniform(sample, position, stream, layer, num_lanes, first)
+    return sample.new_empty((sample.shape[0], num_lanes), dtype=torch.float32)
 
 
 @torch.library.register_fake("epmoe::combine", lib=_LIBRARY)

@@ -11,6 +11,7 @@
 #include "cuda/assign_slots.cu"
 #include "cuda/combine.cu"
 #include "cuda/activate.cu"
+#include "cuda/uniform.cu"
 
 extern "C" {
 AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* guard) {
@@ -29,6 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(epmoe_emulated, CPU, library) {
   library.impl("route_topk_backward", TORCH_BOX(&epmoe::cuda::route_topk_backward));
   library.impl("assign_slots", TORCH_BOX(&epmoe::cuda::assign_slots));
   library.impl("permute", TORCH_BOX(&epmoe::cuda::permute));
+  library.impl("uniform", TORCH_BOX(&epmoe::cuda::uniform));
   library.impl("combine", TORCH_BOX(&epmoe::cuda::combine));
   library.impl("combine_backward", TORCH_BOX(&epmoe::cuda::combine_backward));
   library.impl("activate", TORCH_BOX(&epmoe::cuda::activate));

@@ -28,6 +28,7 @@ NAMES = (
     "route_topk_backward",
     "assign_slots",
     "permute",
+    "uniform",
     "combine",
     "combine_backward",
     "activate",
@@ -148,6 +149,11 @@ def test_slots_equal_the_reference(call, kind, size):
 
 def test_entries_out_of_range(call):
     twins.check_entries_out_of_range(call)
+
+
+# ---------------------------------------------------------------------------------------------- draws
+def test_uniform_draws_equal_the_reference(call):
+    twins.check_uniform(call)
 
 
 # ---------------------------------------------------------------------------------------------- rows

@@ -66,6 +66,10 @@ def test_the_same_ids_and_decisions_as_on_the_cpu():
     assert torch.equal(on_gpu[3], on_cpu[3])
 
 
+def test_uniform_draws_equal_the_reference():
+    twins.check_uniform(call)
+
+
 def test_three_million_draws_equal_the_reference():
     twins.check_draws(call, 3_000_000)
 

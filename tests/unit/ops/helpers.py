@@ -78,6 +78,15 @@ def small(name):
             "capacity": 1,
         },
         "permute": {"x": randn(5, 5, 3), "token": number},
+        "uniform": {
+            "sample": number,
+            "position": number,
+            "seed": 0,
+            "stream": 1,
+            "layer": 0,
+            "num_lanes": 6,
+            "first_lane": 4,
+        },
         "activate": {"hidden": randn(6, 4, 6), "weight": randn(7, 4), "kind": "swiglu"},
         "activate_backward": {
             "d_act": randn(8, 4, 3),

@@ -48,6 +48,11 @@ def test_ties_go_to_the_lowest_expert(top_k):
 
 
 @needs_native
+def test_uniform_draws_equal_the_reference():
+    twins.check_uniform(call)
+
+
+@needs_native
 def test_ten_million_draws_equal_the_reference():
     for part in range(153):
         twins.check_draws(call, 2**16, part)

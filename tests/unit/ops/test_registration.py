@@ -24,6 +24,7 @@ VARIANTS = [
     ("assign_slots", {}),
     ("permute", {}),
     ("permute", SOME),
+    ("uniform", {}),
     ("combine", {}),
     ("combine", SOME),
     ("combine", {"weight": None}),

@@ -169,6 +169,19 @@ def long_row_cases():
     )
 
 
+def check_uniform(call: Call) -> None:
+    """Every seed, stream, layer, sample and position at its ends, and lanes that fill no block."""
+    ends = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 - 1, 2**40, 2**63 - 1])
+    sample_T, position_T = ends.repeat_interleave(len(ends)), ends.repeat(len(ends))
+    for seed in (0, 1, -1, 2**63 - 1, -(2**63), 7 + SEED):
+        for stream, layer in ((0, 0), (5, 65535), (255, 1)):
+            for lanes, first in ((0, 0), (1, 0), (4, 0), (7, 0), (9, 4), (3, 4 * (2**30 - 1))):
+                arguments = (sample_T, position_T, seed, stream, layer, lanes, first)
+                assert_same_bits(call("uniform", *arguments), reference.uniform(*arguments))
+    none = ends[:0]
+    assert_same_bits(call("uniform", none, none, 3, 1, 0, 5, 0), torch.empty(0, 5))
+
+
 def check_permute(call: Call, tokens, width, token_N, dtype):
     x_TD = randn(0, tokens, width, dtype=dtype)
     assert_same_bits(call("permute", x_TD, token_N), reference.permute(x_TD, token_N))
