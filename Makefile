@@ -1,4 +1,4 @@
-# make train | test | sanitize | check | bench | build | cuda-check | gpu-check | wheel
+# make train | test | test-slow | sanitize | check | bench | build | cuda-check | gpu-check | wheel
 #
 # Without PYTHON these work in .venv, which is made when there is none and brought up to date when
 # pyproject.toml, setup.py, constraints.txt or csrc/ change. With PYTHON=python3 (or any other interpreter)
@@ -7,6 +7,7 @@
 ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
 READY := .venv/.installed
+READY_SLOW := .venv/.installed-slow
 endif
 
 RANKS ?= 2
@@ -16,11 +17,12 @@ PART ?=
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test sanitize check bench build cuda-check gpu-check wheel
+.PHONY: help train test test-slow sanitize check bench build cuda-check gpu-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
-	@echo "make test    all tests; PYTEST_ARGS='-k router' selects"
+	@echo "make test    all tests but the slow ones; PYTEST_ARGS='-k router' selects"
+	@echo "make test-slow   the slow ones, those of the DeepSpeed engine among them"
 	@echo "make sanitize the operator tests on kernels compiled with address, undefined-behaviour and thread sanitizers"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   every benchmark; ARGS=--quick shows in seconds that they run"
@@ -36,6 +38,9 @@ train: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(READY) $(READY_SLOW)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
 
 sanitize: $(READY)
 	$(PYTHON) tests/sanitize/run.py
@@ -68,4 +73,9 @@ wheel: $(READY)
 	$(PIP) install -c constraints.txt torch 'setuptools>=77'
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,examples]'
 	@.venv/bin/python -c 'from epmoe.ops import kernel_status; print("kernels:", *kernel_status())'
+	touch $@
+
+# Not with the editable package, whose kernels would be compiled again.
+.venv/.installed-slow: .venv/.installed
+	$(PIP) install -c constraints.txt --no-build-isolation deepspeed
 	touch $@

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from epmoe.config_routers import AnyRouterOptions, GShardTop2Options, RouterOptions, TaskOptions
 from epmoe.section import Beta, Count, Fraction, Positive, Section, Seed
@@ -308,12 +308,15 @@ def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
 class ParallelConfig(Section):
     """How ranks share the work."""
 
-    engine: Literal["native", "fsdp"] = "native"
+    engine: Literal["native", "fsdp", "deepspeed"] = "native"
     """Who holds weights, gradients and optimizer state. ``native``: the dense ones every rank, experts their owner.
-    ``fsdp``: everything in shards (PyTorch's FSDP2), weights gathered block by block while they are used."""
+    ``fsdp``: everything in shards (PyTorch's FSDP2), weights gathered block by block while they are used.
+    ``deepspeed``: DeepSpeed's ZeRO 0, 1 or 2, with epmoe's layers; ``pip install 'epmoe[deepspeed]'``."""
     fsdp_shard: Literal["full", "hybrid"] = "full"
     """Over which ranks ``fsdp`` cuts dense tensors: all of them, or (``hybrid``) the ranks that share the experts, with
     a copy in each such group. Experts are cut over the ranks that hold the same ones, either way."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """What ``deepspeed`` cuts into partitions: nothing, optimizer state, or (2) reduced gradients too."""
     ep_size: Positive | Literal["auto"] = "auto"
     """Ranks over which the experts are spread; auto = the largest common divisor of world size and experts."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -330,6 +333,25 @@ class ParallelConfig(Section):
     way, forward and backward. At most the experts on a rank."""
     overlap_shared: bool = False
     """Shared experts are computed while rows travel."""
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _no_stage_3(cls, value: object) -> object:
+        if value == 3:
+            raise ValueError(
+                "DeepSpeed gathers the weights of its own layers only, and refuses a model with other experts at "
+                "stage 3; use zero_stage 0, 1 or 2, or engine: fsdp, which cuts weights too"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _stages_need_deepspeed(self) -> ParallelConfig:
+        if self.zero_stage != 1 and self.engine != "deepspeed":
+            raise ValueError(
+                f"zero_stage={self.zero_stage} means nothing to engine={self.engine}; set engine: deepspeed, or leave "
+                f"zero_stage out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shards_need_fsdp(self) -> ParallelConfig:
@@ -450,6 +472,34 @@ class Config(Section):
             raise ValueError(
                 f"moe.router.num_tasks={router.num_tasks} is less than the {len(sources)} data.sources, each of which "
                 f"is a task; set num_tasks to at least {len(sources)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_can(self) -> Config:
+        if self.parallel.engine != "deepspeed":
+            return self
+        precision, stage = self.train.precision, self.parallel.zero_stage
+        if precision not in ("fp32", "bf16_autocast", "bf16_params"):
+            raise ValueError(
+                f"engine: deepspeed knows no train.precision={precision}: its optimizer keeps weights, gradients and "
+                f"moments in float32, and no loss scale is shared with it; use fp32, bf16_autocast or bf16_params, or "
+                f"engine: native"
+            )
+        if self.train.compile or self.train.recompute != "none":
+            raise ValueError(
+                f"engine: deepspeed hangs its own hooks into the backward pass, and nothing has shown yet that they "
+                f"bear train.recompute={self.train.recompute} with train.compile={str(self.train.compile).lower()}; "
+                f"use none and false, or engine: native or fsdp"
+            )
+        if precision == "bf16_params" and stage == 0:
+            raise ValueError(
+                "engine: deepspeed at zero_stage=0 has no float32 copy of bfloat16 parameters and would add gradients "
+                "up in bfloat16; use zero_stage 1 or 2, train.precision fp32 or bf16_autocast, or engine: native"
+            )
+        if self.optimizer.name == "apex_fused_adam":
+            raise ValueError(
+                "engine: deepspeed does not drive optimizer.name=apex_fused_adam; use adamw or sgd, or engine: native"
             )
         return self
 

@@ -50,6 +50,14 @@ def local_world_size() -> int:
     return tasks[node] if node < len(tasks) else 1
 
 
+def take_place(rank: int, world_size: int) -> None:
+    """Makes this process, one of several on this machine with a thread each, look like one of a launcher's."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":  # a container may not be able to resolve its own name, and all ranks are here
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+
 def threads_chosen() -> bool:
     """True when the user or the launcher said how many threads a process may use."""
     return "OMP_NUM_THREADS" in os.environ
@@ -66,6 +74,15 @@ def prefer_huge_pages() -> None:
     A step allocates and frees large tensors, and taking them from the system in pages of 4 KiB costs a tenth of it.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def prepare_deepspeed(device_type: str) -> None:
+    """Tells DeepSpeed, before it is imported, what it computes on, and that a single process is rank 0 of its node.
+
+    Left alone it guesses, and takes the CPU for a GPU of some kind where packages suggest that.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    os.environ.setdefault("LOCAL_RANK", "0")
 
 
 RECORDED = (

@@ -60,6 +60,12 @@ class CommError(EpmoeError):
     exit_code = 7
 
 
+class NotProven(EpmoeError):
+    """``epmoe verify`` found a layout that trains another model, or a planted fault that it did not notice."""
+
+    exit_code = 8
+
+
 class Preempted(EpmoeError):
     """Asked to stop (SIGTERM, SIGINT); a checkpoint was written. Run the same command to go on."""
 

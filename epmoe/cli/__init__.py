@@ -6,12 +6,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from epmoe import __version__, env
-from epmoe.errors import ConfigError, EpmoeError
+from epmoe.errors import ConfigError, EpmoeError, NotProven
 
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")
@@ -46,11 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except EpmoeError as error:
         if debug:
             traceback.print_exc()
-        # Every rank finds the same mistake in the same file: one per machine is enough.
-        elif not isinstance(error, ConfigError) or env.local_rank() == 0:
-            who = f"[rank {env.rank()}] " if env.world_size() > 1 else ""
-            print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        else:
+            print_error(error)
         sys.exit(error.exit_code)
+
+
+def print_error(error: EpmoeError) -> None:
+    """What failed, on stderr, with the rank where there are several."""
+    # Every rank finds the same mistake in the same file: one per machine is enough.
+    if not isinstance(error, ConfigError | NotProven) or env.local_rank() == 0:
+        who = f"[rank {env.rank()}] " if env.world_size() > 1 else ""
+        print(f"{who}error: {error}", file=sys.stderr, flush=True)
 
 
 def _app() -> typer.Typer:
@@ -67,6 +73,7 @@ def _app() -> typer.Typer:
     app.command("prepare")(_prepare)
     app.command("eval")(_eval)
     app.command("generate")(_generate)
+    app.command("verify")(_verify)
     app.command("doctor")(_doctor)
     return app
 
@@ -149,6 +156,30 @@ def _generate(
         top_p=top_p,
         seed=seed,
     )
+
+
+def _verify(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="Every combination, not a covering set.")] = False,
+    scale: Annotated[
+        Literal["small", "as_is"], typer.Option(help="A small model of the same kind, or the model as it is.")
+    ] = "small",
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=2, help="Processes to start here; under torchrun its own.", show_default="4"),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all results as JSON.", show_default=False)
+    ] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Plant known faults and show that each is noticed.")
+    ] = False,
+) -> None:
+    """Prove that every parallel layout of a configuration trains the same model."""
+    from epmoe.cli.verify import verify
+
+    verify(config, overrides or [], full=full, scale=scale, ranks=ranks, json=json, faults=self_test)
 
 
 def _require_one_process(command: str) -> None:

@@ -21,15 +21,13 @@ def explain(config: Config, world_size: int) -> str:
     counts = count_parameters(config.model, moe, vocab_size)
     ep_size = choose_ep_size(config.parallel.ep_size, world_size, moe.num_experts if moe else 1)
     local = counts.dense + counts.expert // ep_size
-    fsdp = config.parallel.engine == "fsdp"
-    if fsdp:  # what a rank keeps; the block in use is whole besides
+    if config.parallel.engine == "fsdp":  # what a rank keeps; the block in use is whole besides
         shards = ep_size if config.parallel.fsdp_shard == "hybrid" else world_size
         local = -(-counts.dense // shards) + -(-counts.expert // world_size)
     moments = 0 if config.optimizer.name == "sgd" else 2
     state = STATE_BYTES[train.precision]
-    # With shards of float32 the narrow parameters exist only of the block in use.
-    narrow = 2 if train.precision == "bf16_params" and not fsdp else 0
-    per_rank = local * (narrow + state * (2 + moments))
+    partition = -(-counts.dense // world_size) + -(-counts.expert // world_size)
+    per_rank = _bytes_per_rank(config, local, partition, moments)
     checkpoint = counts.total * state * (1 + moments)
     tokens = train.global_batch_size * config.data.seq_len
     flops = flops_per_token(config.model, moe, vocab_size, config.data.seq_len)
@@ -43,6 +41,23 @@ def explain(config: Config, world_size: int) -> str:
         "checkpoint": f"{checkpoint / 2**20:,.0f} MiB each, {config.checkpoint.keep} kept",
     }
     return dump_config(config) + "\n".join(f"# {name}: {text}" for name, text in facts.items())
+
+
+def _bytes_per_rank(config: Config, local: int, partition: int, moments: int) -> int:
+    """Parameters, gradients and optimizer.
+
+    Args:
+        local: Parameters a rank keeps.
+        partition: Of those, its share where DeepSpeed cuts them up.
+        moments: Tensors of optimizer state per parameter.
+    """
+    engine, stage = config.parallel.engine, config.parallel.zero_stage
+    state, narrow = STATE_BYTES[config.train.precision], config.train.precision == "bf16_params"
+    if engine == "deepspeed" and stage > 0:  # masters are apart from parameters, also where both are float32
+        gradients = partition if stage == 2 else local
+        return local * (2 if narrow else state) + state * (gradients + partition * (1 + moments))
+    # With shards of float32 the narrow parameters exist only of the block in use.
+    return local * ((2 if narrow and engine != "fsdp" else 0) + state * (2 + moments))
 
 
 def _entries(data: DataConfig) -> tuple[int, str]:

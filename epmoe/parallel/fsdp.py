@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from epmoe.models.decoder import Block, Decoder
 from epmoe.moe.experts import FFNExperts
+from epmoe.parallel.layers import spread_layers, take_over
 from epmoe.parallel.mesh import ExpertMesh, is_stacked
 
 
@@ -69,6 +70,7 @@ def shard_model(
     """
     # A result that is a view must not be changed in place, FSDP warns; nothing here changes results in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    take_over(model)
     done: set[nn.Module] = set()
     dense = mesh.device_mesh if hybrid else _world(mesh)
 
@@ -89,15 +91,43 @@ def shard_model(
         assert isinstance(block, Block)
         if block.moe is not None:
             if not isinstance(block.moe.experts, FFNExperts):
-                raise ValueError(
-                    f"{path}.moe.experts is a {type(block.moe.experts).__name__}; engine fsdp cuts stacked experts "
-                    f"(FFNExperts) only, modules of your own train with engine native"
-                )
+                raise ValueError(_only_stacked(f"{path}.moe.experts", block.moe.experts))
             cut(f"{path}.moe.experts", block.moe.experts, mesh.device_mesh["edp"], compute_dtype)
             if compute_dtype is not None:
                 cut(f"{path}.moe", block.moe, dense, None)
         cut(path, block, dense, compute_dtype)
     cut("", model, dense, compute_dtype)
+
+
+def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
+    """Makes any model whose experts are spread over ranks ready for ``fully_shard``. A collective.
+
+    Call it after ``epmoe.shard_experts`` and before ``fully_shard``, which then leaves experts alone; without it,
+    training stops at the first forward pass. FSDP alone would cut and gather experts as though all ranks had the same
+    ones. Afterwards their first axis is cut over the ranks that hold the same ones, and their gradients are divided by
+    the size of the world, which is what FSDP does with all others.
+
+    Raises:
+        ValueError: A layer does not hold this rank's share of the experts, or they are modules.
+    """
+    for name, layer in spread_layers(model, mesh):
+        if not isinstance(layer.experts, FFNExperts):
+            raise ValueError(_only_stacked(f"{name}.experts", layer.experts))
+        fully_shard(layer.experts, mesh=mesh.device_mesh["edp"])
+        assert isinstance(layer.experts, FSDPModule)
+        layer.experts.set_gradient_divide_factor(1.0)
+        layer.experts.set_force_sum_reduction_for_comms(True)
+        # Not by a divide factor: torch 2.13 applies one twice where no rank holds the same experts and gradients are
+        # neither float32 nor bfloat16.
+        layer.experts.set_all_reduce_hook(lambda total: total.div_(mesh.world_size))  # type: ignore[arg-type]
+    take_over(model)
+
+
+def _only_stacked(name: str, experts: nn.Module) -> str:
+    return (
+        f"{name} is a {type(experts).__name__}; FSDP cuts stacked experts (FFNExperts) only, modules of your own train "
+        f"with engine native"
+    )
 
 
 @torch.no_grad()

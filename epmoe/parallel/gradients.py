@@ -7,13 +7,13 @@ already received the contributions of its own ep group).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import ExpertMesh, is_expert
 from epmoe.types import compute_dtype
 
@@ -38,19 +38,20 @@ class Gradients:
     as soon as backward has it, and ``parameter.grad`` is None again.
 
     Args:
-        named_parameters: Fully qualified names and parameters; those without ``requires_grad`` are left out.
+        model: Its parameters without ``requires_grad`` are left out. Its MoE layers may be trained from now on.
         mesh: The groups.
         bucket_bytes: Buffers are closed at this size, so that several reductions can be under way at once.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        model: nn.Module,
         mesh: ExpertMesh,
         *,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        take_over(model)
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         dense = [(name, p) for name, p in trainable if not is_expert(name)]
         experts = [(name, p) for name, p in trainable if is_expert(name)]
         self.views: dict[str, Tensor] = {}

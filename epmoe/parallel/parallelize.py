@@ -11,6 +11,7 @@ from epmoe.comm.exchange import sum_counts
 from epmoe.moe.build import build_dispatcher
 from epmoe.moe.experts import FFNExperts, ModuleExperts
 from epmoe.moe.layer import MoELayer
+from epmoe.parallel.deepspeed import mark_experts
 from epmoe.parallel.mesh import ExpertMesh
 
 
@@ -18,7 +19,9 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
     """Leaves every MoE layer of ``model`` only this rank's experts and connects it to the ranks with the others.
 
     Stacked experts are cut; their parameters are new objects afterwards: build optimizers later. Experts that are
-    modules must already be this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``).
+    modules must already be this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``). A layer whose
+    experts are spread is not trained before something reduces their gradients: ``Gradients`` of
+    ``epmoe.parallel.gradients``, or ``prepare`` of ``epmoe.parallel.ddp``, ``.fsdp`` or ``.deepspeed``.
 
     Raises:
         ValueError: ``dispatcher: local`` while the experts are spread over several ranks; modules that are not this
@@ -45,6 +48,9 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
             )
         _keep_local_experts(layer, mesh)
         layer.dispatcher = dispatcher
+        if mesh.ep_size > 1:
+            mark_experts(layer, mesh)
+            layer.unreduced = True
         if mesh.world_size > 1:
             layer.sum_over_ranks = partial(sum_counts, group=mesh.world_group)
 

@@ -22,6 +22,8 @@ from epmoe.errors import CommError, ConfigError, EpmoeError, Preempted
 from epmoe.parallel.failures import Responder, comm_error, is_comm_failure
 from epmoe.parallel.rendezvous import join
 
+MAX_KEYS = 10
+"""Keys that are named when configurations differ."""
 PATIENCE_S = 5.0
 """How long a rank that is asked to stop waits for rank 0 to leave what it is busy with."""
 
@@ -187,16 +189,40 @@ def require_equal(name: str, text: str) -> None:
     """Checks that every rank was given the same text, for example the resolved configuration. A collective.
 
     Raises:
-        ConfigError: On every rank, naming the ranks that differ from rank 0.
+        ConfigError: On every rank, naming the ranks that differ from rank 0, and of JSON objects the keys.
     """
     digests = gather_text(hashlib.sha256(text.encode()).hexdigest())
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
+        texts = gather_text(text)
+        keys = _different_keys(texts[0], texts[different[0]])
+        more = [f"... and {len(keys) - MAX_KEYS} more"] if len(keys) > MAX_KEYS else []
         raise ConfigError(
             f"the {name} of rank(s) {different} differs from rank 0's",
-            why=f"{len(digests)} ranks, {len(set(digests))} different versions (compared by sha256)",
+            why="; ".join([f"rank 0 and rank {different[0]}: {keys[0]}", *keys[1:MAX_KEYS], *more])
+            if keys
+            else f"{len(digests)} ranks, {len(set(digests))} different versions (compared by sha256)",
             fix="start every node with the same file and the same overrides",
         )
+
+
+def _different_keys(one: str, other: str) -> list[str]:
+    """``key: value, other value`` of every key that differs in two JSON objects; nothing of other texts."""
+    try:
+        left, right = _flat(json.loads(one)), _flat(json.loads(other))
+    except ValueError:
+        return []
+    keys = sorted(key for key in left.keys() | right.keys() if key and left.get(key) != right.get(key))
+    return [f"{key} is {left.get(key)}, and {right.get(key)}" for key in keys]
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Dotted keys of a JSON object; a list is one value."""
+    if not isinstance(value, dict):
+        return {prefix[:-1]: json.dumps(value)}
+    return {
+        key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{prefix}{name}.").items()
+    }
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Part:
 
 
 class Engine(Protocol):
-    """Gradients and optimizer state of a model. Every method but the last four is called on all ranks alike."""
+    """Gradients and optimizer state of a model. Every method is called on all ranks alike: any may communicate."""
 
     def zero(self) -> None:
         """Forgets the gradients; the start of an optimizer step."""
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """One update of the weights at a learning rate."""
 
     def gradients(self) -> dict[str, Part]:
-        """This rank's part of every gradient, by the parameter's name."""
+        """This rank's part of every gradient, by the parameter's name. Asked for between ``reduce`` and ``step``."""
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model, in place: masters where there are some, else parameters and buffers.
@@ -77,7 +77,7 @@ class NativeEngine:
 
     def __init__(self, config: OptimizerConfig, model: nn.Module, mesh: ExpertMesh) -> None:
         self._mesh = mesh
-        self._gradients = Gradients(model.named_parameters(), mesh)
+        self._gradients = Gradients(model, mesh)
         self._optimizer = Optimizer(config, model, self._gradients.views)
 
     def zero(self) -> None:

@@ -6,7 +6,7 @@ State is reached by fully qualified parameter name, because that is what a check
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from epmoe.config import OptimizerConfig
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import load_apex
 from epmoe.parallel.fsdp import rows_here
-from epmoe.parallel.mesh import is_stacked
+from epmoe.parallel.mesh import is_expert, is_stacked
 
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -89,17 +89,9 @@ class Optimizer:
                 self._masters[name], self._rounded[name] = tensor, parameter
             tensor.grad = view
             self._trained[name] = tensor
-        self._torch = _build(config, model, self._trained)
+        self._torch = build_torch(config, model, self._trained)
         if config.name != "sgd":
-            self._fill_state()
-
-    def _fill_state(self) -> None:
-        for tensor in self._trained.values():
-            self._torch.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
+            fill_state(self._torch, self._trained.values())
 
     def step(self, lr: float) -> None:
         """One update from the gradients, at the given learning rate."""
@@ -128,17 +120,29 @@ class Optimizer:
         }
 
 
-def _build(config: OptimizerConfig, model: nn.Module, trained: dict[str, Tensor]) -> torch.optim.Optimizer:
-    """One parameter group per (decays or not, dtype)."""
+def fill_state(optimizer: torch.optim.Optimizer, trained: Iterable[Tensor]) -> None:
+    """Gives AdamW the state it would make in its first step."""
+    for tensor in trained:
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
+
+
+def build_torch(
+    config: OptimizerConfig, model: nn.Module, trained: Mapping[str, Tensor]
+) -> torch.optim.Optimizer:
+    """The configured optimizer of tensors by parameter name, one group per (decays or not, expert or not, dtype)."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = dict(model.named_parameters())
-    groups: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
+    groups: dict[tuple[bool, bool, torch.dtype], list[Tensor]] = {}
     for name, tensor in trained.items():
-        kind = (decays(name, parameters[name], embeddings), tensor.dtype)
+        kind = (decays(name, parameters[name], embeddings), is_expert(name), tensor.dtype)
         groups.setdefault(kind, []).append(tensor)
     settings = [
         {"params": tensors, "weight_decay": config.weight_decay if decayed else 0.0}
-        for (decayed, _), tensors in groups.items()
+        for (decayed, _, _), tensors in groups.items()
     ]
     if config.name == "sgd":
         return torch.optim.SGD(settings, lr=config.lr, fused=True)

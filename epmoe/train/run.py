@@ -23,6 +23,7 @@ from epmoe.observe.display import make_display, say
 from epmoe.observe.record import read_records
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
 from epmoe.parallel import runtime
+from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh, flat_after_all
 from epmoe.parallel.runtime import Runtime
 from epmoe.train.checkpoint import FOLDER, save_checkpoint
@@ -394,7 +395,7 @@ def _prepare(config: Config, place: Runtime, stop: StopFlag) -> PreparedData:
 def _layout(config: Config, trainer: Trainer) -> str:
     """Ranks, experts and sizes in one line."""
     mesh = trainer.mesh
-    local = sum(part.local.numel() for part in trainer.engine.gradients().values())
+    local = sum(rows_here(parameter).numel() for parameter in trainer.model.parameters())
     return (
         f"{mesh.world_size} rank(s) on {trainer.runtime.device.type}, ep_size {mesh.ep_size} "
         f"({mesh.edp_size} holding each expert), engine {config.parallel.engine}, {local:,} parameters per rank, "

@@ -14,10 +14,12 @@ from epmoe.models.accelerators import Accelerators, choose_accelerators
 from epmoe.models.decoder import Block, Decoder
 from epmoe.models.init import init_module, init_weights
 from epmoe.moe.router import Router
+from epmoe.parallel.deepspeed import load_deepspeed
 from epmoe.parallel.fsdp import shard_model
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.parallelize import shard_experts
 from epmoe.parallel.runtime import gather_text, raise_together
+from epmoe.train.deepspeed import DeepSpeedEngine
 from epmoe.train.engine import Engine, NativeEngine
 from epmoe.train.fsdp import FSDPEngine
 from epmoe.train.optimizer import load_fused_adam
@@ -62,6 +64,8 @@ def agree_on_accelerators(config: Config, device: torch.device) -> Accelerators:
         found = find_accelerators(config, device)
         if config.optimizer.name == "apex_fused_adam":
             load_fused_adam(device, PARAMETER_DTYPE[config.train.precision])
+        if config.parallel.engine == "deepspeed":
+            load_deepspeed(device.type)
     except ConfigError as caught:
         error = caught
     raise_together(error)
@@ -149,4 +153,6 @@ def build_engine(config: Config, model: Decoder, mesh: ExpertMesh) -> Engine:
     """The engine of ``parallel.engine`` for a model from ``build_model``. A collective."""
     if config.parallel.engine == "fsdp":
         return FSDPEngine(config.optimizer, model, mesh, hybrid=config.parallel.fsdp_shard == "hybrid")
+    if config.parallel.engine == "deepspeed":
+        return DeepSpeedEngine(config.optimizer, model, mesh, zero_stage=config.parallel.zero_stage)
     return NativeEngine(config.optimizer, model, mesh)

@@ -15,6 +15,7 @@ from epmoe.config import MoEConfig
 from epmoe.moe.dispatcher import AllToAllDispatcher, PaddedDispatcher
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel import runtime
+from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
 
@@ -127,6 +128,7 @@ def on_a_rank(rank: int) -> dict[str, Any]:
         for dispatcher, save, as_modules in VARIANTS:
             layer = make_layer(config(dispatcher, save), as_modules, rank if as_modules else None)
             shard_experts(layer, mesh)
+            take_over(layer)
             kind = {"padded": PaddedDispatcher, "all_to_all": AllToAllDispatcher}[dispatcher]
             assert isinstance(layer.dispatcher, kind)
             for name in BATCHES:

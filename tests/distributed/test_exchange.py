@@ -18,6 +18,7 @@ from epmoe.config import MoEConfig, ParallelConfig
 from epmoe.errors import ConfigError
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel import runtime
+from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import ExpertMesh, build_mesh, flat_after_all
 from tests.distributed.harness import run_ranks
 
@@ -248,6 +249,7 @@ def make_layer(kind: str, mesh: ExpertMesh) -> MoELayer:
     for seed, parameter in enumerate(layer.parameters()):
         parameter.data.copy_(numbers(*parameter.shape, seed=seed))
     shard_experts(layer, mesh)
+    take_over(layer)
     return layer
 
 
@@ -354,6 +356,7 @@ def write_down(rank: int) -> tuple[list[str], list[str]]:
     moe = MoEConfig.model_validate({"num_experts": 6, "router": "topk", "dispatcher": "padded", "losses": {}})
     layer = build_moe_layer(moe, d_model=WIDTH, experts=experts).double()
     shard_experts(layer, mesh)
+    take_over(layer)
     send, count = dist.all_to_all_single, iter(range(99))
 
     def noted(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ def _reduce(rank: int) -> None:
 
 def _check_sums(rank: int, mesh: ExpertMesh, bucket_bytes: int) -> None:
     model = tiny_model(mesh)
-    gradients = Gradients(model.named_parameters(), mesh, bucket_bytes=bucket_bytes)
+    gradients = Gradients(model, mesh, bucket_bytes=bucket_bytes)
     assert (len(gradients.dense) == 3) == (bucket_bytes == 1)
 
     def part(name: str, shape: torch.Size, of_rank: int) -> Tensor:
@@ -74,7 +74,7 @@ def _untouched(rank: int) -> None:
     mesh = build_mesh(start("cpu", 20), 1)
     model = tiny_model(mesh)
     model.temperature.requires_grad_(False)
-    gradients = Gradients(model.named_parameters(), mesh)
+    gradients = Gradients(model, mesh)
     _backward(model, {"norm": torch.ones(3)} if rank == 0 else {"norm": torch.zeros(3)})
     gradients.reduce()
     assert model.temperature.grad is None
@@ -93,7 +93,7 @@ def test_untouched_parameters_have_zero_gradients_and_frozen_ones_none(tmp_path:
 def _low_precision(rank: int) -> tuple[float, Any]:
     mesh = build_mesh(start("cpu", 20), 1)
     model = nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
-    gradients = Gradients(model.named_parameters(), mesh)
+    gradients = Gradients(model, mesh)
     for _ in range(257):  # in bfloat16 the sum of ones stops at 256
         model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
     gradients.reduce()
@@ -117,7 +117,7 @@ class OwnExperts(nn.Module):
 
 def _known_norm(rank: int) -> tuple[float, float, float]:
     mesh = build_mesh(start("cpu", 20), dist.get_world_size())
-    gradients = Gradients(OwnExperts().named_parameters(), mesh)
+    gradients = Gradients(OwnExperts(), mesh)
     gradients.views["experts.w"].copy_(torch.tensor([[2.0], [4.0]]) + 4.0 * rank)
     dense, experts = _flats(gradients)
     norm = global_norm(dense, experts, mesh.ep_group, CPU)
@@ -159,7 +159,7 @@ def _random_norm(rank: int) -> list[tuple[str, str]]:
     for ep_size in (1, 2, 4):
         mesh = build_mesh(runtime, ep_size)
         model = tiny_model(mesh)
-        gradients = Gradients(model.named_parameters(), mesh)
+        gradients = Gradients(model, mesh)
         _backward(model, {n: draw(f"{n} of {rank}", *p.shape) for n, p in model.named_parameters()})
         gradients.reduce()
         dense, experts = _flats(gradients)
@@ -195,7 +195,7 @@ def _broken_norm(rank: int) -> list[float]:
     mesh = build_mesh(start("cpu", 20), 2)
     norms = []
     for poison in (math.nan, math.inf):
-        gradients = Gradients(OwnExperts().named_parameters(), mesh)
+        gradients = Gradients(OwnExperts(), mesh)
         if rank == 1:
             gradients.views["experts.w"][0] = poison
         norms.append(float(global_norm(*_flats(gradients), mesh.ep_group, CPU)))

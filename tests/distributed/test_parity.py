@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epmoe.config import Config, ParallelConfig
-from epmoe.data.loader import Batch
 from epmoe.moe import dispatcher
 from epmoe.parallel import runtime
 from epmoe.parallel.fsdp import rows_here
@@ -27,7 +26,7 @@ from epmoe.parallel.mesh import build_mesh
 from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
-from epmoe.types import TokenContext
+from epmoe.verify import samples
 from tests.distributed.harness import run_ranks
 from tests.oracle.deepseek import moved_bias
 
@@ -119,27 +118,13 @@ LAYOUTS = {1: (1,), 2: (1, 2), 4: (2, 4)}
 """World size -> ep sizes."""
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Made-up sequences by number. Lengths differ; samples 2 and 3 of every eight are all padding, so that with four
-    ranks one of them has no valid token."""
+@dataclass(frozen=True, kw_only=True)
+class Samples(samples.Samples):
+    """Made-up sequences of unequal lengths; with four ranks one of them has no valid token."""
 
-    def batch(self, numbers: list[int]) -> Batch:
-        token, target, loss, valid = [], [], [], []
-        for number in numbers:
-            generator = torch.Generator().manual_seed(number)
-            window = torch.randint(0, VOCAB, (SEQ_LEN + 1,), generator=generator)
-            length = 0 if number % 8 in (2, 3) else SEQ_LEN - number % 3
-            real = torch.arange(SEQ_LEN) < length
-            token.append(window[:-1])
-            target.append(window[1:])
-            valid.append(real)
-            loss.append(real & (window[1:] % 7 != 0))
-        token_BS = torch.stack(token)
-        context = TokenContext(valid_BS=torch.stack(valid), sample_B=torch.tensor(numbers), token_BS=token_BS)
-        return Batch(
-            token_BS=token_BS, target_BS=torch.stack(target), loss_BS=torch.stack(loss), context=context
-        )
+    vocab_size: int = VOCAB
+    seq_len: int = SEQ_LEN
+    batch_size: int = GLOBAL_BATCH
 
 
 def config(router: str, precision: str, accumulation: int, world_size: int) -> Config:

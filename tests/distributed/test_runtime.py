@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -162,6 +163,9 @@ def _agreement(rank: int) -> list[Any]:
     seen.append(outcome_of(lambda: raise_together(None)))
     seen.append(outcome_of(lambda: require_equal("configuration", "same")))
     seen.append(outcome_of(lambda: require_equal("configuration", f"seed: {rank // 2}")))
+    settings = json.dumps({"train": {"steps": 10 + rank // 2, "seed": 0}})
+    with pytest.raises(ConfigError, match=r"rank 0 and rank 2: train\.steps is 10, and 11"):
+        require_equal("configuration", settings)
     seen.append(outcome_of(lambda: on_rank_zero(lambda: Path("/proc/no/such").mkdir(), ConfigError)))
     return seen
 

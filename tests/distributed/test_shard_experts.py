@@ -14,6 +14,7 @@ from epmoe.config import MoEConfig
 from epmoe.moe.dispatcher import AllToAllDispatcher, LocalDispatcher
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel import runtime
+from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
 
@@ -49,6 +50,9 @@ def share_modules(rank: int) -> dict[str, Any]:
     layer = module_layer(2 * rank, 2)
     held = [id(parameter) for parameter in layer.parameters()]
     shard_experts(layer, mesh)
+    with pytest.raises(RuntimeError, match="nobody sums their gradients"):
+        layer(tokens(rank))
+    take_over(layer)
     y_BSD, _ = layer(tokens(rank))
     result: dict[str, Any] = {
         "output": y_BSD.detach(),
@@ -63,6 +67,8 @@ def share_modules(rank: int) -> dict[str, Any]:
     for _ in range(2):  # the second time they are this rank's already
         shard_experts(stacked, mesh)
         assert torch.equal(stacked.experts.w_in, whole[2 * rank : 2 * rank + 2])
+        # In the words that stop DeepSpeed until it is told which ranks share them.
+        assert (stacked.experts.w_in.allreduce, stacked.experts.w_in.group_name) == (False, "ep_size_2")
     assert isinstance(stacked.dispatcher, AllToAllDispatcher)
     with pytest.raises(ValueError, match="ep_size=2"):
         shard_experts(

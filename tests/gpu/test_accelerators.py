@@ -104,7 +104,7 @@ def test_fused_adam_is_adamw_and_reads_its_state() -> None:
 
     def make(name: Any) -> tuple[Optimizer, Gradients]:
         model = Tiny(0, 4).to(GPU)
-        gradients = Gradients(model.named_parameters(), no_groups)
+        gradients = Gradients(model, no_groups)
         return Optimizer(OptimizerConfig(name=name, weight_decay=0.3), model, gradients.views), gradients
 
     plain, plain_gradients = make("adamw")

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import epmoe
 from epmoe.types import TokenContext
-
-FOLDER = Path(epmoe.__file__).parents[1] / "examples"
-
-
-def example(name):
-    """The module of one example, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from tests.examples import example
 
 
 def test_digits(capsys):

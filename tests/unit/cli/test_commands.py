@@ -249,14 +249,14 @@ def test_a_dry_run_shows_the_whole_configuration_and_makes_nothing(
 
 
 def test_a_dry_run_knows_what_shards_leave_on_a_rank() -> None:
-    def memory(engine: dict[str, str], precision: str) -> int:
+    def memory(engine: dict[str, object], precision: str) -> int:
         values = {"parallel": {"ep_size": 2, **engine}, "train": {"precision": precision}}
         [line] = [
             text for text in explain(Config.model_validate(values), 8).splitlines() if "# memory" in text
         ]
         return int(line.split()[2].replace(",", ""))
 
-    hybrid = {"engine": "fsdp", "fsdp_shard": "hybrid"}
+    hybrid: dict[str, object] = {"engine": "fsdp", "fsdp_shard": "hybrid"}
     native, full, half = (memory(engine, "fp32") for engine in ({}, {"engine": "fsdp"}, hybrid))
     assert native > half > full
     # Dense weights, gradients and moments over 8 ranks instead of each, experts over 8 instead of 2.
@@ -264,6 +264,14 @@ def test_a_dry_run_knows_what_shards_leave_on_a_rank() -> None:
     assert full == round(16 * counts.total / 8 / 2**20)
     assert native == round(16 * (counts.dense + counts.expert / 2) / 2**20)
     assert memory({"engine": "fsdp"}, "bf16_params") == full  # masters alone
+    # Partitions over 8 ranks: masters and moments, at stage 2 gradients too; parameters stay where they are.
+    stage_0, stage_1, stage_2 = (
+        memory({"engine": "deepspeed", "zero_stage": stage}, "fp32") for stage in (0, 1, 2)
+    )
+    local = counts.dense + counts.expert / 2
+    assert stage_0 == native
+    assert stage_1 == round((8 * local + 12 * counts.total / 8) / 2**20)
+    assert stage_2 == round((4 * local + 16 * counts.total / 8) / 2**20)
 
 
 def test_a_dry_run_counts_the_entries_of_a_tokenizer_file(tmp_path: Path) -> None:

@@ -106,6 +106,30 @@ def test_scalars_follow_yaml_1_2(write):
         ("parallel: {ep_size: 0}\n", ["parallel.ep_size: expects a number greater than 0 or 'auto', got 0"]),
         ("parallel: {engine: deepsped}\n", ["parallel.engine: 'deepsped' is not a choice", "native, fsdp"]),
         (
+            "parallel: {engine: deepspeed, zero_stage: 3}\n",
+            ["zero_stage", "stage 3", "0, 1 or 2, or engine: fsdp"],
+        ),
+        (
+            "parallel: {zero_stage: 2}\n",
+            ["zero_stage=2 means nothing to engine=native", "set engine: deepspeed"],
+        ),
+        (
+            "parallel: {engine: deepspeed}\ntrain: {precision: fp64}\n",
+            ["train.precision=fp64", "use fp32, bf16_autocast or bf16_params"],
+        ),
+        (
+            "parallel: {engine: deepspeed, zero_stage: 0}\ntrain: {precision: bf16_params}\n",
+            ["zero_stage=0 has no float32 copy", "use zero_stage 1 or 2"],
+        ),
+        (
+            "parallel: {engine: deepspeed}\ntrain: {recompute: full}\n",
+            ["train.recompute=full", "engine: native or fsdp"],
+        ),
+        (
+            "parallel: {engine: deepspeed}\noptimizer: {name: apex_fused_adam}\n",
+            ["apex_fused_adam", "use adamw or sgd"],
+        ),
+        (
             "parallel:\n  fsdp_shard: hybrid\n",
             [
                 "run.yaml:2:15: parallel",

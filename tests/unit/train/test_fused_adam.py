@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def make(model: nn.Module, name: str) -> tuple[Optimizer, Gradients]:
-    gradients = Gradients(model.named_parameters(), NO_GROUPS)
+    gradients = Gradients(model, NO_GROUPS)
     config = OptimizerConfig(name=name, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     return Optimizer(config, model, gradients.views), gradients
 

@@ -27,7 +27,7 @@ DECAYED = {
 
 
 def _make(model: nn.Module, **settings: Any) -> tuple[Optimizer, Gradients]:
-    gradients = Gradients(model.named_parameters(), NO_GROUPS)
+    gradients = Gradients(model, NO_GROUPS)
     return Optimizer(OptimizerConfig(**settings), model, gradients.views), gradients
 
 

@@ -1,0 +1,1 @@
+"""Proofs that every layout trains the same model: what ``epmoe verify`` runs."""

@@ -1,0 +1,231 @@
+"""One cell, trained for two steps by the real trainer: what it computed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from epmoe.config import Config
+from epmoe.moe.router import Router
+from epmoe.parallel.mesh import ExpertMesh, is_expert
+from epmoe.parallel.norm import clip_coefficient
+from epmoe.parallel.runtime import Runtime
+from epmoe.train.engine import Engine, Part
+from epmoe.train.loop import Trainer
+from epmoe.train.setup import build_model
+from epmoe.train.signals import StopFlag
+from epmoe.types import Routing
+from epmoe.verify.cells import Cell, cell_config
+from epmoe.verify.collectives import counting
+from epmoe.verify.samples import Samples
+from epmoe.verify.scaling import Subject
+
+NUM_STEPS = 2
+KNOWN_NORM = math.sqrt(120.0)
+"""Of four experts with one gradient each, 2, 4, 6 and 8: 10.954451."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one rank saw of a cell; lists have an entry for every step."""
+
+    losses: list[float]
+    """Nats per token, over all ranks."""
+    auxiliary: dict[str, list[float]]
+    """Auxiliary losses per token, over all ranks, without coefficients."""
+    counts: dict[str, list[list[float]]]
+    """Demand and kept assignments of each layer's experts, over all ranks."""
+    norms: list[float]
+    clips: list[float]
+    gradients: dict[str, Part]
+    """Of the first step, reduced and not clipped."""
+    weights: dict[str, Part]
+    """After the first step."""
+    micro_collectives: list[dict[str, int]]
+    """Of each micro-batch of the last step."""
+    end_collectives: dict[str, int]
+    """From the last backward pass to the weights of the next step."""
+    known_norm: float
+    """The engine's answer where ``KNOWN_NORM`` is right."""
+    clipped_norm: float
+    """And after clipping that to 1."""
+    margin: float
+    """Smallest gap between a token's best router logits, where it was asked for."""
+
+
+class ObservedEngine:
+    """An engine, and what went through it."""
+
+    def __init__(self, engine: Engine, counter: Counter[str]) -> None:
+        self._engine, self._counter = engine, counter
+        self.gradients_seen: list[dict[str, Part]] = []
+        self.micro: list[dict[str, int]] = []
+
+    def zero(self) -> None:
+        """Counting starts here."""
+        self._engine.zero()
+        self.micro = []
+        self._counter.clear()
+
+    def backward(self, objective: Tensor) -> None:
+        """Notes the collectives of a micro-batch."""
+        self._engine.backward(objective)
+        self.micro.append(dict(self._counter))
+        self._counter.clear()
+
+    def reduce(self) -> None:
+        """Keeps a copy of the gradients before they are clipped."""
+        self._engine.reduce()
+        parts = self._engine.gradients()
+        self.gradients_seen.append({name: copy_of(part) for name, part in parts.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def copy_of(part: Part) -> Part:
+    """The same rows, in memory of their own."""
+    return Part(local=part.local.detach().clone(), first_row=part.first_row, shape=part.shape)
+
+
+def make_trainer(
+    config: Config, subject: Subject, samples: Samples, place: Runtime, mesh: ExpertMesh
+) -> Trainer:
+    """The real trainer over made-up data."""
+    model = build_model(config, subject.vocab_size, device=place.device, mesh=mesh)
+    return Trainer(config, place, mesh, model=model, data=cast(Any, samples), stop=StopFlag())
+
+
+def samples_for(subject: Subject, cell: Cell, seed: int) -> Samples:
+    """The data of a cell."""
+    kinds: Mapping[str, Any] = {"half_empty": "half_empty", "one_token": "one_token"}
+    return Samples(
+        vocab_size=subject.vocab_size,
+        seq_len=subject.config.data.seq_len,
+        batch_size=subject.config.train.global_batch_size,
+        kind=kinds.get(cell.scenario, "uneven"),
+        seed=seed,
+        num_tasks=subject.num_tasks,
+        documents=not subject.config.data.cross_document,
+    )
+
+
+def measure(
+    cell: Cell, subject: Subject, place: Runtime, mesh: ExpertMesh, *, seed: int, margins: bool = False
+) -> Measurement:
+    """Trains a cell and looks at everything. A collective.
+
+    Args:
+        seed: Of the data.
+        margins: Also look how clearly the routers decided.
+    """
+    config = cell_config(subject, cell)
+    trainer = make_trainer(config, subject, samples_for(subject, cell, seed), place, mesh)
+    weights: dict[str, Part] = {}
+    results = []
+    with counting() as counter, _margins(trainer.model if margins else None) as gaps:
+        engine = ObservedEngine(trainer.engine, counter)
+        trainer.engine = cast(Engine, engine)
+        for step in range(NUM_STEPS):
+            results.append(trainer.step())
+            if step == 0:
+                weights = {
+                    n: copy_of(p) for n, p in named_parts(trainer.engine, trainer.engine.weights()).items()
+                }
+        end = dict(counter)
+    known, clipped = probe_norm(trainer.engine)
+    sums = [result.sums for result in results]
+    tokens = [max(result.num_tokens, 1) for result in results]
+    return Measurement(
+        losses=[float(s["loss"]) / n for s, n in zip(sums, tokens, strict=True)],
+        auxiliary={
+            name: [float(s[name]) / n for s, n in zip(sums, tokens, strict=True)]
+            for name in sums[0]
+            if name.startswith("aux.")
+        },
+        counts={
+            name: [s[name].tolist() for s in sums]
+            for name in sums[0]
+            if name.endswith(("demand_E", "kept_E"))
+        },
+        norms=[result.grad_norm for result in results],
+        clips=[result.clip for result in results],
+        gradients=in_order(trainer.model, engine.gradients_seen[0]),
+        weights=weights,
+        micro_collectives=engine.micro,
+        end_collectives=end,
+        known_norm=known,
+        clipped_norm=clipped,
+        margin=gaps.smallest,
+    )
+
+
+def in_order(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """By the order of the model's parameters, so that the first wrong one is the first to look at."""
+    return {name: parts[name] for name, _ in model.named_parameters() if name in parts}
+
+
+def named_parts(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """Weights, or optimizer state (``<parameter>.<key>``), as the rows this rank holds of each."""
+    where = engine.gradients()
+    parts = {}
+    for name, tensor in tensors.items():
+        local = tensor.detach()
+        local = local.to_local() if isinstance(local, DTensor) else local
+        owner = where.get(name) or where.get(name.rpartition(".")[0])
+        if owner is None or owner.local.shape != local.shape:
+            parts[name] = Part(local=local, first_row=0, shape=tuple(local.shape))
+        else:
+            parts[name] = Part(local=local, first_row=owner.first_row, shape=owner.shape)
+    return parts
+
+
+def probe_norm(engine: Engine) -> tuple[float, float]:
+    """The engine's norm of gradients whose norm is ``KNOWN_NORM``, as it is and clipped to 1. A collective."""
+    parts = engine.gradients()
+    names = [name for name, part in parts.items() if is_expert(name) and part.shape[0] >= 4]
+    names += [name for name, part in parts.items() if len(part.shape) > 1 and part.shape[0] >= 4]
+    for name, part in parts.items():
+        part.local.zero_()
+        for row in range(4) if name == names[0] else ():
+            if part.first_row <= row < part.first_row + part.local.shape[0]:
+                part.local[row - part.first_row].view(-1)[0] = 2.0 * (row + 1)
+    norm = engine.norm()
+    engine.clip(clip_coefficient(norm, 1.0))
+    return float(norm), float(engine.norm())
+
+
+# ------------------------------------------------------------------------------------------- margins
+@dataclass(slots=True)
+class _Gaps:
+    smallest: float = math.inf
+
+
+@contextmanager
+def _margins(model: nn.Module | None) -> Iterator[_Gaps]:
+    """Watches the routers' logits: the smallest gap between neighbours among a token's best k + 1."""
+    gaps = _Gaps()
+
+    def look(router: nn.Module, _: object, routing: Routing) -> None:
+        assert isinstance(router, Router)
+        best_TK = routing.logits_TE[routing.valid_T].detach().sort(dim=-1, descending=True).values
+        gap_TK = (best_TK[:, :-1] - best_TK[:, 1:])[:, : router.top_k]
+        gap_TK = gap_TK[gap_TK.isfinite()]
+        if gap_TK.numel():
+            gaps.smallest = min(gaps.smallest, float(gap_TK.min()))
+
+    modules = model.modules() if model is not None else ()
+    routers = [m for m in modules if isinstance(m, Router) and m.weight is not None]
+    hooks = [router.register_forward_hook(look) for router in routers if not router.options.every_expert]
+    try:
+        yield gaps
+    finally:
+        for hook in hooks:
+            hook.remove()

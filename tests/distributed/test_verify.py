@@ -1,0 +1,133 @@
+"""The proof on real ranks, with and without something to find."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epmoe.config import Config, MoEConfig
+from epmoe.verify.faults import FAULTS
+from epmoe.verify.scaling import make_subject
+from epmoe.verify.self_test import plan_for_faults
+from epmoe.verify.suite import prove
+from epmoe.verify.worlds import assemble, run_here
+from tests.distributed.harness import run_ranks
+
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+PLANTED = {
+    "expert gradients times ep_size": "gradients",
+    "combine weights cut off from the graph": "liveness",
+    "expert moments lost on a resize": "resize",
+}
+"""Some of the faults and what must see them; the slow test plants all of them."""
+
+
+def _prove(rank: int, names: Sequence[str | None]) -> list[dict[str, Any]]:
+    subject = make_subject(Config(moe=MoEConfig(num_experts=4)), 2, "small", ranks_per_node=2)
+    ranks = assemble("cpu", 60.0, same="{}")
+    whole = plan_for_faults(subject)
+    found = []
+    for name in names:
+        fault = next((fault for fault in FAULTS if fault.name == name), None)
+        with fault.plant() if fault else nullcontext():
+            found.append(asdict(prove(ranks, subject, whole, lambda *_: None, shared=None)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """Of both ranks: the code as it is, then with each fault."""
+    return run_ranks(2, _prove, tmp_path_factory.mktemp("verify"), [None, *PLANTED], timeout=110)
+
+
+def test_the_code_as_it_is_is_proven(verdicts: list[list[dict[str, Any]]]) -> None:
+    verdict = verdicts[0][0]
+    assert verdict["violations"] == ()
+    assert {row["scenario"] for row in verdict["rows"]} == {"parity", "one_token", "balance", "task_only"}
+    for row in verdict["rows"]:
+        assert row["ok"]
+        assert [row[name] for name in ("norm_equal", "clip_equal", "collectives_equal")] == [True] * 3
+        assert row["expert"]["error"] < 1e-12
+        exchanges = {counts.get("all_to_all_single", 0) for counts in row["micro_collectives"]}
+        assert len(exchanges) == 1
+        if (
+            row["settings"]["parallel.engine"] == "native"
+        ):  # dense, sums; and experts where two ranks hold them
+            assert row["end_collectives"]["all_reduce"] == (2 if row["ep_size"] == 2 else 3)
+
+
+def test_every_rank_has_the_same_verdict(verdicts: list[list[dict[str, Any]]]) -> None:
+    for one, other in zip(*verdicts, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+@pytest.mark.parametrize(("number", "item"), list(enumerate(PLANTED.values(), start=1)))
+def test_a_planted_fault_is_found(verdicts: list[list[dict[str, Any]]], number: int, item: str) -> None:
+    assert item in {violation["item"] for violation in verdicts[0][number]["violations"]}
+
+
+def test_a_wrong_factor_is_explained(verdicts: list[list[dict[str, Any]]]) -> None:
+    first = verdicts[0][1]["violations"][0]
+    assert first["tensor"] == "blocks.1.moe.experts.w_in"
+    assert first["meaning"].startswith("2x everywhere = ep_size 2")
+
+
+def _different(rank: int) -> str:
+    try:
+        assemble("cpu", 20.0, same=json.dumps({"config": {"seed": rank, "moe": {"top_k": 2}}}))
+    except Exception as error:
+        return str(error)
+    return "started"
+
+
+def test_ranks_with_different_configurations_are_told_the_keys(tmp_path: Path) -> None:
+    for text in run_ranks(2, _different, tmp_path):
+        assert "rank(s) [1] differs from rank 0's" in text
+        assert "config.seed is 0, and 1" in text
+        assert "top_k" not in text
+
+
+def test_a_rank_that_fails_takes_the_others_with_it() -> None:
+    def work() -> int:
+        return int(os.environ["RANK"]) * 8
+
+    assert run_here(2, work, 20.0) == 8
+    assert run_here(2, lambda: 0, 20.0) == 0
+
+
+def run_verify(*arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "EPMOE_FAULT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    command = [sys.executable, "-m", "epmoe", "verify", str(CONFIG), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_command_proves_the_quickstart(tmp_path: Path) -> None:
+    done = run_verify("--json", str(tmp_path / "verdict.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "proven: " in done.stdout
+    report = json.loads((tmp_path / "verdict.json").read_text())
+    layouts = {(row["world_size"], row["ep_size"]) for row in report["rows"]}
+    assert report["ok"]
+    assert layouts == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_known_fault_is_found(tmp_path: Path) -> None:
+    done = run_verify("--self-test", "--json", str(tmp_path / "trials.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    trials = json.loads((tmp_path / "trials.json").read_text())
+    assert [trial["fault"] for trial in trials] == ["the code as it is", *(fault.name for fault in FAULTS)]
+    assert all(trial["caught_by"] for trial in trials[1:])
