@@ -18,7 +18,7 @@ from epmoe.moe.recompute import Remake, Replay, kept, plain
 from epmoe.moe.router import Router
 from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.smoothing import noisy_copy
-from epmoe.types import DispatchPlan, RouterInputs, RouterReport, Routing, TokenContext
+from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
 
 UNREDUCED = (
     "the experts of this layer are spread over ranks, and nobody sums their gradients over the ranks that hold the "
@@ -99,12 +99,9 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, RouterReport]:
         """The mean output of copies of the input that all go where the input goes, plus what is computed beside."""
         group_size, capacity = self.group_and_capacity(x_BSD)
-        inputs = self._router_inputs(x_BSD, ctx, remake)
-        routing, plan = (None, None) if replay is None else (replay.routing, replay.plan)
-        again = routing is not None
-        if routing is None:
-            with kept(replay):
-                routing = self.router.decide(inputs)
+        routing = self.route(x_BSD, ctx, replay, remake)
+        plan = None if replay is None else replay.plan
+        again = plan is not None
         outputs, beside_BSD = [], None
         for copy_BSD in copies:
             batch, plan = self.dispatcher.dispatch(
@@ -129,20 +126,21 @@ class MoELayer(nn.Module):
         with kept(replay):
             return y_BSD, self.report(routing, plan, ctx, x_BSD.shape[1])
 
-    def route(self, x_BSD: Tensor, ctx: TokenContext) -> Routing:
+    def route(
+        self, x_BSD: Tensor, ctx: TokenContext, replay: Replay | None = None, remake: Remake = plain
+    ) -> Routing:
         """The router's decision. Arguments as for ``forward``."""
-        return self.router.decide(self._router_inputs(x_BSD, ctx, plain))
-
-    def _router_inputs(self, x_BSD: Tensor, ctx: TokenContext, remake: Remake) -> RouterInputs:
         group_size, capacity = self.group_and_capacity(x_BSD)
-        return self.router.inputs(
+        routing: Routing = self.router(
             x_BSD.flatten(0, 1),
             ctx,
             seq_len=x_BSD.shape[1],
             group_size=group_size,
             capacity=capacity,
+            replay=replay,
             remake=remake,
         )
+        return routing
 
     def group_and_capacity(self, x_BSD: Tensor) -> tuple[int, int]:
         """Tokens that share a capacity, and each expert's slots among them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.config_routers import RouterOptions
-from epmoe.moe.recompute import Remake, plain
+from epmoe.moe.recompute import Remake, Replay, kept, plain
 from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.routers.family import Family, Init, Part, zeros
 from epmoe.moe.smoothing import gate_noise
@@ -90,9 +90,20 @@ class Router(nn.Module):
         seq_len: int,
         group_size: int = 0,
         capacity: int = DROPLESS,
+        replay: Replay | None = None,
+        remake: Remake = plain,
     ) -> Routing:
-        """Logits of every token, and the family's decision; arguments and errors are those of ``inputs``."""
-        return self.decide(self.inputs(x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity))
+        """Logits of every token, and the family's decision; with a replay that has one, that one.
+
+        Other arguments and errors are those of ``inputs``.
+        """
+        inputs = self.inputs(
+            x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity, remake=remake
+        )
+        if replay is not None and replay.routing is not None:
+            return replay.routing
+        with kept(replay):
+            return self.decide(inputs)
 
     def decide(self, inputs: RouterInputs) -> Routing:
         """The family's decision."""
