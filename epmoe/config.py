@@ -294,13 +294,18 @@ def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
     Slots in ``choice_major`` order are not in question here: they look at later tokens only where capacity drops
     something, and evaluation is dropless unless it is told otherwise.
     """
-    reason = None if moe is None or moe.allow_non_causal else moe.router.looks_ahead
-    if moe is None or reason is None:
+    if moe is None or moe.allow_non_causal:
+        return None
+    reason, router = moe.router.looks_ahead, moe.router
+    fix = f"use priority: position and one of {_names(lambda options: options().looks_ahead is None)}"
+    if reason is None and (moe.capacity_factor or moe.capacity_factor_eval):
+        reason = router.looks_ahead_when_full
+        fix = f"set capacity_factor and capacity_factor_eval to null, use {router.name} without it"
+    if reason is None:
         return None
     return (
-        f"router {moe.router.name} is not causal and a decoder predicts the next token: {reason}",
-        f"use priority: position and one of {_names(lambda options: options().looks_ahead is None)}, or set "
-        f"moe.allow_non_causal: true",
+        f"router {router.name} is not causal and a decoder predicts the next token: {reason}",
+        f"{fix}, or set moe.allow_non_causal: true",
     )
 
 

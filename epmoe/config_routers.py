@@ -99,6 +99,11 @@ class RouterOptions(Section):
         return f"priority={self.priority} lets later tokens take the slots of earlier ones"
 
     @property
+    def looks_ahead_when_full(self) -> str | None:
+        """Why a token's experts depend on later tokens where slots are few; None if only its slots can."""
+        return None
+
+    @property
     def expert_groups(self) -> int:
         """Groups of consecutive experts the family knows, which device and communication balance add up over."""
         return 1
@@ -178,10 +183,22 @@ class SwitchOptions(RouterOptions):
             )
         return self
 
+    @property
+    def looks_ahead_when_full(self) -> str | None:
+        """Later tokens' first attempts come before earlier ones' second."""
+        if self.attempts == 1:
+            return None
+        return (
+            f"attempts={self.attempts} lets later tokens fill the expert that an earlier one tries next, so its expert "
+            f"depends on them where slots are few"
+        )
+
     def check(self, *, num_experts: int, top_k: int) -> None:
         """A token cannot try more experts than there are."""
         if self.attempts > num_experts:
-            raise ValueError(f"attempts={self.attempts} is larger than num_experts={num_experts}")
+            raise ValueError(
+                f"attempts={self.attempts} is larger than num_experts={num_experts}; valid values: 1 to {num_experts}"
+            )
 
 
 class TopKOptions(RouterOptions):

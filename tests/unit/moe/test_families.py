@@ -107,14 +107,12 @@ def test_parts_start_as_the_papers_say_and_are_counted(name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_causal_router_does_not_see_the_future(name, factor):
     """Another second half of each sequence changes nothing in the first, slots handed out token by token."""
-    retries = "retry" in name
-    factor = None if retries else factor  # attempts go round by round: causal only where nothing is full
     moe = config(name, slot_order="token_major", num_experts=4, capacity_factor=factor, min_capacity=0)
     layer = make_layer(moe)
     x_BSD = tokens(2, 16, seed=1)
     other_BSD = torch.cat((x_BSD[:, :8], tokens(2, 8, seed=2)), dim=1)
     y_BSD, y2_BSD = (layer(x, context(x_BSD))[0][:, :8].detach() for x in (x_BSD, other_BSD))
-    causal = moe.router.looks_ahead is None
+    causal = moe.router.looks_ahead is None and (factor is None or moe.router.looks_ahead_when_full is None)
     if causal or (factor is None and moe.router.priority != "position"):
         close(y2_BSD, y_BSD, 1e-13)
     else:
@@ -136,6 +134,20 @@ def test_a_decoder_refuses_what_looks_ahead(name, tmp_path):
         load_config(path)
     assert "priority: position and one of gshard_top2, switch," in str(caught.value)
     assert load_config(path, ["moe.allow_non_causal=true"]).moe.allow_non_causal
+
+
+def test_a_decoder_refuses_retries_unless_there_is_room_for_all(tmp_path):
+    """No token left behind: later first attempts take the slots of earlier second ones."""
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {router: {name: switch, attempts: 2}}\n")
+    for overrides in ([], ["moe.capacity_factor=null", "moe.capacity_factor_eval=2.0"]):
+        with pytest.raises(
+            ConfigError, match=r"(?s)not causal.*attempts=2.*set capacity_factor and capacity_factor_eval to null"
+        ):
+            load_config(path, overrides)
+    load_config(path, ["moe.capacity_factor=null"])
+    load_config(path, ["moe.allow_non_causal=true"])
+    load_config(path, ["moe.router.attempts=1"])
 
 
 # ------------------------------------------------------------------------------------------- documentation

@@ -99,6 +99,26 @@ def test_capacity_does_not_change_any_loss(capacity):
     assert [loss.item() for loss in package_losses(moe, logits, valid, given, 8, capacity)] == wanted
 
 
+@pytest.mark.parametrize("count", ["top1", "all"])
+def test_retries_change_no_loss(count):
+    """Capacity decides which experts a token tries, and losses want what the router asked for first."""
+    found = []
+    for attempts, factor in ((1, None), (3, None), (3, 0.4), (3, 0.1)):
+        moe = config(
+            "switch_retry",
+            num_experts=4,
+            capacity_factor=factor,
+            min_capacity=0,
+            balance_count=count,
+            losses={"balance": 1.0, "importance": 1.0, "z": 1.0, "sequence_balance": 1.0},
+        )
+        moe = moe.model_copy(update={"router": moe.router.model_copy(update={"attempts": attempts})})
+        report, _ = layer_losses(moe, tokens(2, 12))
+        found.append([loss.item() for loss in report.losses.values()])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-13)
+
+
 @pytest.mark.parametrize("name", ["gshard_random", "top2"])
 def test_groups_and_micro_batches_add_up(name):
     moe = config(name, num_experts=4)
