@@ -1,10 +1,9 @@
-"""What the framework promises about every router family, and about one that is added."""
+"""What the framework promises about every router family; test_adding_a_router.py adds one."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -12,73 +11,18 @@ import torch
 import epmoe
 from epmoe.config import Config, ModelConfig, MoEConfig, causality_problem, router_classes
 from epmoe.config_file import load_config
-from epmoe.config_routers import RouterOptions
 from epmoe.errors import ConfigError
 from epmoe.models.decoder import Decoder
 from epmoe.models.init import init_weights
 from epmoe.models.sizes import count_parameters
 from epmoe.moe import build
-from epmoe.moe.routers.common import as_routing, choose
-from epmoe.moe.routers.family import Family, Part
-from epmoe.types import RouterInputs, Routing, TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
 
 MODEL = ModelConfig(d_model=8, num_layers=2, num_heads=2, d_ff=12)
 
 
-# ------------------------------------------------------------------------------------------- adding one
-class MineOptions(RouterOptions):
-    """A router that leans towards the experts it used less in the last step."""
-
-    name: Literal["mine"] = "mine"
-    pull: float = 0.5
-
-    def num_weights(self, *, d_model: int, num_experts: int) -> int:
-        return num_experts * d_model + num_experts
-
-
-def mine_route(inputs: RouterInputs, options: MineOptions, top_k: int) -> Routing:
-    leaning_TE = inputs.logits_TE - inputs.threshold_E - options.pull * inputs.bias_E
-    return as_routing(
-        inputs, options, choose(inputs, top_k, normalize=False, logits_TE=leaning_TE), logits_TE=leaning_TE
-    )
-
-
-def mine_parts(options: MineOptions, num_experts: int) -> tuple[Part, ...]:
-    def ones(_, shape):
-        return torch.ones(shape).numpy()
-
-    def used(value_E, demand_E, options, step):
-        return demand_E / demand_E.sum()
-
-    return (
-        Part(name="limit", field="threshold_E", num_rows=num_experts, projects=False, init=ones),
-        Part(name="used", field="bias_E", num_rows=num_experts, projects=False, update=used),
-    )
-
-
-def test_a_family_is_an_options_class_a_file_and_a_line(monkeypatch):
-    """Trains a step: its parameter has a gradient, its buffer is updated, both have the values it asked for."""
-    monkeypatch.setitem(build.ROUTERS, "mine", Family(route=mine_route, parts=mine_parts))
-    moe = MoEConfig(num_experts=4, top_k=2, every=1).model_copy(update={"router": MineOptions()})
-    model = Decoder(MODEL, moe, vocab_size=19, seed=1)
-    state = model.state_dict()
-    assert torch.equal(state["blocks.0.moe.router.limit"], torch.ones(4))
-    assert torch.equal(state["blocks.0.moe.router.used"], torch.zeros(4))
-    assert count_parameters(MODEL, moe, 19).total == sum(p.numel() for p in model.parameters())
-    token_BS = torch.arange(12).view(2, 6)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    logits_BSV, reports = model(token_BS, TokenContext(sample_B=torch.arange(2)))
-    (logits_BSV.square().sum() + sum(reports[0].losses.values())).backward()
-    optimizer.step()
-    for layer, report in zip(model.moe_layers(), reports, strict=True):
-        layer.router.after_step(report.metrics["demand_E"], 0)
-        assert layer.router.limit.grad.abs().max() > 0
-        assert layer.router.used.sum().item() == pytest.approx(1.0)
-        assert not layer.router.used.requires_grad
-
-
+# ------------------------------------------------------------------------------------------- parts
 @pytest.mark.parametrize("name", ["noisy2", "two_levels", "top2"])
 def test_parts_start_as_the_papers_say_and_are_counted(name):
     moe = config(name, num_experts=4, every=1)
