@@ -137,8 +137,10 @@ TASK_LOSSES = ("cooperative", "competitive", "mixture_nll", "edd")
 def _known_loss(name: str) -> str:
     if name in TASK_LOSSES:
         raise ValueError(
-            f"{name} is made from the target and every expert's own output, which a layer inside a model does not "
-            f"have; call it in your own training loop (epmoe.moe.mixture). Here: {', '.join(AUX_LOSSES)}"
+            f"{name} is made from the target and every expert's own prediction of it; in a decoder what an expert says "
+            f"is a hidden vector for the layers above, which has no target, so no configuration can have it; for experts "
+            f"that predict call it in your own training loop (epmoe.moe.mixture), all experts on one rank "
+            f"(ep_size=1). Here: {', '.join(AUX_LOSSES)}"
         )
     if name not in AUX_LOSSES:
         raise ValueError(f"unknown auxiliary loss; choices: {', '.join(AUX_LOSSES)}")
@@ -187,7 +189,8 @@ class MoEConfig(Section):
     )
     """Auxiliary losses and their coefficients. Routers that need none, or one of their own, have that as default."""
     balance_count: Literal["auto", "top1", "all"] = "auto"
-    """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for the others."""
+    """Which choices the balance loss counts; auto = top1 for gshard_top2, switch, base, sentence and
+    task, all for the others. A router that sends every token to one expert has only first choices to count."""
     balance_scope: Literal["group", "sequence", "micro_batch", "global"] = "group"
     """Over which tokens the balance loss wants balance: those that share a capacity (``group``), a sequence, a
     rank's micro-batch, or the tokens of all ranks. ``global`` adds one all-reduce of counts per layer and
@@ -226,7 +229,10 @@ class MoEConfig(Section):
                 f"leave top_k out, or use router: topk"
             )
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}")
+            valid = f"valid values of top_k: 1 to {self.num_experts}"
+            if router.fixed_top_k is not None:
+                valid = f"router {router.name} needs num_experts of at least {self.top_k}"
+            raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}; {valid}")
         router.check(num_experts=self.num_experts, top_k=self.top_k)
         if "load" in self.losses and not router.smooth_load:
             raise ValueError(

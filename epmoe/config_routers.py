@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -68,6 +68,22 @@ class RouterOptions(Section):
     """The decision is taken on the CPU, so that no compiler can make one graph of the layer."""
     without: ClassVar[tuple[str, ...]] = ()
     """Options of every router that mean nothing to this one, and are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_bias(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "bias_rate" in values and "bias_rate" not in cls.model_fields:
+            owners = [
+                family.model_fields["name"].default
+                for family in get_args(get_args(AnyRouterOptions)[0])
+                if "bias_rate" in family.model_fields
+            ]
+            raise ValueError(
+                f"bias_rate={values['bias_rate']} balances without a loss by moving the bias of every expert, and router "
+                f"{cls.model_fields['name'].default} has no bias; routers that have one: {', '.join(owners)}; for this "
+                f"one use moe.losses: {{balance: 0.01}}"
+            )
+        return values
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
@@ -264,7 +280,8 @@ class HierarchicalOptions(RouterOptions):
         check_groups(self.num_groups, num_experts)
         if self.groups_per_token > self.num_groups:
             raise ValueError(
-                f"groups_per_token={self.groups_per_token} is larger than num_groups={self.num_groups}"
+                f"groups_per_token={self.groups_per_token} is larger than num_groups={self.num_groups}; "
+                f"valid values: 1 to {self.num_groups}"
             )
         inside, rest = divmod(top_k, self.groups_per_token)
         size = num_experts // self.num_groups
@@ -316,7 +333,10 @@ class DeepSeekOptions(RouterOptions):
         """Groups divide the experts, and those kept have enough of them."""
         check_groups(self.num_groups, num_experts)
         if self.group_limit > self.num_groups:
-            raise ValueError(f"groups_kept={self.groups_kept} is larger than num_groups={self.num_groups}")
+            raise ValueError(
+                f"groups_kept={self.groups_kept} is larger than num_groups={self.num_groups}; "
+                f"valid values: 1 to {self.num_groups}, or null for all"
+            )
         size = num_experts // self.num_groups
         if self.group_limit * size < top_k:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 import epmoe
 from epmoe.config import Config, ModelConfig, MoEConfig, causality_problem, router_classes
 from epmoe.config_file import load_config
+from epmoe.config_routers import SwitchOptions
 from epmoe.errors import ConfigError
 from epmoe.models.decoder import Decoder
 from epmoe.models.init import init_weights
@@ -111,26 +112,54 @@ def test_the_page_of_routers_has_them_all_and_its_examples_load(tmp_path):
         load_config(tmp_path / "example.yaml")
 
 
+def test_what_balance_counts_is_said_of_every_router():
+    """The field's own words, against the families."""
+    said = MoEConfig.model_fields["balance_count"].description
+    first = {name for name, options in router_classes().items() if options.balance_count == "top1"}
+    words = re.search(r"auto = top1 for (.*?), all for the others", said, flags=re.DOTALL)[1]
+    assert set(re.split(r",\s+|\s+and\s+", words)) == first
+
+
 # ------------------------------------------------------------------------------------------- bad input
 def test_an_option_of_another_router_names_that_router(tmp_path):
-    """Balance without a loss, asked of a router that has no bias."""
     path = tmp_path / "run.yaml"
-    path.write_text("moe: {router: {name: switch, bias_rate: 0.001}}\n")
+    path.write_text("moe: {router: {name: switch, groups_kept: 2}}\n")
     with pytest.raises(
-        ConfigError, match=r"unknown key(?s:.*)bias_rate is a key of deepseek; keys of moe.router: at"
+        ConfigError, match=r"unknown key(?s:.*)groups_kept is a key of deepseek; keys of moe.router: at"
     ):
         load_config(path)
+
+
+def test_balance_without_a_loss_needs_a_bias(tmp_path):
+    """From YAML and from Python, of the section and of the options alone: the same reason."""
+    wanted = r"bias_rate=0.001 balances without a loss.*router switch has no bias; routers that have one: deepseek;"
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {router: {name: switch, bias_rate: 0.001}}\n")
+    with pytest.raises(ConfigError, match=rf"run.yaml:1:\d+.*{wanted}"):
+        load_config(path)
+    with pytest.raises(ValueError, match=wanted):
+        MoEConfig(router={"name": "switch", "bias_rate": 0.001})
+    with pytest.raises(ValueError, match=wanted):
+        SwitchOptions(bias_rate=0.001)
 
 
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"router": "noisy_topk", "top_k": 9, "num_experts": 8}, "top_k=9"),
+        ({"router": "noisy_topk", "top_k": 9, "num_experts": 8}, "top_k=9.*values of top_k: 1 to 8"),
         ({"router": {"name": "hierarchical", "num_groups": 3}, "num_experts": 8}, "valid values: 1, 2, 4, 8"),
-        ({"router": {"name": "hierarchical", "groups_per_token": 3}, "top_k": 3}, "groups_per_token=3"),
+        (
+            {"router": {"name": "hierarchical", "groups_per_token": 3}, "top_k": 3},
+            "groups_per_token=3.*valid values: 1 to 2",
+        ),
+        (
+            {"router": {"name": "deepseek", "num_groups": 4, "groups_kept": 5}},
+            "groups_kept=5.*valid values: 1 to 4",
+        ),
+        ({"router": "gshard_top2", "num_experts": 1}, "top_k=2.*needs num_experts of at least 2"),
         ({"router": {"name": "hierarchical", "groups_per_token": 2}, "top_k": 3}, "valid top_k: 2, 4, 6, 8"),
         ({"router": {"name": "hierarchical", "num_groups": 4}, "top_k": 3}, "valid top_k: 1, 2"),
-        ({"router": {"name": "switch", "attempts": 9}}, "attempts=9"),
+        ({"router": {"name": "switch", "attempts": 9}}, "attempts=9.*valid values: 1 to 8"),
         (
             {"router": {"name": "switch", "attempts": 2, "slot_order": "token_major"}},
             "slot_order=choice_major",
