@@ -33,7 +33,8 @@ class SourceConfig(Section):
     loss_field: str | None = None
     """JSONL: key of a list of ``[start, end)`` character ranges that count in the loss; null = all of it."""
     val_path: str | None = None
-    """Validation text (same format); null: files or documents whose sha256 is 0 modulo 20."""
+    """Validation text (same format); null: files or documents whose sha256 is 0 modulo 20, or the last twentieth of a
+    single text file."""
 
 
 class DataConfig(Section):
