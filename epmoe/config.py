@@ -139,8 +139,8 @@ def _known_loss(name: str) -> str:
     if name in TASK_LOSSES:
         raise ValueError(
             f"{name} is made from the target and every expert's own prediction of it; in a decoder what an expert says "
-            f"is a hidden vector for the layers above, which has no target, so no configuration can have it; for experts "
-            f"that predict call it in your own training loop (epmoe.moe.mixture), all experts on one rank "
+            f"is a hidden vector for the layers above, which has no target, so no configuration can have it; for "
+            f"experts that predict call it in your own training loop (epmoe.moe.mixture), all experts on one rank "
             f"(ep_size=1). Here: {', '.join(AUX_LOSSES)}"
         )
     if name not in AUX_LOSSES:

@@ -79,9 +79,9 @@ class RouterOptions(Section):
                 if "bias_rate" in family.model_fields
             ]
             raise ValueError(
-                f"bias_rate={values['bias_rate']} balances without a loss by moving the bias of every expert, and router "
-                f"{cls.model_fields['name'].default} has no bias; routers that have one: {', '.join(owners)}; for this "
-                f"one use moe.losses: {{balance: 0.01}}"
+                f"bias_rate={values['bias_rate']} balances without a loss by moving the bias of every expert, and "
+                f"router {cls.model_fields['name'].default} has no bias; routers that have one: {', '.join(owners)}; for "
+                f"this one use moe.losses: {{balance: 0.01}}"
             )
         return values
 

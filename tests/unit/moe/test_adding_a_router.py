@@ -1,4 +1,4 @@
-"""A router is added to a copy of the package, in the places CONTRIBUTING names and no other, and a YAML file trains it."""
+"""A router is added to a copy of the package, in the places CONTRIBUTING names, and a YAML file trains it."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def test_a_decoder_refuses_retries_unless_there_is_room_for_all(tmp_path):
     path.write_text("moe: {router: {name: switch, attempts: 2}}\n")
     for overrides in ([], ["moe.capacity_factor=null", "moe.capacity_factor_eval=2.0"]):
         with pytest.raises(
-            ConfigError, match=r"(?s)not causal.*attempts=2.*set capacity_factor and capacity_factor_eval to null"
+            ConfigError,
+            match=r"(?s)not causal.*attempts=2.*set capacity_factor and capacity_factor_eval to null",
         ):
             load_config(path, overrides)
     load_config(path, ["moe.capacity_factor=null"])

@@ -85,7 +85,9 @@ class Case:
         if same:
             assert torch.allclose(found, whole, rtol=1e-11, atol=1e-12)
         else:
-            assert (found[0] - whole[0]).abs() > 1e-3 * whole[0].abs(), "it says that it differs, and does not"
+            assert (found[0] - whole[0]).abs() > 1e-3 * whole[0].abs(), (
+                "it says that it differs, and does not"
+            )
 
 
 @MINE

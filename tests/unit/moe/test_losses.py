@@ -287,9 +287,7 @@ def check_against_loops(moe, kind, num_tokens, group_size, names):
             decision, group_of, num_tokens // group_size, experts, moe.top_k
         ),
         "device_balance": lambda: oracle.device_balance_loss(decision, experts, devices, moe.top_k),
-        "communication_balance": lambda: oracle.communication_balance_loss(
-            decision, experts, devices, limit
-        ),
+        "communication_balance": lambda: oracle.communication_balance_loss(decision, experts, devices, limit),
         "batchwise_threshold": lambda: oracle.batchwise_threshold_loss(decision, experts),
     }
     for name in names:

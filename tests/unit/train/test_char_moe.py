@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,13 @@ def test_the_values() -> None:
     assert (model.num_layers, model.num_heads, model.d_model, model.dropout) == (8, 8, 128, 0.1)
     assert (model.init, config.data.seq_len, config.data.tokenizer) == ("kaiming", 32, "byte")
     assert moe is not None
-    assert (moe.router.name, moe.num_experts, moe.top_k, moe.every, moe.first_dense) == ("noisy_topk", 8, 2, 1, 0)
+    assert (moe.router.name, moe.num_experts, moe.top_k, moe.every, moe.first_dense) == (
+        "noisy_topk",
+        8,
+        2,
+        1,
+        0,
+    )
     assert moe.losses == {"importance": 0.1, "load": 0.1}
     assert moe.capacity_factor is None
 
@@ -41,6 +48,9 @@ def test_a_lone_text_file_is_trained_and_validated(tmp_path: Path) -> None:
         "train.sample.tokens": 2,
     }
     config = load_config(CHAR, [f"{key}={value}" for key, value in overrides.items()])
-    entries = history(finish(tmp_path, config, world_size=1))
+    folder = finish(tmp_path, config, world_size=1)
+    entries = history(folder)
     assert [entry["step"] for entry in entries if "aux" in entry] == [1, 2]
-    assert 5 < entries[-1]["loss"] < 8, "of the held-out end, by an untrained model"
+    [result] = json.loads((folder / "summary.json").read_text())["validation"]
+    assert (result["name"], result["num_tokens"]) == ("book", 150)
+    assert 5 < result["loss"] < 8, "of the held-out end, by an untrained model"
