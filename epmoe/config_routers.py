@@ -80,8 +80,8 @@ class RouterOptions(Section):
             ]
             raise ValueError(
                 f"bias_rate={values['bias_rate']} balances without a loss by moving the bias of every expert, and "
-                f"router {cls.model_fields['name'].default} has no bias; routers that have one: {', '.join(owners)}; for "
-                f"this one use moe.losses: {{balance: 0.01}}"
+                f"router {cls.model_fields['name'].default} has no bias; routers that have one: "
+                f"{', '.join(owners)}; for this one use moe.losses: {{balance: 0.01}}"
             )
         return values
 
