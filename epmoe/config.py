@@ -33,7 +33,8 @@ class SourceConfig(Section):
     loss_field: str | None = None
     """JSONL: key of a list of ``[start, end)`` character ranges that count in the loss; null = all of it."""
     val_path: str | None = None
-    """Validation text (same format); null: files or documents whose sha256 is 0 modulo 20."""
+    """Validation text (same format); null: files or documents whose sha256 is 0 modulo 20, or the last twentieth of a
+    single text file."""
 
 
 class DataConfig(Section):
@@ -137,8 +138,10 @@ TASK_LOSSES = ("cooperative", "competitive", "mixture_nll", "edd")
 def _known_loss(name: str) -> str:
     if name in TASK_LOSSES:
         raise ValueError(
-            f"{name} is made from the target and every expert's own output, which a layer inside a model does not "
-            f"have; call it in your own training loop (epmoe.moe.mixture). Here: {', '.join(AUX_LOSSES)}"
+            f"{name} is made from the target and every expert's own prediction of it; in a decoder what an expert says "
+            f"is a hidden vector for the layers above, which has no target, so no configuration can have it; for "
+            f"experts that predict call it in your own training loop (epmoe.moe.mixture), all experts on one rank "
+            f"(ep_size=1). Here: {', '.join(AUX_LOSSES)}"
         )
     if name not in AUX_LOSSES:
         raise ValueError(f"unknown auxiliary loss; choices: {', '.join(AUX_LOSSES)}")
@@ -187,7 +190,8 @@ class MoEConfig(Section):
     )
     """Auxiliary losses and their coefficients. Routers that need none, or one of their own, have that as default."""
     balance_count: Literal["auto", "top1", "all"] = "auto"
-    """Which choices the balance loss counts; auto = top1 for gshard_top2 and switch, all for the others."""
+    """Which choices the balance loss counts; auto = top1 for gshard_top2, switch, base, sentence and
+    task, all for the others. A router that sends every token to one expert has only first choices to count."""
     balance_scope: Literal["group", "sequence", "micro_batch", "global"] = "group"
     """Over which tokens the balance loss wants balance: those that share a capacity (``group``), a sequence, a
     rank's micro-batch, or the tokens of all ranks. ``global`` adds one all-reduce of counts per layer and
@@ -226,7 +230,10 @@ class MoEConfig(Section):
                 f"leave top_k out, or use router: topk"
             )
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}")
+            valid = f"valid values of top_k: 1 to {self.num_experts}"
+            if router.fixed_top_k is not None:
+                valid = f"router {router.name} needs num_experts of at least {self.top_k}"
+            raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}; {valid}")
         router.check(num_experts=self.num_experts, top_k=self.top_k)
         if "load" in self.losses and not router.smooth_load:
             raise ValueError(
@@ -294,13 +301,18 @@ def causality_problem(moe: MoEConfig | None) -> tuple[str, str] | None:
     Slots in ``choice_major`` order are not in question here: they look at later tokens only where capacity drops
     something, and evaluation is dropless unless it is told otherwise.
     """
-    reason = None if moe is None or moe.allow_non_causal else moe.router.looks_ahead
-    if moe is None or reason is None:
+    if moe is None or moe.allow_non_causal:
+        return None
+    reason, router = moe.router.looks_ahead, moe.router
+    fix = f"use priority: position and one of {_names(lambda options: options().looks_ahead is None)}"
+    if reason is None and (moe.capacity_factor or moe.capacity_factor_eval):
+        reason = router.looks_ahead_when_full
+        fix = f"set capacity_factor and capacity_factor_eval to null, use {router.name} without it"
+    if reason is None:
         return None
     return (
-        f"router {moe.router.name} is not causal and a decoder predicts the next token: {reason}",
-        f"use priority: position and one of {_names(lambda options: options().looks_ahead is None)}, or set "
-        f"moe.allow_non_causal: true",
+        f"router {router.name} is not causal and a decoder predicts the next token: {reason}",
+        f"{fix}, or set moe.allow_non_causal: true",
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -69,6 +69,22 @@ class RouterOptions(Section):
     without: ClassVar[tuple[str, ...]] = ()
     """Options of every router that mean nothing to this one, and are refused."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_bias(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "bias_rate" in values and "bias_rate" not in cls.model_fields:
+            owners = [
+                family.model_fields["name"].default
+                for family in get_args(get_args(AnyRouterOptions)[0])
+                if "bias_rate" in family.model_fields
+            ]
+            raise ValueError(
+                f"bias_rate={values['bias_rate']} balances without a loss by moving the bias of every expert, and "
+                f"router {cls.model_fields['name'].default} has no bias; routers that have one: "
+                f"{', '.join(owners)}; for this one use moe.losses: {{balance: 0.01}}"
+            )
+        return values
+
     @model_validator(mode="after")
     def _means_something(self) -> Self:
         fields = type(self).model_fields
@@ -97,6 +113,11 @@ class RouterOptions(Section):
         if self.priority == "position":
             return None
         return f"priority={self.priority} lets later tokens take the slots of earlier ones"
+
+    @property
+    def looks_ahead_when_full(self) -> str | None:
+        """Why a token's experts depend on later tokens where slots are few; None if only its slots can."""
+        return None
 
     @property
     def expert_groups(self) -> int:
@@ -178,10 +199,22 @@ class SwitchOptions(RouterOptions):
             )
         return self
 
+    @property
+    def looks_ahead_when_full(self) -> str | None:
+        """Later tokens' first attempts come before earlier ones' second."""
+        if self.attempts == 1:
+            return None
+        return (
+            f"attempts={self.attempts} lets later tokens fill the expert that an earlier one tries next, so its expert "
+            f"depends on them where slots are few"
+        )
+
     def check(self, *, num_experts: int, top_k: int) -> None:
         """A token cannot try more experts than there are."""
         if self.attempts > num_experts:
-            raise ValueError(f"attempts={self.attempts} is larger than num_experts={num_experts}")
+            raise ValueError(
+                f"attempts={self.attempts} is larger than num_experts={num_experts}; valid values: 1 to {num_experts}"
+            )
 
 
 class TopKOptions(RouterOptions):
@@ -247,7 +280,8 @@ class HierarchicalOptions(RouterOptions):
         check_groups(self.num_groups, num_experts)
         if self.groups_per_token > self.num_groups:
             raise ValueError(
-                f"groups_per_token={self.groups_per_token} is larger than num_groups={self.num_groups}"
+                f"groups_per_token={self.groups_per_token} is larger than num_groups={self.num_groups}; "
+                f"valid values: 1 to {self.num_groups}"
             )
         inside, rest = divmod(top_k, self.groups_per_token)
         size = num_experts // self.num_groups
@@ -299,7 +333,10 @@ class DeepSeekOptions(RouterOptions):
         """Groups divide the experts, and those kept have enough of them."""
         check_groups(self.num_groups, num_experts)
         if self.group_limit > self.num_groups:
-            raise ValueError(f"groups_kept={self.groups_kept} is larger than num_groups={self.num_groups}")
+            raise ValueError(
+                f"groups_kept={self.groups_kept} is larger than num_groups={self.num_groups}; "
+                f"valid values: 1 to {self.num_groups}, or null for all"
+            )
         size = num_experts // self.num_groups
         if self.group_limit * size < top_k:
             raise ValueError(

@@ -10,7 +10,7 @@ What becomes validation does not depend on order, machine or preparation options
     files            sha256 of the path relative to the folder (POSIX, UTF-8), as an integer, is 0 modulo 20
     JSONL documents  the same of the text
     with val_path    everything there is validation, everything in ``path`` is training
-    a single file    training
+    a single file    its last twentieth, from the beginning of a line where there is one nearby
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Piece:
     first_line: int
     """Line number of the first byte, from 1."""
     split: Split | None
-    """None: the sha256 of each document's text decides."""
+    """None: the sha256 of each JSONL document's text decides; of a single text file the end is validation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,9 @@ def read_piece(corpus: Corpus, piece: Piece) -> Iterator[Document]:
         )
     if corpus.kind == "files":
         text, replaced = _decode(data)
-        yield Document(text=text, split=piece.split or "train", loss_ranges=None, replaced=replaced)
+        parts: dict[Split, str] = {piece.split: text} if piece.split else _held_out(text)
+        for split, part in parts.items():
+            yield Document(text=part, split=split, loss_ranges=None, replaced=replaced)
         return
     for offset, line in enumerate(data.split(b"\n")):
         if line.strip():
@@ -240,10 +242,20 @@ def _text_cuts(path: Path) -> Iterator[Cut]:
     yield 0, size, digest.hexdigest(), 1
 
 
-def _split_of(name: str, path: str) -> Split:
+def _held_out(text: str) -> dict[Split, str]:
+    """The two splits of a text that is all there is; one of less than twenty characters is training."""
+    held = len(text) // VALIDATION_MODULUS
+    if held == 0:
+        return {"train": text}
+    start = len(text) - held
+    start = text.rfind("\n", start - held, start) + 1 or start
+    return {"train": text[:start], "val": text[start:]}
+
+
+def _split_of(name: str, path: str) -> Split | None:
     """Of a file without ``val_path``: its name decides, unless it is all there is."""
     if Path(path).expanduser().is_file():
-        return "train"
+        return None
     return "val" if is_validation(name.encode("utf-8", "surrogateescape")) else "train"
 
 

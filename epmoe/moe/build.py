@@ -182,10 +182,16 @@ def build_dispatcher(
         num_parts: Of the exchange, one of which travels while another is computed; 0 = nothing overlaps.
 
     Raises:
-        ValueError: ``dispatcher: local`` while the experts are spread over several ranks, or more parts than experts
-            on a rank.
+        ValueError: ``dispatcher: local``, or a loss of every expert's own output, while the experts are spread over
+            several ranks; or more parts than experts on a rank.
     """
     ep_size = 1 if exchange is None else exchange.num_ranks
+    if ep_size > 1 and getattr(moe.router, "router_loss", False):
+        raise ValueError(
+            f"router_loss=true announces EDD or a loss of mixtures, which compares what a token's experts say each on "
+            f"its own; with ep_size={ep_size} these lie on several ranks and come back as one sum; use ep_size=1, or "
+            f"leave router_loss out with pooling weighted_sum or max_scaled"
+        )
     num_local = moe.num_experts // ep_size
     if num_parts > num_local:
         raise ValueError(

@@ -212,6 +212,8 @@ def _mean(results: Sequence[tuple[Tensor, RouterReport]]) -> tuple[Tensor, Route
 
 def balance_count(moe: MoEConfig) -> str:
     """Which choices the balance loss counts: ``top1`` or ``all``."""
+    if moe.router.fixed_top_k == 1:
+        return "top1"  # further ones are retries, which depend on capacity
     return moe.router.balance_count if moe.balance_count == "auto" else moe.balance_count
 
 

@@ -8,7 +8,8 @@ a loss besides its tokens:
                                                             for those of the whole step
     balance over a micro-batch, importance, load,           ranks and micro-batches: they want balance inside each
     device_balance, communication_balance                   rank's micro-batch
-    batchwise_threshold                                     with moe.group: sequence nothing, else as the last
+    batchwise_threshold                                     as the last where its batch is a rank's micro-batch
+                                                            (moe.group: rank); with sequences as batches nothing
 """
 
 from __future__ import annotations

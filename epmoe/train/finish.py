@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -97,7 +98,8 @@ def _verdict(evaluation: Evaluation, sticks: Yardsticks) -> list[str]:
     for name, value in named.items():
         if value is not None:
             side = "below" if bits < value else "above"
-            lines.append(f"  {abs(1 - bits / value):6.1%} {side} {value:.4f}, the {name}")
+            apart = abs(1 - bits / value) if value else math.inf  # 0: the training text has all of it
+            lines.append(f"  {apart:6.1%} {side} {value:.4f}, the {name}")
     if sticks.xz_left_out is not None:
         lines.append(f"  no comparison with xz of the validation text: {sticks.xz_left_out}")
     return lines

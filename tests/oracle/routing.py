@@ -190,12 +190,22 @@ def switch(logits_TE: Tensor, valid: list[bool], *, slot_order: str = "choice_ma
 
 
 def no_token_left_behind(
-    best: Decision, attempts: int, group_of: list[int], slots: int | None, turn: dict[int, int] | None
+    best: Decision,
+    attempts: int,
+    experts: int,
+    group_of: list[int],
+    slots: int | None,
+    turn: dict[int, int] | None,
 ) -> Decision:
     """Every token tries its experts, best first, until one has room: attempt 1 of all, then attempt 2 of the rest.
 
-    ``best`` lists the wishes. Those a token really made stay, refused ones included.
+    ``best`` lists the wishes. Those a token really made stay, refused ones included. Importance is that of the first
+    ones, whatever room there is.
     """
+    best.importance = [torch.zeros((), dtype=torch.float64) for _ in range(experts)]
+    for wish in best.assignments:
+        if wish.choice == 0:
+            best.importance[wish.expert] = best.importance[wish.expert] + wish.weight
     taken: dict[tuple[int, int], int] = {}
     served: set[int] = set()
     made = []

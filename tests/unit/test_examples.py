@@ -14,10 +14,11 @@ def test_digits(capsys):
     digits = example("digits")
     names = [variant.name for variant in digits.variants()]
     assert len(set(names)) == len(names) == 18
-    digits.main(["--epochs", "6", "--seeds", "1", "--images", "600", "--only", "dense, EDD"])
-    rows = capsys.readouterr().out.splitlines()[1:]
-    assert [row[:30].strip() for row in rows] == [name for name in names if "dense, EDD" in name]
-    assert all(float(row[30:].split("%")[0]) > 60 for row in rows), rows
+    for only in ("dense, EDD", "sparse, top 2, EDD"):
+        digits.main(["--epochs", "6", "--seeds", "1", "--images", "600", "--only", only])
+        rows = capsys.readouterr().out.splitlines()[1:]
+        assert [row[:30].strip() for row in rows] == [name for name in names if only in name]
+        assert all(float(row[30:].split("%")[0]) > 60 for row in rows), rows
 
 
 @pytest.mark.parametrize("part", range(3))

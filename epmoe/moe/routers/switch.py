@@ -16,10 +16,13 @@ def route(inputs: RouterInputs, options: SwitchOptions, top_k: int = 1) -> Routi
 
     With ``attempts`` > 1 a token that finds its expert full goes to its next best one: no token left behind.
     """
-    choices = choose(inputs, max(top_k, options.attempts), normalize=False)
-    if options.attempts > 1:
-        choices = _until_there_is_room(inputs, options, choices)
-    return as_routing(inputs, options, choices)
+    best = choose(inputs, max(top_k, options.attempts), normalize=False)
+    if options.attempts == 1:
+        return as_routing(inputs, options, best)
+    # Losses know nothing of capacity, so importance is that of first choices, before any retry.
+    importance_E = best.probs_TE.new_zeros(best.probs_TE.shape[1])
+    importance_E = importance_E.index_add(0, best.ids_TK[:, 0], best.weights_TK[:, 0])
+    return as_routing(inputs, options, _until_there_is_room(inputs, options, best), importance_E=importance_E)
 
 
 def _until_there_is_room(inputs: RouterInputs, options: SwitchOptions, choices: Choices) -> Choices:

@@ -95,6 +95,14 @@ def test_one_file_is_training_and_val_path_is_validation(tmp_path: Path) -> None
         (tmp_path / name).write_text(name)
     alone = documents(scan(SourceConfig(path=str(tmp_path / "train.txt"))))
     assert [(d.text, d.split) for d in alone] == [("train.txt", "train")]
+    lines = "".join(f"line {i} of a book\n" for i in range(100))
+    (tmp_path / "book.txt").write_text(lines)
+    train, val = documents(scan(SourceConfig(path=str(tmp_path / "book.txt"))))
+    assert (train.text + val.text, train.split, val.split) == (lines, "train", "val")
+    assert val.text.startswith("line 9")
+    assert 0.05 <= len(val.text) / len(lines) < 0.07
+    (tmp_path / "book.txt").write_text("x" * 200)
+    assert [len(d.text) for d in documents(scan(SourceConfig(path=str(tmp_path / "book.txt"))))] == [190, 10]
     both = documents(scan(SourceConfig(path=str(tmp_path / "train.txt"), val_path=str(tmp_path / "val.txt"))))
     assert [(d.text, d.split) for d in both] == [("train.txt", "train"), ("val.txt", "val")]
 

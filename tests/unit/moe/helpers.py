@@ -296,7 +296,9 @@ def oracle_decision(
     turn = routing.turns(options.priority, decision, given.order)
     if options.name == "switch" and options.attempts > 1:
         group_of = group_of or [0] * len(valid)
-        return routing.no_token_left_behind(decision, options.attempts, group_of, slots, turn)
+        return routing.no_token_left_behind(
+            decision, options.attempts, moe.num_experts, group_of, slots, turn
+        )
     if turn is not None:
         decision.assignments = routing.in_slot_order(decision.assignments, options.slot_order, turn)
     return decision

@@ -1,10 +1,9 @@
-"""What the framework promises about every router family, and about one that is added."""
+"""What the framework promises about every router family; test_adding_a_router.py adds one."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -12,73 +11,19 @@ import torch
 import epmoe
 from epmoe.config import Config, ModelConfig, MoEConfig, causality_problem, router_classes
 from epmoe.config_file import load_config
-from epmoe.config_routers import RouterOptions
+from epmoe.config_routers import SwitchOptions
 from epmoe.errors import ConfigError
 from epmoe.models.decoder import Decoder
 from epmoe.models.init import init_weights
 from epmoe.models.sizes import count_parameters
 from epmoe.moe import build
-from epmoe.moe.routers.common import as_routing, choose
-from epmoe.moe.routers.family import Family, Part
-from epmoe.types import RouterInputs, Routing, TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
 
 MODEL = ModelConfig(d_model=8, num_layers=2, num_heads=2, d_ff=12)
 
 
-# ------------------------------------------------------------------------------------------- adding one
-class MineOptions(RouterOptions):
-    """A router that leans towards the experts it used less in the last step."""
-
-    name: Literal["mine"] = "mine"
-    pull: float = 0.5
-
-    def num_weights(self, *, d_model: int, num_experts: int) -> int:
-        return num_experts * d_model + num_experts
-
-
-def mine_route(inputs: RouterInputs, options: MineOptions, top_k: int) -> Routing:
-    leaning_TE = inputs.logits_TE - inputs.threshold_E - options.pull * inputs.bias_E
-    return as_routing(
-        inputs, options, choose(inputs, top_k, normalize=False, logits_TE=leaning_TE), logits_TE=leaning_TE
-    )
-
-
-def mine_parts(options: MineOptions, num_experts: int) -> tuple[Part, ...]:
-    def ones(_, shape):
-        return torch.ones(shape).numpy()
-
-    def used(value_E, demand_E, options, step):
-        return demand_E / demand_E.sum()
-
-    return (
-        Part(name="limit", field="threshold_E", num_rows=num_experts, projects=False, init=ones),
-        Part(name="used", field="bias_E", num_rows=num_experts, projects=False, update=used),
-    )
-
-
-def test_a_family_is_an_options_class_a_file_and_a_line(monkeypatch):
-    """Trains a step: its parameter has a gradient, its buffer is updated, both have the values it asked for."""
-    monkeypatch.setitem(build.ROUTERS, "mine", Family(route=mine_route, parts=mine_parts))
-    moe = MoEConfig(num_experts=4, top_k=2, every=1).model_copy(update={"router": MineOptions()})
-    model = Decoder(MODEL, moe, vocab_size=19, seed=1)
-    state = model.state_dict()
-    assert torch.equal(state["blocks.0.moe.router.limit"], torch.ones(4))
-    assert torch.equal(state["blocks.0.moe.router.used"], torch.zeros(4))
-    assert count_parameters(MODEL, moe, 19).total == sum(p.numel() for p in model.parameters())
-    token_BS = torch.arange(12).view(2, 6)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    logits_BSV, reports = model(token_BS, TokenContext(sample_B=torch.arange(2)))
-    (logits_BSV.square().sum() + sum(reports[0].losses.values())).backward()
-    optimizer.step()
-    for layer, report in zip(model.moe_layers(), reports, strict=True):
-        layer.router.after_step(report.metrics["demand_E"], 0)
-        assert layer.router.limit.grad.abs().max() > 0
-        assert layer.router.used.sum().item() == pytest.approx(1.0)
-        assert not layer.router.used.requires_grad
-
-
+# ------------------------------------------------------------------------------------------- parts
 @pytest.mark.parametrize("name", ["noisy2", "two_levels", "top2"])
 def test_parts_start_as_the_papers_say_and_are_counted(name):
     moe = config(name, num_experts=4, every=1)
@@ -107,14 +52,12 @@ def test_parts_start_as_the_papers_say_and_are_counted(name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_causal_router_does_not_see_the_future(name, factor):
     """Another second half of each sequence changes nothing in the first, slots handed out token by token."""
-    retries = "retry" in name
-    factor = None if retries else factor  # attempts go round by round: causal only where nothing is full
     moe = config(name, slot_order="token_major", num_experts=4, capacity_factor=factor, min_capacity=0)
     layer = make_layer(moe)
     x_BSD = tokens(2, 16, seed=1)
     other_BSD = torch.cat((x_BSD[:, :8], tokens(2, 8, seed=2)), dim=1)
     y_BSD, y2_BSD = (layer(x, context(x_BSD))[0][:, :8].detach() for x in (x_BSD, other_BSD))
-    causal = moe.router.looks_ahead is None
+    causal = moe.router.looks_ahead is None and (factor is None or moe.router.looks_ahead_when_full is None)
     if causal or (factor is None and moe.router.priority != "position"):
         close(y2_BSD, y_BSD, 1e-13)
     else:
@@ -138,6 +81,21 @@ def test_a_decoder_refuses_what_looks_ahead(name, tmp_path):
     assert load_config(path, ["moe.allow_non_causal=true"]).moe.allow_non_causal
 
 
+def test_a_decoder_refuses_retries_unless_there_is_room_for_all(tmp_path):
+    """No token left behind: later first attempts take the slots of earlier second ones."""
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {router: {name: switch, attempts: 2}}\n")
+    for overrides in ([], ["moe.capacity_factor=null", "moe.capacity_factor_eval=2.0"]):
+        with pytest.raises(
+            ConfigError,
+            match=r"(?s)not causal.*attempts=2.*set capacity_factor and capacity_factor_eval to null",
+        ):
+            load_config(path, overrides)
+    load_config(path, ["moe.capacity_factor=null"])
+    load_config(path, ["moe.allow_non_causal=true"])
+    load_config(path, ["moe.router.attempts=1"])
+
+
 # ------------------------------------------------------------------------------------------- documentation
 def test_the_page_of_routers_has_them_all_and_its_examples_load(tmp_path):
     text = (Path(epmoe.__file__).parents[1] / "docs" / "routers.md").read_text()
@@ -155,26 +113,54 @@ def test_the_page_of_routers_has_them_all_and_its_examples_load(tmp_path):
         load_config(tmp_path / "example.yaml")
 
 
+def test_what_balance_counts_is_said_of_every_router():
+    """The field's own words, against the families."""
+    said = MoEConfig.model_fields["balance_count"].description
+    first = {name for name, options in router_classes().items() if options.balance_count == "top1"}
+    words = re.search(r"auto = top1 for (.*?), all for the others", said, flags=re.DOTALL)[1]
+    assert set(re.split(r",\s+|\s+and\s+", words)) == first
+
+
 # ------------------------------------------------------------------------------------------- bad input
 def test_an_option_of_another_router_names_that_router(tmp_path):
-    """Balance without a loss, asked of a router that has no bias."""
     path = tmp_path / "run.yaml"
-    path.write_text("moe: {router: {name: switch, bias_rate: 0.001}}\n")
+    path.write_text("moe: {router: {name: switch, groups_kept: 2}}\n")
     with pytest.raises(
-        ConfigError, match=r"unknown key(?s:.*)bias_rate is a key of deepseek; keys of moe.router: at"
+        ConfigError, match=r"unknown key(?s:.*)groups_kept is a key of deepseek; keys of moe.router: at"
     ):
         load_config(path)
+
+
+def test_balance_without_a_loss_needs_a_bias(tmp_path):
+    """From YAML and from Python, of the section and of the options alone: the same reason."""
+    wanted = r"bias_rate=0.001 balances without a loss.*router switch has no bias; routers that have one: deepseek;"
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {router: {name: switch, bias_rate: 0.001}}\n")
+    with pytest.raises(ConfigError, match=rf"run.yaml:1:\d+.*{wanted}"):
+        load_config(path)
+    with pytest.raises(ValueError, match=wanted):
+        MoEConfig(router={"name": "switch", "bias_rate": 0.001})
+    with pytest.raises(ValueError, match=wanted):
+        SwitchOptions(bias_rate=0.001)
 
 
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"router": "noisy_topk", "top_k": 9, "num_experts": 8}, "top_k=9"),
+        ({"router": "noisy_topk", "top_k": 9, "num_experts": 8}, "top_k=9.*values of top_k: 1 to 8"),
         ({"router": {"name": "hierarchical", "num_groups": 3}, "num_experts": 8}, "valid values: 1, 2, 4, 8"),
-        ({"router": {"name": "hierarchical", "groups_per_token": 3}, "top_k": 3}, "groups_per_token=3"),
+        (
+            {"router": {"name": "hierarchical", "groups_per_token": 3}, "top_k": 3},
+            "groups_per_token=3.*valid values: 1 to 2",
+        ),
+        (
+            {"router": {"name": "deepseek", "num_groups": 4, "groups_kept": 5}},
+            "groups_kept=5.*valid values: 1 to 4",
+        ),
+        ({"router": "gshard_top2", "num_experts": 1}, "top_k=2.*needs num_experts of at least 2"),
         ({"router": {"name": "hierarchical", "groups_per_token": 2}, "top_k": 3}, "valid top_k: 2, 4, 6, 8"),
         ({"router": {"name": "hierarchical", "num_groups": 4}, "top_k": 3}, "valid top_k: 1, 2"),
-        ({"router": {"name": "switch", "attempts": 9}}, "attempts=9"),
+        ({"router": {"name": "switch", "attempts": 9}}, "attempts=9.*valid values: 1 to 8"),
         (
             {"router": {"name": "switch", "attempts": 2, "slot_order": "token_major"}},
             "slot_order=choice_major",

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from epmoe.config import MoEConfig
 from epmoe.moe.build import LOSSES
 from epmoe.moe.losses import LossInputs, balance_loss, choice_counts, squared_variation, z_loss
 from epmoe.ops import DROPLESS
-from epmoe.types import TokenContext
 from tests.oracle import cases
 from tests.oracle import losses as oracle
 from tests.unit.moe.helpers import (
@@ -27,7 +27,7 @@ from tests.unit.moe.helpers import (
     oracle_layer,
     tokens,
 )
-from tests.unit.moe.test_routers import route
+from tests.unit.moe.test_routers import check_routing, route
 
 
 def package_losses(moe, logits, valid, given, group_size, capacity=DROPLESS):
@@ -97,6 +97,26 @@ def test_capacity_does_not_change_any_loss(capacity):
     given = extras(moe, 24)
     wanted = [loss.item() for loss in package_losses(moe, logits, valid, given, 8)]
     assert [loss.item() for loss in package_losses(moe, logits, valid, given, 8, capacity)] == wanted
+
+
+@pytest.mark.parametrize("count", ["top1", "all"])
+def test_retries_change_no_loss(count):
+    """Capacity decides which experts a token tries, and losses want what the router asked for first."""
+    found = []
+    for attempts, factor in ((1, None), (3, None), (3, 0.4), (3, 0.1)):
+        moe = config(
+            "switch_retry",
+            num_experts=4,
+            capacity_factor=factor,
+            min_capacity=0,
+            balance_count=count,
+            losses={"balance": 1.0, "importance": 1.0, "z": 1.0, "sequence_balance": 1.0},
+        )
+        moe = moe.model_copy(update={"router": moe.router.model_copy(update={"attempts": attempts})})
+        report, _ = layer_losses(moe, tokens(2, 12))
+        found.append([loss.item() for loss in report.losses.values()])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-13)
 
 
 @pytest.mark.parametrize("name", ["gshard_random", "top2"])
@@ -249,16 +269,75 @@ def test_squared_variation(experts, spread):
     assert squared_variation(total_E).item() == pytest.approx(wanted, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["noisy2", "vmoe2", "two_levels", "v2", "v3"])
-def test_padding_changes_no_loss_of_any_scope(name):
-    """Whole sequences of padding, and padding at the end of a sequence where there is no capacity."""
-    moe = config(name, num_experts=8 if name == "v3" else 4, capacity_factor=None)
-    x_BSD = tokens(2, 6)
-    longer = torch.cat((torch.cat((x_BSD, 9.0 * tokens(2, 2, seed=3)), 1), 5.0 * tokens(1, 8, seed=4)))
-    valid = torch.zeros(3, 8, dtype=torch.bool)
-    valid[:2, :6] = True
-    sample_B = torch.arange(3) + 4
-    before, _ = layer_losses(moe, x_BSD, TokenContext(sample_B=sample_B[:2]))
-    after, _ = layer_losses(moe, longer, TokenContext(sample_B=sample_B, valid_BS=valid))
-    for key, loss in before.losses.items():
-        assert after.losses[key].item() == pytest.approx(loss.item(), rel=1e-12), key
+# ------------------------------------------------------------------------------------------- edge cases
+def check_against_loops(moe, kind, num_tokens, group_size, names):
+    """Values to 1e-12 and gradients against the oracle's loops, groups and sequences alike."""
+    experts = moe.num_experts
+    logits, valid = cases.logits_and_valid(kind, num_tokens, experts, seed=6)
+    group_of = [t // group_size for t in range(num_tokens)]
+    mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    given = extras(moe, num_tokens)
+    routed = route(moe, mine, valid, given, group_size=group_size)
+    plan = local_plan(routed, num_experts=experts, group_size=group_size, capacity=DROPLESS)
+    inputs = LossInputs(routing=routed, plan=plan, seq_len=group_size)
+    decision = oracle_decision(theirs, valid, moe, given, group_of=group_of)
+    devices, limit = moe.router.expert_groups, min(moe.router.group_limit, moe.top_k)
+    loops = {
+        "sequence_balance": lambda: oracle.sequence_balance_loss(
+            decision, group_of, num_tokens // group_size, experts, moe.top_k
+        ),
+        "device_balance": lambda: oracle.device_balance_loss(decision, experts, devices, moe.top_k),
+        "communication_balance": lambda: oracle.communication_balance_loss(decision, experts, devices, limit),
+        "batchwise_threshold": lambda: oracle.batchwise_threshold_loss(decision, experts),
+    }
+    for name in names:
+        got, wanted = LOSSES[name](moe)(inputs), loops[name]()
+        assert got.dtype == torch.float64
+        assert got.item() == pytest.approx(wanted.item(), rel=1e-12, abs=1e-12), name
+        if not decision.probs:
+            assert got.item() == 0.0
+        (grad_TE,) = torch.autograd.grad(got, mine, retain_graph=True)
+        expected_TE = torch.zeros_like(grad_TE)
+        if wanted.requires_grad:
+            (expected_TE,) = torch.autograd.grad(wanted, theirs, retain_graph=True)
+        use_T = routed.valid_T
+        assert ((grad_TE - expected_TE)[use_T].abs() <= 1e-11).all(), name
+        assert (grad_TE[~use_T] == 0).all(), name
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_balance_of_groups_and_sequences_at_the_edges(kind):
+    """Ties, padding, no token, one expert, every expert, and rows with NaN and infinities, of all of DeepSeek."""
+    names = ("sequence_balance", "device_balance", "communication_balance")
+    for num_tokens, experts, top_k, groups, kept in (
+        (0, 4, 2, 2, 1),
+        (1, 4, 2, 2, 1),
+        (24, 4, 2, 2, 1),
+        (24, 4, 4, 2, 2),  # k = E
+        (24, 6, 3, 3, 2),
+        (9, 1, 1, 1, 1),
+    ):
+        for score in ("softmax", "sigmoid"):
+            router = {"name": "deepseek", "score": score, "num_groups": groups, "groups_kept": kept}
+            moe = MoEConfig(num_experts=experts, top_k=top_k, router=router, losses={})
+            check_against_loops(moe, kind, num_tokens, 8 if num_tokens == 24 else max(num_tokens, 1), names)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_thresholds_at_the_edges(kind):
+    for num_tokens, experts, top_k in ((0, 4, 2), (1, 4, 2), (24, 4, 2), (24, 4, 4), (9, 1, 1)):
+        moe = MoEConfig(num_experts=experts, top_k=top_k, router="strictly_balanced")
+        group_size = 8 if num_tokens == 24 else max(num_tokens, 1)
+        check_against_loops(moe, kind, num_tokens, group_size, ("batchwise_threshold",))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_every_expert_of_deepseeks(kind, score):
+    """k = E: everybody goes everywhere that is open, weighted like the oracle's loop says."""
+    for experts, groups in ((1, 1), (4, 2), (5, 1)):
+        router = {"name": "deepseek", "score": score, "num_groups": groups}
+        moe = MoEConfig(num_experts=experts, top_k=experts, router=router)
+        logits, valid = cases.logits_and_valid(kind, 9, experts)
+        given = extras(moe, 9)
+        check_routing(route(moe, logits, valid, given), oracle_decision(logits, valid, moe, given), experts)

@@ -10,7 +10,7 @@ import torch
 from epmoe.comm.exchange import Exchange
 from epmoe.config import Config, MoEConfig
 from epmoe.config_routers import EddOptions
-from epmoe.moe.build import build_moe_layer
+from epmoe.moe.build import build_dispatcher, build_moe_layer
 from epmoe.moe.dispatcher import AllToAllDispatcher
 from epmoe.moe.expert_outputs import SOFTMAX_ROUTERS, run_experts
 from epmoe.moe.experts import ModuleExperts
@@ -312,6 +312,12 @@ def test_what_has_no_output_per_expert_is_refused_with_the_reason():
     layer.dispatcher = AllToAllDispatcher(Exchange(groups=(None,), sizes=(1,)))
     with pytest.raises(ValueError, match=r"AllToAllDispatcher.*one sum.*ep_size=1"):
         run_experts(layer, x_BSD)
+    with pytest.raises(ValueError, match=r"router_loss=true announces EDD.*ep_size=2.*use ep_size=1"):
+        build_dispatcher(
+            config("dense_pick", num_experts=4),
+            Exchange(groups=(None,), sizes=(2,)),
+            device_type="cpu",
+        )
     for name in ("v3", "two_levels"):
         with pytest.raises(ValueError, match=r"not the softmax.*" + ", ".join(SOFTMAX_ROUTERS)):
             run_experts(make_layer(config(name)), x_BSD)
@@ -355,7 +361,8 @@ def test_a_dense_mixture_has_as_many_choices_as_experts():
 def test_epmoe_train_refuses_losses_it_cannot_add():
     with pytest.raises(ValueError, match=r"epmoe train has none"):
         Config.model_validate({"moe": {"router": {"name": "dense", "router_loss": True}}})
-    with pytest.raises(ValueError, match=r"edd is made from the target.*own training loop.*balance"):
+    wanted = r"edd is made from the target.*in a decoder.*own training loop.*ep_size=1.*balance"
+    with pytest.raises(ValueError, match=wanted):
         Config.model_validate({"moe": {"losses": {"edd": 0.1}}})
 
 

@@ -151,11 +151,12 @@ def test_random_numbers_are_needed_once_and_in_shape(name):
         route(moe, logits, valid, given, draws)
     short = {
         key: getattr(given, key)[:5]
-        for key in ("uniform", "gumbel", "order", "normal")
+        for key in ("uniform", "gumbel", "order", "normal", "group_normal")
         if getattr(given, key) is not None
     }
-    with pytest.raises(ValueError, match=r"shape \(6"):
-        route(moe, logits, valid, replace(given, **short))
+    for key, numbers in short.items():
+        with pytest.raises(ValueError, match=r"shape \(6"):
+            route(moe, logits, valid, replace(given, **{key: numbers}))
     route(moe, logits, valid, learned, draws)
 
 

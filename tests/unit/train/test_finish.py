@@ -47,6 +47,8 @@ def test_the_verdict_says_better_or_worse_than_what() -> None:
         "50.0% below 4.0000, the unigram model of the same tokens",
         "25.0% above 1.6000, the xz -9e of the validation text",
     ]
+    known = _verdict(result, Yardsticks(unigram=4.0, xz=None, xz_after_train=0.0))
+    assert "inf% above 0.0000" in known[-1]
     without = _verdict(result, Yardsticks(unigram=4.0, xz=None, xz_after_train=None, xz_left_out="too long"))
     assert [line for line in without if "xz" in line] == [
         "  no comparison with xz of the validation text: too long"
