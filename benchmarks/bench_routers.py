@@ -1,6 +1,8 @@
 """Every causal router and the dense model at equal tokens and equal arithmetic per token: loss, health and speed.
 
     python benchmarks/bench_routers.py --train           # three seeds each; goes on where it was interrupted
+    python benchmarks/bench_routers.py --train --threads 1 --share 1/2 &    # the same by two processes, faster
+    python benchmarks/bench_routers.py --train --threads 1 --share 2/2
     python benchmarks/bench_routers.py --speed           # minutes; only on a machine with nothing else to do
 
 Both parts write a line per result into ``results/routers-<machine>.jsonl`` and then the table, JSON and picture of
@@ -129,7 +131,8 @@ def train_missing(
 ) -> None:
     """Trains what has no line yet, seed after seed, as long as the time lasts."""
     done = read_lines(store)
-    wanted = [(variant, seed) for seed in range(arguments.seeds) for variant in variants]
+    part, parts = map(int, arguments.share.split("/"))
+    wanted = [(variant, seed) for seed in range(arguments.seeds) for variant in variants][part - 1 :: parts]
     missing = [
         (v, s) for v, s in wanted if ("run", run_key(v.with_seed(s), prepared.fingerprint)) not in done
     ]
@@ -206,6 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=90, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--log-every", type=int, default=10, help="steps that share a point of the curve")
+    parser.add_argument("--share", default="1/1", help="2/3: the second third, for processes that share the work")
     parser.add_argument("--minutes", type=float, default=45.0, help="no further run is begun after these")
     parser.add_argument("--rounds", type=int, default=45, help="timed steps of each model")
     arguments = parser.parse_args()
