@@ -18,7 +18,7 @@ from epmoe.config import Config
 from epmoe.config_file import dump_config
 from tests.distributed.runs import assert_same_run, checkpoints, finish, history, make_config, run, status
 
-pytestmark = pytest.mark.torchrun
+pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 LIMIT_S = 90
 
 

@@ -138,8 +138,16 @@ def test_a_part_whose_time_is_over_ends_with_all_it_started(
     shown = capsys.readouterr().out
     assert shown.rpartition("the end of its output:")[2].count("almost") == 2
     child = max(int(word) for word in re.findall(r"(\d+) almost", shown))
-    stat = Path(f"/proc/{child}/stat")
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+    while time.monotonic() < begin + 20 and not _ended(child):
+        time.sleep(0.02)
+    assert _ended(child)
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 # ---------------------------------------------------------------------------------------- bars and numbers
