@@ -209,7 +209,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=90, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--log-every", type=int, default=10, help="steps that share a point of the curve")
-    parser.add_argument("--share", default="1/1", help="2/3: the second third, for processes that share the work")
+    parser.add_argument(
+        "--share", default="1/1", help="2/3: the second third, for processes that share the work"
+    )
     parser.add_argument("--minutes", type=float, default=45.0, help="no further run is begun after these")
     parser.add_argument("--rounds", type=int, default=45, help="timed steps of each model")
     arguments = parser.parse_args()
