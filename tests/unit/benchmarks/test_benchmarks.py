@@ -153,7 +153,10 @@ def test_what_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(bench_routers, "train_once", train_once)
     monkeypatch.setattr(bench_routers, "where", lambda _: dict.fromkeys(bench_routers.ORIGIN))
     place, prepared = SimpleNamespace(device=CPU), SimpleNamespace(fingerprint="f")
-    store, arguments = tmp_path / "r.jsonl", SimpleNamespace(seeds=2, minutes=9.0, log_every=1, quick=True)
+    store, arguments = (
+        tmp_path / "r.jsonl",
+        SimpleNamespace(seeds=2, minutes=9.0, share="1/1", log_every=1, quick=True),
+    )
     with pytest.raises(KeyboardInterrupt):
         bench_routers.train_missing(variants, prepared, place, store, arguments)
     store.write_text(store.read_text() + '{"part": "run", "key"')  # a line that a crash tore
