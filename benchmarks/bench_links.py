@@ -32,6 +32,7 @@ from torch import Tensor
 from epmoe import TokenContext, build_moe_layer, shard_experts
 from epmoe.comm.exchange import Exchange, Trip, exchange_rows
 from epmoe.config import MoEConfig, ParallelConfig
+from epmoe.moe.dispatcher import PaddedDispatcher
 from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
@@ -58,11 +59,6 @@ def timed(rank_work: Callable[[], object]) -> Callable[[], float]:
     return sample
 
 
-def equal_splits(exchange: Exchange, num_rows: int) -> tuple[tuple[int, ...], ...]:
-    """Of rows in equal blocks, before and after every step."""
-    return ((num_rows // exchange.num_ranks,) * exchange.num_ranks,) * (len(exchange.sizes) + 1)
-
-
 def counted(exchange: Exchange, work: Callable[[Exchange], object], rank: int) -> tuple[int, int]:
     """Messages and bytes that a rank sends to the other node."""
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -87,7 +83,8 @@ def exchanges(place: runtime.Runtime, rounds: int, quick: bool) -> list[dict[str
         rows_ND = torch.randn(block_rows * place.world_size, WIDTH)
 
         def go(exchange: Exchange, rows_ND: Tensor = rows_ND) -> None:
-            trip = Trip(exchange=exchange, splits=equal_splits(exchange, rows_ND.shape[0]))
+            [part] = PaddedDispatcher(exchange).parts(exchange.num_ranks, rows_ND)
+            trip = Trip(exchange=exchange, splits=part.splits)
             exchange_rows(replace(trip, home=True), exchange_rows(trip, rows_ND))
 
         works = {kind: timed(lambda go=go, kind=kind: go(made[kind])) for kind in kinds}  # type: ignore[misc]

@@ -184,22 +184,17 @@ def torchrun(
 
 
 def _first_failure(agents: Sequence[subprocess.Popen[bytes]], deadline: float) -> str | None:
-    while any(process.poll() is None for process in agents) and time.monotonic() < deadline:
-        for number, process in enumerate(agents):
-            if process.returncode:
-                return f"torchrun on node {number} ended with status {process.returncode}"
+    while True:
+        statuses = [agent.poll() for agent in agents]
+        for number, status in enumerate(statuses):
+            if status:
+                return f"torchrun on node {number} ended with status {status}"
+        if None not in statuses:
+            return None
+        if time.monotonic() > deadline:
+            running = [number for number, status in enumerate(statuses) if status is None]
+            return f"torchrun was not done in time on node(s) {running}"
         time.sleep(0.05)
-    running = [number for number, process in enumerate(agents) if process.poll() is None]
-    if running:
-        return f"torchrun was not done in time on node(s) {running}"
-    return next(
-        (
-            f"torchrun on node {n} ended with status {a.returncode}"
-            for n, a in enumerate(agents)
-            if a.returncode
-        ),
-        None,
-    )
 
 
 def _tail(log: Path) -> str:

@@ -77,8 +77,7 @@ class MoELayer(nn.Module):
                 ``ctx.sample_B`` is missing.
             RuntimeError: In training, its experts are spread over ranks and nobody reduces their gradients.
         """
-        if self.unreduced and self.training and torch.is_grad_enabled():
-            raise RuntimeError(UNREDUCED)
+        self.refuse_if_unreduced()
         ctx = ctx or TokenContext()
         copies = self.copies(x_BSD, ctx)
         if self.rerouted:
@@ -87,6 +86,11 @@ class MoELayer(nn.Module):
             y_BSD, report = _mean([self._chain(copy, (copy,), ctx, None, own, remake) for copy, own in pairs])
             return y_BSD if beside is None else y_BSD + beside(x_BSD), report
         return self._chain(x_BSD, copies, ctx, beside, replay, remake)
+
+    def refuse_if_unreduced(self) -> None:
+        """The beginning of every forward pass, whatever the layer computes."""
+        if self.unreduced and self.training and torch.is_grad_enabled():
+            raise RuntimeError(UNREDUCED)
 
     def _chain(
         self,

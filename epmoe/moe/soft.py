@@ -79,9 +79,13 @@ class SoftMoELayer(MoELayer):
             ctx: Padding mask. None: all tokens are valid.
             beside, remake: As in ``MoELayer``.
             replay: Not looked at: nothing is decided here that a second pass could decide otherwise.
+
+        Raises:
+            RuntimeError: As in ``MoELayer``.
         """
+        self.refuse_if_unreduced()
         num_tokens, width = x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2]
-        size = x_BSD.shape[1] if self.moe.group == "sequence" else num_tokens
+        size, _ = self.group_and_capacity(x_BSD)
         num_groups = num_tokens // max(size, 1)
         with torch.autocast(x_BSD.device.type, enabled=False):
             x_GSD = x_BSD.reshape(num_groups, size, width).to(compute_dtype(x_BSD.dtype))

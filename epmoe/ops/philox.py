@@ -23,7 +23,7 @@ MAX_STREAM = 255
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_MASK = 0xFFFFFFFF
+MASK = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -34,12 +34,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         # The 64-bit product wraps in int64; masking after the shift still leaves its true high word.
         product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            ((product_1 >> 32) & _MASK) ^ c1 ^ k0,
-            product_1 & _MASK,
-            ((product_0 >> 32) & _MASK) ^ c3 ^ k1,
-            product_0 & _MASK,
+            ((product_1 >> 32) & MASK) ^ c1 ^ k0,
+            product_1 & MASK,
+            ((product_0 >> 32) & MASK) ^ c3 ^ k1,
+            product_0 & MASK,
         )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & MASK, (k1 + _WEYL[1]) & MASK
     return c0, c1, c2, c3
 
 

@@ -31,7 +31,7 @@ def uniform(
 ) -> Tensor:
     """Draws in [0, 1) -> float32 ``[T, num_lanes]``; see ``epmoe.ops.philox.uniform``."""
     checks.uniform(sample_T, position_T, stream, layer, num_lanes, first_lane)
-    first_block, mask = first_lane // 4, 0xFFFFFFFF
+    first_block, mask = first_lane // 4, philox.MASK
     block_Q = torch.arange(first_block, first_block + (num_lanes + 3) // 4, device=sample_T.device)
     sample_T1, position_T1 = sample_T.unsqueeze(1), position_T.unsqueeze(1)
     place = (stream << 24) | (layer << 8)

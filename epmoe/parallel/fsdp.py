@@ -81,10 +81,7 @@ def shard_model(
                 done.add(child)
         reduced = None if dtype is None else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
-        fully_shard(module, mesh=over, mp_policy=policy)
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        _cut(module, over, policy)
 
     for i, block in enumerate(model.blocks):
         path = f"blocks.{i}"
@@ -97,6 +94,15 @@ def shard_model(
                 cut(f"{path}.moe", block.moe, dense, None)
         cut(path, block, dense, compute_dtype)
     cut("", model, dense, compute_dtype)
+
+
+def _cut(module: nn.Module, over: DeviceMesh, policy: MixedPrecisionPolicy) -> FSDPModule:
+    """Rows of a module's parameters over the ranks of a mesh; their gradients are summed, and divided by nothing."""
+    fully_shard(module, mesh=over, mp_policy=policy)
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+    return module
 
 
 def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
@@ -113,13 +119,10 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
     for name, layer in spread_layers(model, mesh):
         if not isinstance(layer.experts, FFNExperts):
             raise ValueError(_only_stacked(f"{name}.experts", layer.experts))
-        fully_shard(layer.experts, mesh=mesh.device_mesh["edp"])
-        assert isinstance(layer.experts, FSDPModule)
-        layer.experts.set_gradient_divide_factor(1.0)
-        layer.experts.set_force_sum_reduction_for_comms(True)
+        experts = _cut(layer.experts, mesh.device_mesh["edp"], MixedPrecisionPolicy())
         # Not by a divide factor: torch 2.13 applies one twice where no rank holds the same experts and gradients are
         # neither float32 nor bfloat16.
-        layer.experts.set_all_reduce_hook(lambda total: total.div_(mesh.world_size))  # type: ignore[arg-type]
+        experts.set_all_reduce_hook(lambda total: total.div_(mesh.world_size))  # type: ignore[arg-type]
     take_over(model)
 
 

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from epmoe.config import Config
-from epmoe.data.loader import Batch
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
 from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
-from epmoe.types import TokenContext
+from epmoe.verify.samples import Samples
 
 VOCAB, SEQ_LEN, WIDTH, NUM_EXPERTS, STEPS = 64, 32, 64, 8, 4
 CAPACITY_FACTOR = 1.0
@@ -50,25 +49,6 @@ def config(exchange: str, dispatcher: str) -> Config:
     )
 
 
-class Samples:
-    """Made-up sequences by number."""
-
-    def batch(self, numbers: list[int]) -> Batch:
-        windows = [
-            torch.randint(0, VOCAB, (SEQ_LEN + 1,), generator=torch.Generator().manual_seed(number))
-            for number in numbers
-        ]
-        token_BS = torch.stack(windows)[:, :-1]
-        context = TokenContext(sample_B=torch.tensor(numbers), token_BS=token_BS)
-        target_BS = torch.stack(windows)[:, 1:]
-        return Batch(
-            token_BS=token_BS,
-            target_BS=target_BS,
-            loss_BS=torch.ones_like(token_BS, dtype=torch.bool),
-            context=context,
-        )
-
-
 def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, Any]:
     """Some steps -> losses, seconds of the last ones, messages and bytes per receiver."""
     cfg = config(exchange, dispatcher)
@@ -81,8 +61,9 @@ def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, A
         sent[peer] += num_bytes
 
     mesh = replace(mesh, exchange=replace(mesh.exchange, observe=observe))
+    samples = Samples(vocab_size=VOCAB, seq_len=SEQ_LEN, batch_size=cfg.train.global_batch_size)
     model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
-    trainer = Trainer(cfg, place, mesh, model=model, data=Samples(), stop=StopFlag())  # type: ignore[arg-type]
+    trainer = Trainer(cfg, place, mesh, model=model, data=samples, stop=StopFlag())  # type: ignore[arg-type]
     losses, seconds = [], []
     for _ in range(STEPS):
         begin = time.perf_counter()

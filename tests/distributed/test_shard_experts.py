@@ -20,6 +20,15 @@ from tests.distributed.harness import run_ranks
 
 NUM_EXPERTS = 4
 MOE = MoEConfig(num_experts=NUM_EXPERTS, top_k=2, router={"name": "topk"}, capacity_factor=None)
+SOFT = MoEConfig.model_validate(
+    {
+        "num_experts": NUM_EXPERTS,
+        "router": "soft",
+        "allow_non_causal": True,
+        "capacity_factor": None,
+        "losses": {},
+    }
+)
 
 
 def modules(first: int, count: int) -> list[nn.Module]:
@@ -53,6 +62,10 @@ def share_modules(rank: int) -> dict[str, Any]:
     with pytest.raises(RuntimeError, match="nobody sums their gradients"):
         layer(tokens(rank))
     take_over(layer)
+    soft = build_moe_layer(SOFT, d_model=3, d_ff=2).double()
+    shard_experts(soft, mesh)
+    with pytest.raises(RuntimeError, match="nobody sums their gradients"):
+        soft(tokens(rank))
     y_BSD, _ = layer(tokens(rank))
     result: dict[str, Any] = {
         "output": y_BSD.detach(),
