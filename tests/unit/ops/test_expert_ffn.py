@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from epmoe import ops
 from epmoe.ops.gemm import multiply, multiply_weight_grad
-from tests.unit.ops.helpers import plain
+from tests.unit.ops.helpers import needs_native, plain
 from tests.unit.ops.twins import FLOATING
 
 D, F = 4, 3
@@ -257,6 +257,7 @@ def test_any_number_of_threads_shares_the_experts_out(counts, dtype, threads):
             assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
 
 
+@needs_native
 def test_between_the_products_one_expert_takes_memory_and_not_all(threads):
     """Of the activation, its gradient and that of the pre-activation only blocks of single experts exist."""
     threads(1)
