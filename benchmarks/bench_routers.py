@@ -217,14 +217,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.train or arguments.speed):
         arguments.quick = True
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     base = load_config(arguments.config)
     if arguments.quick:
         base = tiny(base, 1)
         arguments.train = arguments.speed = True
         arguments.steps, arguments.seeds, arguments.log_every, arguments.rounds = 4, 1, 2, 2
     place = runtime.start(arguments.device, 600.0)
+    if arguments.threads:  # not before: joining decides how many there are
+        torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         compare(shortened(base, arguments.steps), place, Path(scratch), arguments)
     runtime.stop(place)

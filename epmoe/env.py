@@ -40,9 +40,10 @@ def missing_launch_variables() -> list[str]:
 
 
 def local_world_size() -> int:
-    """Ranks of the job on this node: what torchrun says, else Slurm."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
+    """Ranks of the job on this node: what torchrun or DeepSpeed's launcher says, else Slurm."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
     # "4(x2),3": two nodes with four tasks, one with three.
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     tasks = [int(count) for count, times in groups for _ in range(int(times or 1))]

@@ -90,6 +90,11 @@ class Responder:
                     self._collect(time.monotonic() + 5.0)
                     return
 
+    @property
+    def leads(self) -> bool:
+        """After a roll call: whether no lower rank answered."""
+        return min(self._roll.answers, default=self.rank) == self.rank
+
     def leave_note(self, note: str) -> None:
         """Tells the peers, who will only see a closed connection, why this rank is about to stop."""
         with contextlib.suppress(RuntimeError):

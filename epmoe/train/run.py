@@ -17,7 +17,7 @@ from epmoe.data.loader import TrainData, validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, text_warning
 from epmoe.data.progress import console_progress
-from epmoe.errors import ConfigError, EpmoeError, MemoryExhausted, Preempted
+from epmoe.errors import CommError, ConfigError, EpmoeError, MemoryExhausted, Preempted
 from epmoe.models.compile import compile_blocks, compiler_problem
 from epmoe.observe.display import make_display, say
 from epmoe.observe.record import read_records
@@ -36,13 +36,13 @@ from epmoe.train.profile import StepProfiler
 from epmoe.train.recording import Recorder
 from epmoe.train.resume import changed_keys, resume
 from epmoe.train.run_folder import (
-    STATUS,
     RunFolder,
     begin_attempt,
     close_run_folder,
     describe_run,
     end_attempt,
     open_run_folder,
+    read_status,
     write_status,
 )
 from epmoe.train.setup import agree_on_accelerators, build_model
@@ -113,7 +113,13 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
     except BaseException as error:
         failure = _out_of_memory(config, error) if _is_out_of_memory(error) else error
         code = failure.exit_code if isinstance(failure, EpmoeError) else 1
-        write_status(folder, "failed", exit_code=code, message=f"{type(failure).__name__}: {failure}")
+        write_status(
+            folder,
+            "failed",
+            exit_code=code,
+            message=f"{type(failure).__name__}: {failure}",
+            in_place_of_rank_zero=isinstance(failure, CommError) and place.responder.leads,
+        )
         if failure is error:
             raise
         raise failure from error
@@ -123,11 +129,9 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
 
 def _finished_at(folder: Path) -> int:
     """The step at which the run in a folder was done, 0 when it is not."""
-    try:
-        status = json.loads((folder / STATUS).read_bytes())
-        return int(status["step"]) if status["state"] == "done" else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    status = read_status(folder)
+    step = status.get("step")
+    return step if status.get("state") == "done" and isinstance(step, int) else 0
 
 
 def _say_finished(folder: Path, config: Config, done: int) -> None:

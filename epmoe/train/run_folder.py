@@ -5,7 +5,8 @@
     run_status.json  state and exit code, because torchrun turns every exit code into 1
     attempts.json    unfinished attempts per step they started from
 
-Only rank 0 touches the files; the functions are collectives, so that all ranks go on or all raise.
+Only rank 0 touches the files (when it is gone, another rank writes how the run ended); what may fail is a collective,
+so that all ranks go on or all raise.
 """
 
 from __future__ import annotations
@@ -181,26 +182,41 @@ def describe_run(run: RunFolder, config: Mapping[str, Any], argv: Sequence[str])
 
 
 def write_status(
-    run: RunFolder, state: str, *, exit_code: int | None = None, step: int | None = None, message: str = ""
+    run: RunFolder,
+    state: str,
+    *,
+    exit_code: int | None = None,
+    step: int | None = None,
+    message: str = "",
+    in_place_of_rank_zero: bool = False,
 ) -> None:
-    """Writes run_status.json.
+    """Writes run_status.json, on rank 0.
 
     Args:
         state: ``running`` | ``done`` | ``stopped`` (asked to) | ``failed``.
         exit_code: Of the process; None while it runs.
         step: Optimizer steps done.
+        in_place_of_rank_zero: Another rank, which rank 0 did not answer, may write what rank 0 has not.
 
     A full disk is only warned about: it must not hide the error that is being recorded.
     """
-    if not run.is_writer:
+    path = run.path / STATUS
+    if not run.is_writer and not (in_place_of_rank_zero and read_status(run.path).get("state") == "running"):
         return
     status = {"state": state, "exit_code": exit_code, "step": step, "message": env.redact(message)}
     try:
-        write_json(run.path / STATUS, status)
+        write_json(path, status)
     except OSError as error:
-        print(
-            f"warning: {run.path / STATUS} cannot be written: {error.strerror}", file=sys.stderr, flush=True
-        )
+        print(f"warning: {path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """run_status.json; empty when there is none that can be read."""
+    try:
+        status = json.loads((folder / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def software_versions() -> dict[str, str]:

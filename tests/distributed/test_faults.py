@@ -52,6 +52,21 @@ def test_a_peer_killed_inside_the_exchange_is_named_at_once(base: Path) -> None:
     assert "lost rank(s) [1] at step 1" in ended["message"]
 
 
+@pytest.mark.parametrize("start", [launch, run], ids=["the store dies with it", "the store lives on"])
+def test_the_survivors_of_rank_zero_write_how_the_run_ended(base: Path, start: Any) -> None:
+    """Not ``running`` for ever: the lowest rank that is left writes in its place, and nobody else's words are lost."""
+    config = make_config(base, f"killed-rank-zero-{start.__name__}", "train.global_batch_size=6", "moe.num_experts=6")
+    victim, *survivors = start(base, config, "point=train.after_backward,rank=0,step=3,action=kill", world_size=3)
+    assert victim.exit_code == -signal.SIGKILL
+    ended = status(Path(config.out))
+    assert (ended["state"], ended["exit_code"]) == ("failed", 7)
+    if start is run:
+        assert ended["message"] == f"CommError: {survivors[0].result.message}"
+        assert "rank 1 lost rank(s) [0] at step" in ended["message"]
+    else:
+        assert "rank 0, or the launcher that hosts the store, has most likely died" in ended["message"]
+
+
 def _killed_at_a_call(rank: int, config: Config, victim: int, call: int) -> End:
     """The victim dies when it is about to begin its n-th exchange."""
     all_to_all, calls = dist.all_to_all_single, iter(range(1, 10**6))
