@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--train", action="store_true", help="train what has not been trained yet")
     parser.add_argument("--speed", action="store_true", help="measure the time of a step")
-    parser.add_argument("--steps", type=int, default=90, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--log-every", type=int, default=10, help="steps that share a point of the curve")
     parser.add_argument(

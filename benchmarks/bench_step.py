@@ -151,9 +151,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--pairs", type=int, default=None, help="timed steps of each model; default 15")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     place = runtime.start(arguments.device, 600.0)
+    if arguments.threads:  # not before: joining decides how many there are
+        torch.set_num_threads(arguments.threads)
     sparse = load_config(arguments.config)
     if arguments.quick:
         sparse = tiny(sparse, place.world_size)
