@@ -172,7 +172,7 @@ def job(kind: str, rate_mbit: float, rounds: int, quick: bool) -> Any:
     """Runs one job on two nodes -> what its rank 0 found."""
     root = Path(__file__).parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    with nodes(2, rate_mbit=rate_mbit) as made, tempfile.TemporaryDirectory() as folder:
+    with nodes(2, rate_mbit=rate_mbit, burst_bytes=8192) as made, tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         words = [__file__, "--job", kind, "--rounds", str(rounds), "--out", str(out)]
         torchrun(

@@ -133,7 +133,7 @@ def _join(node: Node, switch: str, port: str, rate_mbit: float, burst_bytes: int
     shape = ["rate", f"{rate_mbit}mbit", "burst", str(burst_bytes), "latency", f"{QUEUE_S}s"]
     for name, interface in ((node.name, LINK), (switch, port)):
         # One packet of the link is one packet of the bucket: segments joined by the network card would not fit in it.
-        _run("ip", "-n", name, "link", "set", interface, "gso_max_size", "8192")
+        _run("ip", "-n", name, "link", "set", interface, "gso_max_size", str(min(8192, burst_bytes // 2)))
         _run("tc", "-n", name, "qdisc", "add", "dev", interface, "root", "tbf", *shape)
 
 

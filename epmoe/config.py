@@ -498,12 +498,6 @@ class Config(Section):
                 f"moments in float32, and no loss scale is shared with it; use fp32, bf16_autocast or bf16_params, or "
                 f"engine: native"
             )
-        if self.train.compile or self.train.recompute != "none":
-            raise ValueError(
-                f"engine: deepspeed hangs its own hooks into the backward pass, and nothing has shown yet that they "
-                f"bear train.recompute={self.train.recompute} with train.compile={str(self.train.compile).lower()}; "
-                f"use none and false, or engine: native or fsdp"
-            )
         if precision == "bf16_params" and stage == 0:
             raise ValueError(
                 "engine: deepspeed at zero_stage=0 has no float32 copy of bfloat16 parameters and would add gradients "

@@ -119,6 +119,8 @@ def _prove(ranks: Ranks, subject: Subject, cfg: Config, *, full: bool, json: Pat
         )
     if speaks:
         text = f"proven: {len(verdict.rows)} cells agree with one process, in {verdict.seconds:.0f} s"
+        if cfg.parallel.engine == "deepspeed":
+            text += " (engines native and fsdp; not deepspeed, which this configuration asks for)"
         whole = plan.num_possible * verdict.seconds / len(verdict.rows)
         print(text if full else f"{text}; --full has {plan.num_possible} of them, about {whole:.0f} s")
 

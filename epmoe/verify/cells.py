@@ -41,6 +41,8 @@ PLAIN: dict[str, Value] = {
     "train.recompute": "none",
 }
 """How one process computes what all are compared with."""
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Its multiples, without their whole part, fill the unit interval evenly."""
 PER_MICRO_BATCH = ("importance", "load", "device_balance", "communication_balance")
 """Losses that want balance inside each rank's micro-batch."""
 
@@ -254,13 +256,13 @@ def _matrix(subject: Subject, precisions: Sequence[Literal["fp64", "fp32"]]) -> 
 
 
 def _scenarios(subject: Subject) -> Iterator[Cell]:
-    """Every scenario in every layout of several ranks, the values of the axes and accumulation in turn."""
+    """Every scenario in every layout of several ranks; engines, other axes and accumulation spread evenly over them."""
     number = 0
     for scenario in get_args(Scenario)[1:]:
         for world_size, ep_size in layouts(subject):
             if world_size > 1:
                 cells = usable_cells(subject, world_size, ep_size, scenario)
-                yield replace(cells[number % len(cells)], accumulation=1 + number % 2)
+                yield replace(cells[int(number * GOLDEN % 1 * len(cells))], accumulation=1 + number % 2)
                 number += 1
 
 

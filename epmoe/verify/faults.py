@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from epmoe.config import Config
 from epmoe.moe.layer import MoELayer
+from epmoe.moe.recompute import Replay
 from epmoe.moe.router import Router
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import is_expert
@@ -40,6 +41,8 @@ class Fault:
     plant: Plant
     about_experts: bool = True
     """It needs experts that are spread over ranks."""
+    about_decisions: bool = False
+    """It needs a router that decides from the tokens."""
     loss: str | None = None
     """The auxiliary loss it is about."""
     engine: str = "native"
@@ -49,6 +52,8 @@ class Fault:
         """Why it cannot happen with a configuration; None if it can."""
         if self.about_experts and (config.moe is None or largest_ep == 1):
             return "no experts are spread over these ranks"
+        if self.about_decisions and (config.moe is None or config.moe.router.no_losses):
+            return "no router here decides from the tokens"
         if self.loss and (config.moe is None or self.loss not in config.moe.losses):
             return f"the configuration has no {self.loss} loss"
         return None
@@ -175,6 +180,14 @@ def _weights_cut_off(original: Any, router: Router, *args: Any, **kwargs: Any) -
     return replace(routing, weight_A=routing.weight_A.detach())
 
 
+def _decided_again(
+    original: Any, router: Router, x_TD: Tensor, *args: Any, replay: Replay | None = None, **rest: Any
+) -> Any:
+    """The second pass has the rows of the first, and weights that came out otherwise."""
+    again = replay is not None and replay.plan is not None
+    return original(router, x_TD * (1.1 if again else 1.0), *args, **rest)
+
+
 # ------------------------------------------------------------------------------------------- state
 @torch.no_grad()
 def _broadcast_everything(model: nn.Module, _: int) -> None:
@@ -187,9 +200,9 @@ def _without_expert_moments(original: Any, path: Any, entries: dict[str, Tensor]
 
 
 @torch.no_grad()
-def _next_expert(_: Any, entries: dict[str, Any]) -> None:
+def _next_expert(entries: dict[str, Any], *, moments: bool) -> None:
     for key, entry in entries.items():
-        if is_expert(key) and key.startswith("model."):
+        if is_expert(key) and (".exp_avg" in key if moments else key.startswith("model.")):
             local = entry.to_local() if hasattr(entry, "to_local") else entry
             local.copy_(local.roll(1, 0))
 
@@ -281,6 +294,13 @@ FAULTS: tuple[Fault, ...] = (
         plant=_around(Router, "forward", _weights_cut_off),
     ),
     Fault(
+        name="routed again under recomputation",
+        consequence="gradients belong to other decisions than the loss",
+        plant=_around(Router, "forward", _decided_again),
+        about_experts=False,
+        about_decisions=True,
+    ),
+    Fault(
         name="initial broadcast over the experts",
         consequence="every rank starts with the experts of rank 0",
         plant=_then(setup, "init_weights", _broadcast_everything),
@@ -293,7 +313,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="experts read in another order",
         consequence="a resumed run sends tokens to other experts",
-        plant=_then(checkpoint, "_read", _next_expert),
+        plant=_then(checkpoint, "_read", lambda _, entries: _next_expert(entries, moments=False)),
+    ),
+    Fault(
+        name="moments of other experts after a resize",
+        consequence="the optimizer moves each expert as its neighbour was to be moved",
+        plant=_then(checkpoint, "_read", lambda _, entries: _next_expert(entries, moments=True)),
     ),
     Fault(
         name="data starts again on a resize",

@@ -78,6 +78,11 @@ def make_subject(config: Config, world_size: int, scale: Scale, *, ranks_per_nod
     if config.parallel.wire_dtype is not None:
         tree["parallel"]["wire_dtype"] = None
         changes.append("rows travel in the dtype of the layer: parallel.wire_dtype rounds, which is no error")
+    if config.parallel.engine == "deepspeed":
+        changes.append(
+            "engines native and fsdp: deepspeed keeps the first process group of a process, and a proof makes one for "
+            "every world size, so nothing here is said of parallel.engine=deepspeed"
+        )
     tree["parallel"] |= {"engine": "native", "fsdp_shard": "full", "zero_stage": 1}
     tree["model"] |= {"attention": "auto", "norm": "torch"}
     tree["train"] |= {"steps": 1000, "global_batch_size": max(8, 2 * world_size), "micro_batch_size": None,

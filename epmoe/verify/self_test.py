@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from epmoe.errors import EpmoeError
+from epmoe.errors import CheckpointError
 from epmoe.verify.cells import PLAIN, Cell, Plan, Scenario, problem, usable_cells
 from epmoe.verify.faults import FAULTS, Fault
 from epmoe.verify.scaling import Subject
@@ -42,7 +42,8 @@ def subject_for_faults(subject: Subject) -> Subject:
 
 
 def plan_for_faults(subject: Subject) -> Plan:
-    """A few float64 cells that together touch every item: native ones, and one of every other engine."""
+    """A few float64 cells that together touch every item: plain ones, one of every other engine, one with everything
+    that is not plain."""
     size = subject.world_size
     ep_size = math.gcd(size, subject.num_experts)
     wanted: tuple[tuple[int, int, Scenario], ...] = (
@@ -57,11 +58,11 @@ def plan_for_faults(subject: Subject) -> Plan:
         cell = usable_cells(subject, size, ep, scenario)[0]
         if problem(subject, cell) is None:
             cells.append(replace(cell, accumulation=accumulation))
-    engines = {
-        dict(cell.settings)["parallel.engine"]: cell
-        for cell in reversed(usable_cells(subject, size, ep_size))
-    }
-    cells += [cell for engine, cell in engines.items() if engine != PLAIN["parallel.engine"]]
+    by_engine: dict[object, list[Cell]] = {}
+    for cell in usable_cells(subject, size, ep_size):
+        by_engine.setdefault(dict(cell.settings)["parallel.engine"], []).append(cell)
+    cells.append(by_engine.pop(PLAIN["parallel.engine"])[-1])
+    cells += [plainest for plainest, *_ in by_engine.values()]
     return Plan(cells=tuple(cells), num_possible=len(cells), left_out={})
 
 
@@ -95,7 +96,7 @@ def _try(fault: Fault | None, absent: str | None, ranks: Ranks, subject: Subject
             with fault.plant() if fault is not None else nullcontext():
                 verdict = prove(ranks, subject, plan, lambda *_: None, shared=None)
             items, first = verdict.items, next(iter(verdict.violations), None)
-        except EpmoeError as error:
+        except CheckpointError as error:  # another would be no finding, but a proof that broke down
             items = [f"an error: {error.what}"]
     return Trial(
         fault=fault.name if fault else "the code as it is",

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 
 from epmoe.config import Config
+from epmoe.moe.router import Router
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
 from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
+from epmoe.types import Routing
 from epmoe.verify.samples import Samples
 
-VOCAB, SEQ_LEN, WIDTH, NUM_EXPERTS, STEPS = 64, 32, 64, 8, 4
-CAPACITY_FACTOR = 1.0
+VOCAB, SEQ_LEN, WIDTH, NUM_EXPERTS, STEPS = 64, 64, 128, 8, 4
+CAPACITY = 2 * SEQ_LEN // NUM_EXPERTS
+"""Slots of an expert for a sequence: factor 1.0 with two experts per token."""
 
 
 def config(exchange: str, dispatcher: str) -> Config:
@@ -38,7 +41,7 @@ def config(exchange: str, dispatcher: str) -> Config:
                 "num_experts": NUM_EXPERTS,
                 "top_k": 2,
                 "router": "topk",
-                "capacity_factor": CAPACITY_FACTOR,
+                "capacity_factor": 1.0,
                 "min_capacity": 1,
                 "dispatcher": dispatcher,
             },
@@ -50,7 +53,7 @@ def config(exchange: str, dispatcher: str) -> Config:
 
 
 def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, Any]:
-    """Some steps -> losses, seconds of the last ones, messages and bytes per receiver."""
+    """Some steps -> losses, seconds, messages and bytes per receiver, and rows that each expert's slots took."""
     cfg = config(exchange, dispatcher)
     mesh = build_mesh(place, 4, cfg.parallel)
     messages: Counter[int] = Counter()
@@ -61,8 +64,19 @@ def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, A
         sent[peer] += num_bytes
 
     mesh = replace(mesh, exchange=replace(mesh.exchange, observe=observe))
+    kept_E = torch.zeros(NUM_EXPERTS, dtype=torch.int64)
+
+    def count(_: Router, __: object, routing: Routing) -> None:
+        """By hand: what a sequence sends to an expert, but no more than fit."""
+        for sequence in range(cfg.train.global_batch_size // place.world_size):
+            own_A = routing.token_A // SEQ_LEN == sequence
+            kept_E.add_(routing.expert_A[own_A].bincount(minlength=NUM_EXPERTS).clamp(max=CAPACITY))
+
     samples = Samples(vocab_size=VOCAB, seq_len=SEQ_LEN, batch_size=cfg.train.global_batch_size)
     model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(count)
     trainer = Trainer(cfg, place, mesh, model=model, data=samples, stop=StopFlag())  # type: ignore[arg-type]
     losses, seconds = [], []
     for _ in range(STEPS):
@@ -70,7 +84,8 @@ def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, A
         result = trainer.step()
         seconds.append(time.perf_counter() - begin)
         losses.append(float(result.sums["loss"]) / result.num_tokens)
-    return {"losses": losses, "seconds": seconds, "messages": dict(messages), "bytes": dict(sent)}
+    return {"losses": losses, "seconds": seconds, "messages": dict(messages), "bytes": dict(sent),
+            "kept": kept_E.tolist()}  # fmt: skip
 
 
 def main(folder: Path) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import epmoe.train.deepspeed
-from epmoe.config import Config
+from epmoe.config import Config, ParallelConfig
+from epmoe.models.compile import compile_blocks
 from epmoe.parallel import runtime
 from epmoe.parallel.deepspeed import load_deepspeed
 from epmoe.parallel.mesh import ExpertMesh, build_mesh, is_stacked
@@ -54,6 +55,10 @@ class Cell:
     steps: int = 4
     buckets: int | None = None
     """Elements of a gradient bucket, if not the usual number."""
+    dispatcher: str = "auto"
+    exchange: str = "flat"
+    recompute: str = "none"
+    compiled: bool = False
     poisoned: int | None = None
     """Step in which the last rank gets objectives that are not numbers."""
 
@@ -65,15 +70,29 @@ class Cell:
         return " ".join([f"{self.world}-{self.ep} stage={self.stage}", *others])
 
 
-LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 2))
-PARITY = [Cell(world, ep, stage, acc) for world, ep in LAYOUTS for stage in (0, 1, 2) for acc in (1, 2)]
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "flat": {},
+    "hierarchical": {"exchange": "hierarchical", "ranks_per_node": 2},
+}
+"""The parallel section."""
+LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+STAGES = (0, 1, 2)
+PARITY = [Cell(world, ep, stage, acc) for world, ep in LAYOUTS for stage in STAGES for acc in (1, 2)]
 PARITY += [Cell(2, 2, stage, 2, buckets=200) for stage in (1, 2)]
-ADAM = [Cell(2, 2, stage, 2, "adamw") for stage in (0, 1, 2)]
+WAYS = (("auto", "hierarchical"), ("padded", "flat"), ("padded", "hierarchical"))
+PARITY += [
+    Cell(4, 4, stage, 2, dispatcher=dispatcher, exchange=exchange)
+    for stage in STAGES
+    for dispatcher, exchange in WAYS
+]
+PARITY += [Cell(2, 2, stage, 2, recompute=kind) for stage in STAGES for kind in ("selective", "full")]
+PARITY += [Cell(2, 2, stage, 2, recompute="full", compiled=True) for stage in STAGES]
+ADAM = [Cell(2, 2, stage, 2, "adamw", precision) for precision in ("fp32", "bf16_autocast") for stage in STAGES]
 HALF = [Cell(2, 2, stage, 2, "adamw", "bf16_params") for stage in (1, 2)]
-HASH = [Cell(2, 2, stage, router="hash", steps=30) for stage in (0, 1, 2)]
+HASH = [Cell(2, 2, stage, router="hash", steps=30) for stage in STAGES]
 POISONED = [Cell(2, 2, stage, 2, poisoned=1) for stage in (None, 0, 1, 2)]
 NATIVE = [Cell(), Cell(router="hash", steps=30)]
-NATIVE += [Cell(2, 2, None, 2, "adamw", precision) for precision in ("fp32", "bf16_params")]
+NATIVE += [Cell(2, 2, None, 2, "adamw", precision) for precision in ("fp32", "bf16_autocast", "bf16_params")]
 CELLS = [*NATIVE, *PARITY, *ADAM, *HALF, *HASH, *POISONED]
 
 
@@ -81,7 +100,11 @@ def config_of(cell: Cell) -> Config:
     raw = config("gshard_top2", cell.precision, cell.accumulation, cell.world).model_dump()
     raw["optimizer"] |= {"name": cell.optimizer, "lr": 0.3 if cell.optimizer == "sgd" else 0.01}
     raw["train"]["steps"] = cell.steps
-    raw["parallel"] = {} if cell.stage is None else {"engine": "deepspeed", "zero_stage": cell.stage}
+    raw["train"]["recompute"] = cell.recompute
+    raw["moe"]["dispatcher"] = cell.dispatcher
+    raw["parallel"] = EXCHANGES[cell.exchange]
+    if cell.stage is not None:
+        raw["parallel"] = raw["parallel"] | {"engine": "deepspeed", "zero_stage": cell.stage}
     if cell.router == "hash":
         raw["moe"] |= {"router": {"name": "hash"}, "top_k": 1, "losses": {}}
     return Config.model_validate(raw)
@@ -90,6 +113,8 @@ def config_of(cell: Cell) -> Config:
 def make_trainer(cell: Cell, place: Any, mesh: ExpertMesh) -> Trainer:
     cfg = config_of(cell)
     model = build_model(cfg, VOCAB, device=place.device, mesh=mesh)
+    if cell.compiled:
+        compile_blocks(model, backend="aot_eager")
     return Trainer(cfg, place, mesh, model=model, data=Samples(), stop=StopFlag())  # type: ignore[arg-type]
 
 
@@ -121,8 +146,9 @@ def poison(trainer: Trainer, when: int) -> None:
 
 def train_cells(rank: int, cells: list[Cell]) -> list[dict[str, Any]]:
     place = runtime.start("cpu", 60.0)
-    meshes = {ep: build_mesh(place, ep) for ep in sorted({cell.ep for cell in cells})}
-    return [train_cell(place, meshes[cell.ep], cell) for cell in cells]
+    layouts = sorted({(cell.ep, cell.exchange) for cell in cells})
+    meshes = {way: build_mesh(place, way[0], ParallelConfig(**EXCHANGES[way[1]])) for way in layouts}
+    return [train_cell(place, meshes[cell.ep, cell.exchange], cell) for cell in cells]
 
 
 def train_cell(place: Any, mesh: ExpertMesh, cell: Cell) -> dict[str, Any]:

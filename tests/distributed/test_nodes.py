@@ -14,7 +14,7 @@ import pytest
 from benchmarks import namespaces
 from benchmarks.namespaces import Node
 from epmoe.config_file import dump_config
-from tests.distributed.nodes_worker import NUM_EXPERTS, SEQ_LEN, STEPS, WIDTH
+from tests.distributed.nodes_worker import CAPACITY, NUM_EXPERTS, STEPS, WIDTH
 from tests.distributed.runs import history, make_config
 
 pytestmark = pytest.mark.slow
@@ -26,6 +26,9 @@ SEQUENCES = 2
 """Of a rank and step."""
 TRIPS = 4
 """Of rows, for a layer and step: there and home, forward and backward."""
+EXPERTS_PER_RANK = NUM_EXPERTS // RANKS
+BLOCK = EXPERTS_PER_RANK * SEQUENCES * CAPACITY * WIDTH * FLOAT64
+"""Bytes that padded dispatch sends to another rank at once: the smallest message of rows on the link."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,7 +37,7 @@ def where() -> Iterator[list[Node]]:
     """Two nodes."""
     if reason := namespaces.why_not():
         pytest.skip(f"no network namespaces here: {reason}")
-    with namespaces.nodes(NUM_NODES, rate_mbit=RATE_MBIT) as made:
+    with namespaces.nodes(NUM_NODES, rate_mbit=RATE_MBIT, burst_bytes=BLOCK // 8) as made:
         yield made
 
 
@@ -88,22 +91,37 @@ def test_messages_on_the_link(ranks: list[dict[str, Any]], dispatcher: str) -> N
         assert steps == {partner: rounds}
 
 
-def test_bytes_on_the_link(ranks: list[dict[str, Any]]) -> None:
-    """Padded: the capacity of every expert over there, for every trip. Ragged: the rows that are kept, and the
-    counts; what crosses between nodes is the same with both exchanges."""
-    capacity = 2 * SEQ_LEN // NUM_EXPERTS
-    rows_to_a_rank = NUM_EXPERTS // RANKS * SEQUENCES * capacity
+def of_node(rank: int) -> range:
+    first = rank // RANKS_PER_NODE * RANKS_PER_NODE
+    return range(first, first + RANKS_PER_NODE)
+
+
+def test_bytes_of_padded_dispatch(ranks: list[dict[str, Any]]) -> None:
+    """The capacity of every expert over there, for every trip."""
     away = RANKS - RANKS_PER_NODE
-    block = rows_to_a_rank * WIDTH * FLOAT64
     for rank, found in enumerate(ranks):
         for kind, receivers in (("flat", away), ("hierarchical", NUM_NODES - 1)):
             per_peer = to_other_node(rank, found[f"{kind} padded"]["bytes"])
-            assert set(per_peer.values()) == {LAYERS * STEPS * TRIPS * block * away // receivers}, kind
-    ragged = {kind: total(ranks, f"{kind} all_to_all", "bytes") for kind in ("flat", "hierarchical")}
-    counts = LAYERS * STEPS * RANKS * away * NUM_EXPERTS // RANKS * INT64
-    assert ragged["flat"] == ragged["hierarchical"]
-    assert (ragged["flat"] - counts) % (WIDTH * FLOAT64 * TRIPS) == 0
-    assert counts < ragged["flat"] <= counts + LAYERS * STEPS * TRIPS * RANKS * away * block
+            assert set(per_peer.values()) == {LAYERS * STEPS * TRIPS * BLOCK * away // receivers}, kind
+
+
+@pytest.mark.parametrize("exchange", ["flat", "hierarchical"])
+def test_bytes_of_ragged_dispatch(ranks: list[dict[str, Any]], exchange: str) -> None:
+    """The rows that are kept, and the counts. Every row goes there and home, forward and backward; in two steps it
+    crosses between the ranks that have the same place on their nodes, with those of everybody beside them."""
+
+    def kept(sender: int, holder: int) -> int:
+        rows = ranks[sender][f"{exchange} all_to_all"]["kept"]
+        return sum(rows[holder * EXPERTS_PER_RANK :][:EXPERTS_PER_RANK])
+
+    together = exchange == "hierarchical"
+    for rank, found in enumerate(ranks):
+        for peer, num_bytes in to_other_node(rank, found[f"{exchange} all_to_all"]["bytes"]).items():
+            mates = of_node(rank) if together else [rank]
+            others = of_node(peer) if together else [peer]
+            rows = sum(kept(mate, peer) for mate in mates) + sum(kept(other, rank) for other in others)
+            counts = LAYERS * STEPS * EXPERTS_PER_RANK * len(mates) * INT64
+            assert num_bytes == TRIPS // 2 * rows * WIDTH * FLOAT64 + counts
 
 
 def test_times_on_the_link(ranks: list[dict[str, Any]], where: list[Node], capsys: Any) -> None:

@@ -122,10 +122,6 @@ def test_scalars_follow_yaml_1_2(write):
             ["zero_stage=0 has no float32 copy", "use zero_stage 1 or 2"],
         ),
         (
-            "parallel: {engine: deepspeed}\ntrain: {recompute: full}\n",
-            ["train.recompute=full", "engine: native or fsdp"],
-        ),
-        (
             "parallel: {engine: deepspeed}\noptimizer: {name: apex_fused_adam}\n",
             ["apex_fused_adam", "use adamw or sgd"],
         ),
