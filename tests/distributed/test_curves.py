@@ -1,0 +1,133 @@
+"""Two hundred steps of the quickstart model on real text: every layout follows the curve of one process.
+
+A layout takes half a minute, so most of them run only when they are asked for: ``pytest -m long``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epmoe.config import Config
+from epmoe.config_file import load_config
+from epmoe.data.loader import TrainData
+from epmoe.data.prepare import prepare
+from epmoe.parallel import runtime
+from epmoe.parallel.mesh import build_mesh
+from epmoe.train.loop import Trainer
+from epmoe.train.setup import build_model
+from epmoe.train.signals import StopFlag
+from tests.distributed.harness import run_ranks
+
+pytestmark = pytest.mark.timeout(300)
+ROOT = Path(__file__).parents[2]
+STEPS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the model is trained."""
+
+    world: int = 1
+    ep: int = 1
+    engine: str = "native"
+    shard: str = "full"
+    precision: str = "fp64"
+
+    def __str__(self) -> str:
+        return f"({self.world},{self.ep}) {self.engine} {self.shard} {self.precision}"
+
+
+LAYOUTS = (
+    Layout(world=world, ep=ep, engine=engine, shard=shard)
+    for world, ep in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+    for engine, shard in (("native", "full"), ("fsdp", "full"), ("fsdp", "hybrid"))
+)
+OFTEN = (
+    Layout(world=2, ep=2),
+    Layout(world=4, ep=2, engine="fsdp", shard="hybrid"),
+    Layout(world=2, ep=2, precision="fp32"),
+)
+
+
+def marked(layouts: Iterable[Layout]) -> list[Any]:
+    """A few of them are slow tests, the others long ones."""
+    marks = {True: pytest.mark.slow, False: pytest.mark.long}
+    return [pytest.param(layout, marks=marks[layout in OFTEN], id=str(layout)) for layout in layouts]
+
+
+def config_of(layout: Layout, folder: Path) -> Config:
+    """The model, its optimizer and its vocabulary as they are; the text is this project's own pages."""
+    return load_config(
+        ROOT / "configs/quickstart.yaml",
+        [
+            f"data.sources=[{{name: pages, path: {ROOT / 'docs'}, glob: '**/*.md', val_path: {ROOT / 'docs/adr'}}}]",
+            f"data.cache={folder}",
+            "data.seq_len=32",
+            f"train.steps={STEPS}",
+            "train.global_batch_size=4",
+            f"train.precision={layout.precision}",
+            f"parallel.ep_size={layout.ep}",
+            f"parallel.engine={layout.engine}",
+            f"parallel.fsdp_shard={layout.shard}",
+        ],
+    )
+
+
+def curve_of(rank: int, layout: Layout, folder: Path) -> dict[str, Any]:
+    """Loss of every step, and what every router sent to every expert."""
+    place = runtime.start("cpu", 200.0)
+    config = config_of(layout, folder)
+    prepared = prepare(config.data)
+    mesh = build_mesh(place, layout.ep, config.parallel)
+    model = build_model(config, prepared.padded_vocab_size, device=place.device, mesh=mesh)
+    data = TrainData(prepared, config.data, config.seed)
+    trainer = Trainer(config, place, mesh, model=model, data=data, stop=StopFlag())
+    losses, demands = [], []
+    for _ in range(STEPS):
+        sums = (result := trainer.step()).sums
+        losses.append(float(sums["loss"]) / result.num_tokens)
+        demands.append({name: value.tolist() for name, value in sums.items() if name.endswith("demand_E")})
+    return {"losses": losses, "demands": demands}
+
+
+Found = Callable[[Layout], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What rank 0 saw, when first asked."""
+    folder = tmp_path_factory.mktemp("curves")
+
+    @cache
+    def train(layout: Layout) -> dict[str, Any]:
+        curve: dict[str, Any] = run_ranks(
+            layout.world, curve_of, folder, layout, folder / "cache", timeout=280
+        )[0]
+        return curve
+
+    return train
+
+
+@pytest.mark.parametrize("layout", marked(LAYOUTS))
+def test_float64(found: Found, layout: Layout) -> None:
+    reference, got = found(Layout()), found(layout)
+    assert got["losses"] == pytest.approx(reference["losses"], rel=1e-9)
+    assert got["demands"] == reference["demands"]
+    assert reference["losses"][-1] < reference["losses"][0] - 2
+
+
+@pytest.mark.parametrize("layout", marked(replace(layout, precision="fp32") for layout in LAYOUTS))
+def test_float32(found: Found, layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to the first token that rounding sends to another expert."""
+    reference, got = found(Layout(precision="fp32")), found(layout)
+    pairs = enumerate(zip(got["demands"], reference["demands"], strict=True))
+    same = next((step for step, (one, other) in pairs if one != other), STEPS)
+    with capsys.disabled():
+        print(f"\n{layout}: the first routing difference is in step {same + 1} of {STEPS}")
+    assert got["losses"][:same] == pytest.approx(reference["losses"][:same], rel=2e-6)
