@@ -22,6 +22,7 @@ from epmoe.config import Config, ParallelConfig
 from epmoe.models.compile import compile_blocks
 from epmoe.parallel import runtime
 from epmoe.parallel.deepspeed import load_deepspeed
+from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import ExpertMesh, build_mesh, is_stacked
 from epmoe.train.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from epmoe.train.loop import Trainer
@@ -47,7 +48,8 @@ class Cell:
     world: int = 1
     ep: int = 1
     stage: int | None = None
-    """None = the native engine."""
+    """None = the native engine, or"""
+    fsdp: bool = False
     accumulation: int = 1
     optimizer: str = "sgd"
     precision: str = "fp32"
@@ -87,7 +89,9 @@ PARITY += [
 ]
 PARITY += [Cell(2, 2, stage, 2, recompute=kind) for stage in STAGES for kind in ("selective", "full")]
 PARITY += [Cell(2, 2, stage, 2, recompute="full", compiled=True) for stage in STAGES]
-ADAM = [Cell(2, 2, stage, 2, "adamw", precision) for precision in ("fp32", "bf16_autocast") for stage in STAGES]
+ADAM = [
+    Cell(2, 2, stage, 2, "adamw", precision) for precision in ("fp32", "bf16_autocast") for stage in STAGES
+]
 HALF = [Cell(2, 2, stage, 2, "adamw", "bf16_params") for stage in (1, 2)]
 HASH = [Cell(2, 2, stage, router="hash", steps=30) for stage in STAGES]
 POISONED = [Cell(2, 2, stage, 2, poisoned=1) for stage in (None, 0, 1, 2)]
@@ -103,7 +107,9 @@ def config_of(cell: Cell) -> Config:
     raw["train"]["recompute"] = cell.recompute
     raw["moe"]["dispatcher"] = cell.dispatcher
     raw["parallel"] = EXCHANGES[cell.exchange]
-    if cell.stage is not None:
+    if cell.fsdp:
+        raw["parallel"] = {"engine": "fsdp"}
+    elif cell.stage is not None:
         raw["parallel"] = raw["parallel"] | {"engine": "deepspeed", "zero_stage": cell.stage}
     if cell.router == "hash":
         raw["moe"] |= {"router": {"name": "hash"}, "top_k": 1, "losses": {}}
@@ -312,3 +318,38 @@ def test_a_checkpoint_of_partitions_loads_on_another_number_of_ranks(tmp_path: P
             for name, wanted in whole.items():
                 rows = wanted.chunk(ep)[rank % ep] if is_stacked(name, wanted) else wanted
                 assert torch.equal(got[name], rows), name
+
+
+def pass_on(rank: int, cell: Cell, source: Path | None, target: Path) -> dict[str, Tensor]:
+    """Reads a checkpoint, or trains a step, and writes one -> what the engine has."""
+    place = runtime.start("cpu", 60.0)
+    cfg = config_of(cell)
+    trainer = make_trainer(cell, place, build_mesh(place, cell.ep, cfg.parallel))
+    if source is None:
+        trainer.step()
+    else:
+        load(trainer, source)
+    save(trainer, target)
+    return {name: rows_here(tensor).clone() for name, tensor in stored(trainer).items()}
+
+
+def test_a_checkpoint_goes_through_every_engine_and_layout(tmp_path: Path) -> None:
+    """What two partitions of ZeRO 2 over four ranks wrote is read by shards of FSDP2, and so on, and back: same bits."""
+    way = [
+        Cell(),
+        Cell(4, 2, 2),
+        Cell(2, 2, fsdp=True),
+        Cell(2, 1, 1),
+        Cell(4, 4, 0),
+        Cell(4, 1, fsdp=True),
+        Cell(),
+    ]
+    source, ends = None, []
+    for number, cell in enumerate(way):
+        cell = replace(cell, optimizer="adamw")
+        ranks = run_ranks(cell.world, pass_on, tmp_path, cell, source, tmp_path / str(number))
+        source = tmp_path / str(number) / "step_000000002"
+        ends.append(ranks[0])
+    first, last = ends[0], ends[-1]
+    assert first.keys() == last.keys()
+    assert [name for name, tensor in first.items() if not torch.equal(tensor, last[name])] == []

@@ -55,8 +55,12 @@ def test_a_peer_killed_inside_the_exchange_is_named_at_once(base: Path) -> None:
 @pytest.mark.parametrize("start", [launch, run], ids=["the store dies with it", "the store lives on"])
 def test_the_survivors_of_rank_zero_write_how_the_run_ended(base: Path, start: Any) -> None:
     """Not ``running`` for ever: the lowest rank that is left writes in its place, and nobody else's words are lost."""
-    config = make_config(base, f"killed-rank-zero-{start.__name__}", "train.global_batch_size=6", "moe.num_experts=6")
-    victim, *survivors = start(base, config, "point=train.after_backward,rank=0,step=3,action=kill", world_size=3)
+    config = make_config(
+        base, f"killed-rank-zero-{start.__name__}", "train.global_batch_size=6", "moe.num_experts=6"
+    )
+    victim, *survivors = start(
+        base, config, "point=train.after_backward,rank=0,step=3,action=kill", world_size=3
+    )
     assert victim.exit_code == -signal.SIGKILL
     ended = status(Path(config.out))
     assert (ended["state"], ended["exit_code"]) == ("failed", 7)

@@ -13,26 +13,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from epmoe import shard_experts
-from epmoe.parallel import ddp, fsdp, runtime
+from epmoe.parallel import ddp, deepspeed, fsdp, runtime
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from tests.distributed.harness import run_ranks
 from tests.examples import example
 
-EXAMPLES = [
-    "ddp_moe",
-    "fsdp_moe",
-    pytest.param(
-        "deepspeed_moe",
-        marks=[
-            pytest.mark.slow,
-            pytest.mark.skipif(
-                importlib.util.find_spec("deepspeed") is None,
-                reason="deepspeed is not installed; make test-slow does it",
-            ),
-        ],
+WITH_DEEPSPEED = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="deepspeed is not installed; make test-slow does it",
     ),
 ]
+EXAMPLES = ["ddp_moe", "fsdp_moe", pytest.param("deepspeed_moe", marks=WITH_DEEPSPEED)]
 STOPPED = {
     "ddp_moe": "nobody sums their gradients",
     "fsdp_moe": "nobody sums their gradients",
@@ -136,3 +130,45 @@ def test_gradients_are_those_of_one_process(
         for found in ranks:
             rows, first = found[name]
             torch.testing.assert_close(rows, wanted[first : first + rows.shape[0]], rtol=1e-9, atol=1e-15)
+
+
+def deepspeed_gradients(rank: int, ep_size: int, stage: int) -> dict[str, tuple[Tensor, int]]:
+    """As ``gradients``, in float32: DeepSpeed's ZeRO knows no float64."""
+    from deepspeed.utils import safe_get_full_grad
+
+    place = runtime.start("cpu", 60.0)
+    mesh = build_mesh(place, ep_size)
+    model = example("reverser").Reverser()
+    shard_experts(model, mesh)
+    deepspeed.prepare(model, mesh)
+    settings = example("deepspeed_moe").CONFIG | {
+        "gradient_accumulation_steps": MICRO,
+        "zero_optimization": {"stage": stage},
+    }
+    engine, *_ = deepspeed.load_deepspeed("cpu").initialize(model=model, config=settings)
+    for micro in range(MICRO):
+        engine.backward(engine(example("reverser").batch(micro, rank, place.world_size)))
+        if micro < MICRO - 1:
+            engine.step()
+    return {
+        name: (
+            MICRO * safe_get_full_grad(parameter),
+            mesh.ep_rank * (4 // ep_size) if "experts" in name else 0,
+        )
+        for name, parameter in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "ep_size"), [pytest.param(*way, marks=WITH_DEEPSPEED) for way in ((0, 2), (1, 4), (2, 2))]
+)
+def test_deepspeed_has_the_gradients_of_one_process(
+    tmp_path: Path, whole: dict[str, Tensor], stage: int, ep_size: int
+) -> None:
+    deepspeed.load_deepspeed("cpu")  # once here instead of seconds in every child
+    for found in run_ranks(4, deepspeed_gradients, tmp_path, ep_size, stage):
+        assert found.keys() == whole.keys()
+        for name, wanted in whole.items():
+            rows, first = found[name]
+            wanted = wanted[first : first + rows.shape[0]].float()
+            assert float((rows - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()), name
