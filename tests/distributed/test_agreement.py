@@ -37,6 +37,20 @@ def test_a_damaged_token_ends_all_ranks_with_its_name(base: Path) -> None:
     assert status(Path(config.out))["exit_code"] == 3
 
 
+def with_its_own_config(rank: int, configs: list[Config]) -> End:
+    return attempt(rank, configs[rank])
+
+
+def test_ranks_with_other_configurations_do_not_train(base: Path) -> None:
+    config = make_config(base, "other-config")
+    configs = [config, override_config(config, ["optimizer.lr=0.25", "moe.top_k=2"])]
+    for end in run_ranks(2, with_its_own_config, base, configs):
+        assert end.code == 2
+        assert "the configuration of rank(s) [1] differs from rank 0's" in end.message
+        assert "optimizer.lr is 0.005, and 0.25" in end.message
+    assert not Path(config.out).exists()
+
+
 def on_its_own_disk(rank: int, config: Config, base: Path) -> End:
     """An attempt in a folder that is this rank's alone."""
     os.chdir(base / f"node{rank}")

@@ -6,7 +6,11 @@ Model, samples and comparison are those of ``test_parity``. The reference is one
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -19,6 +23,7 @@ from torch import Tensor
 
 import epmoe.train.deepspeed
 from epmoe.config import Config, ParallelConfig
+from epmoe.config_file import dump_config, override_config
 from epmoe.models.compile import compile_blocks
 from epmoe.parallel import runtime
 from epmoe.parallel.deepspeed import load_deepspeed
@@ -29,6 +34,7 @@ from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
 from tests.distributed.harness import run_ranks
+from tests.distributed.runs import finish, history, make_config
 from tests.distributed.test_parity import VOCAB, Samples, config, worst_error
 from tests.distributed.tiny import record
 
@@ -334,7 +340,7 @@ def pass_on(rank: int, cell: Cell, source: Path | None, target: Path) -> dict[st
 
 
 def test_a_checkpoint_goes_through_every_engine_and_layout(tmp_path: Path) -> None:
-    """What two partitions of ZeRO 2 over four ranks wrote is read by shards of FSDP2, and so on, and back: same bits."""
+    """What partitions of ZeRO 2 over four ranks wrote is read by shards of FSDP2, and so on, and back: same bits."""
     way = [
         Cell(),
         Cell(4, 2, 2),
@@ -353,3 +359,37 @@ def test_a_checkpoint_goes_through_every_engine_and_layout(tmp_path: Path) -> No
     first, last = ends[0], ends[-1]
     assert first.keys() == last.keys()
     assert [name for name, tensor in first.items() if not torch.equal(tensor, last[name])] == []
+
+
+# ------------------------------------------------------------------------------------------- launchers
+LAUNCHERS = {
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"),
+    "deepspeed": ("-m", "deepspeed.launcher.runner", "--num_gpus=2", "--no_local_rank", "--module"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_run_under_a_launcher(base: Path, launcher: str) -> None:
+    """From the configuration: engine, compilation and recomputation; the losses are those of the native engine."""
+    losses = {}
+    for engine in ("native", "deepspeed"):
+        cfg = make_config(base, f"{launcher}-{engine}", "train.steps=4", f"parallel.engine={engine}")
+        if engine == "native":
+            finish(base, cfg)
+        else:
+            cfg = override_config(cfg, ["train.recompute=full", "parallel.zero_stage=2"])
+            (base / f"{launcher}.yaml").write_text(dump_config(cfg))
+            run_launcher(launcher, str(base / f"{launcher}.yaml"))
+        losses[engine] = [step["loss"] for step in history(Path(cfg.out))]
+    assert losses["deepspeed"] == pytest.approx(losses["native"], rel=2e-6)
+    described = json.loads((Path(cfg.out) / "run.json").read_text())
+    assert described["world_size"] == 2
+
+
+def run_launcher(launcher: str, file: str) -> None:
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in variables}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *LAUNCHERS[launcher], "epmoe", "train", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]

@@ -104,11 +104,16 @@ def test_a_rank_that_fails_takes_the_others_with_it() -> None:
     assert run_here(2, lambda: 0, 20.0) == 0
 
 
-def run_verify(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "EPMOE_FAULT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    command = [sys.executable, "-m", "epmoe", "verify", str(CONFIG), *arguments]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG.parents[1])}
+    command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def run_verify(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "epmoe", "verify", str(CONFIG), *arguments)
 
 
 @pytest.mark.slow
@@ -121,6 +126,33 @@ def test_the_command_proves_the_quickstart(tmp_path: Path) -> None:
     layouts = {(row["world_size"], row["ep_size"]) for row in report["rows"]}
     assert report["ok"]
     assert layouts == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)}
+
+
+PLANT = """
+import sys
+from epmoe.cli import main
+from epmoe.verify.faults import FAULTS
+sys.argv[1:] = ["verify", *sys.argv[1:]]
+with FAULTS[0].plant():
+    main()
+"""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["processes of its own", "torchrun"])
+def test_a_fault_is_an_exit_code(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    (tmp_path / "plant.py").write_text(PLANT)
+    ranks = () if launcher else ("--ranks", "2")
+    done = run_python(*launcher, str(tmp_path / "plant.py"), str(CONFIG), f"out={tmp_path / 'run'}", *ranks)
+    said = done.stdout + done.stderr
+    assert "2x everywhere = ep_size 2" in said
+    assert "until this is understood, trust runs of one layout only" in said
+    if launcher:
+        assert done.returncode == 1  # torchrun's own
+        assert "exitcode  : 8" in said
+    else:
+        assert done.returncode == 8
 
 
 @pytest.mark.slow
