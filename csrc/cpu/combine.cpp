@@ -6,6 +6,7 @@
 
 #include "lanes.h"
 #include "operators.h"
+#include "stream.h"
 
 namespace epmoe::cpu {
 namespace {
@@ -38,7 +39,7 @@ struct RowsByToken {
 constexpr int64_t kBlock = 32;  // columns summed at a time, in registers
 
 // The weighted sum of a token's rows, for a block of columns whose number the compiler knows or not.
-template <class Scalar, class Count>
+template <bool kPast, class Scalar, class Count>
 [[gnu::always_inline]] inline void sum_block(
     const Scalar* rows,
     const compute_t<Scalar>* weight,
@@ -57,13 +58,15 @@ template <class Scalar, class Count>
       sum[d] += static_cast<Wide>(source[d]) * factor;
     }
   }
+  alignas(64) Scalar rounded[kBlock];
 #pragma omp simd
   for (int64_t d = 0; d < columns; ++d) {
-    store(y[d], sum[d]);
+    store(rounded[d], sum[d]);
   }
+  put<kPast>(y, rounded, static_cast<size_t>(columns) * sizeof(Scalar));
 }
 
-template <class Scalar>
+template <bool kPast, class Scalar>
 [[gnu::always_inline]] inline void sum_rows_of(
     const Scalar* rows,
     const compute_t<Scalar>* weight,
@@ -73,40 +76,55 @@ template <class Scalar>
     Scalar* y) {
   const int64_t whole = width - width % kBlock;
   for (int64_t column = 0; column < whole; column += kBlock) {
-    sum_block(rows + column, weight, first, last, width, std::integral_constant<int64_t, kBlock>{}, y + column);
+    sum_block<kPast>(rows + column, weight, first, last, width, std::integral_constant<int64_t, kBlock>{}, y + column);
   }
   if (whole < width) {
-    sum_block(rows + whole, weight, first, last, width, width - whole, y + whole);
+    sum_block<kPast>(rows + whole, weight, first, last, width, width - whole, y + whole);
   }
 }
 
 // d_row = factor * d_y; returns the scalar product of d_y and row.
-template <class Scalar>
+template <bool kPast, class Scalar>
 [[gnu::always_inline]] inline compute_t<Scalar> scale_and_dot_of(
     const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {
   using Wide = compute_t<Scalar>;
   Lanes<Wide, kRowLanes> dot;
-  for_lanes<kRowLanes>(width, [&](int64_t column, int64_t lane) __attribute__((always_inline)) {
-    const Wide upstream = static_cast<Wide>(d_y[column]);
-    store(d_row[column], upstream * factor);
-    dot.partial[lane] += upstream * static_cast<Wide>(row[column]);
-  });
+  const auto block = [&](int64_t first, auto columns) __attribute__((always_inline)) {
+    alignas(64) Scalar scaled[kRowLanes];
+#pragma omp simd
+    for (int64_t lane = 0; lane < columns; ++lane) {
+      const Wide upstream = static_cast<Wide>(d_y[first + lane]);
+      store(scaled[lane], upstream * factor);
+      dot.partial[lane] += upstream * static_cast<Wide>(row[first + lane]);
+    }
+    put<kPast>(d_row + first, scaled, static_cast<size_t>(columns) * sizeof(Scalar));
+  };
+  const int64_t whole = width - width % kRowLanes;
+  for (int64_t first = 0; first < whole; first += kRowLanes) {
+    block(first, std::integral_constant<int64_t, kRowLanes>{});
+  }
+  if (whole < width) {
+    block(whole, width - whole);
+  }
   return dot.total();
 }
 
-#define EPMOE_ROW_LOOPS(Scalar)                                                                          \
-  EPMOE_VECTOR_CLONES void sum_rows(                                                                     \
-      const Scalar* rows,                                                                                \
-      const compute_t<Scalar>* weight,                                                                   \
-      const int64_t* first,                                                                              \
-      const int64_t* last,                                                                               \
-      int64_t width,                                                                                     \
-      Scalar* y) {                                                                                       \
-    sum_rows_of(rows, weight, first, last, width, y);                                                    \
-  }                                                                                                      \
-  EPMOE_VECTOR_CLONES compute_t<Scalar> scale_and_dot(                                                   \
-      const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {    \
-    return scale_and_dot_of(d_y, row, factor, width, d_row);                                             \
+#define EPMOE_ROW_LOOPS(Scalar)                                                                                   \
+  EPMOE_VECTOR_CLONES void sum_rows(                                                                              \
+      const Scalar* rows,                                                                                         \
+      const compute_t<Scalar>* weight,                                                                            \
+      const int64_t* first,                                                                                       \
+      const int64_t* last,                                                                                        \
+      int64_t width,                                                                                              \
+      bool past,                                                                                                  \
+      Scalar* y) {                                                                                                \
+    past ? sum_rows_of<true>(rows, weight, first, last, width, y)                                                 \
+         : sum_rows_of<false>(rows, weight, first, last, width, y);                                               \
+  }                                                                                                               \
+  EPMOE_VECTOR_CLONES compute_t<Scalar> scale_and_dot(                                                            \
+      const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, bool past, Scalar* d_row) {  \
+    return past ? scale_and_dot_of<true>(d_y, row, factor, width, d_row)                                          \
+                : scale_and_dot_of<false>(d_y, row, factor, width, d_row);                                        \
   }
 EPMOE_ROW_LOOPS(float)
 EPMOE_ROW_LOOPS(double)
@@ -128,12 +146,14 @@ Tensor combine(
     const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
     const auto* weight = given.weight_N.has_value() ? given.weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
     Scalar* y = given.y_TD.mutable_data_ptr<Scalar>();
+    const bool past = past_caches(given.y_TD.numel() * static_cast<int64_t>(sizeof(Scalar)));
     const int64_t* start = by_token.start_T1.data();
     const int64_t* row_of = by_token.row_N.data();
     torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        sum_rows(rows, weight, row_of + start[t], row_of + start[t + 1], width, y + t * width);
+        sum_rows(rows, weight, row_of + start[t], row_of + start[t + 1], width, past, y + t * width);
       }
+      finish(past);
     });
   });
   return given.y_TD;
@@ -157,14 +177,16 @@ std::tuple<Tensor, Tensor> combine_backward(
     const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
     Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
     auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
+    const bool past = past_caches(given.d_rows_ND.numel() * static_cast<int64_t>(sizeof(Scalar)));
     const int64_t* start = by_token.start_T1.data();
     const int64_t* row_of = by_token.row_N.data();
     torch::stable::parallel_for(0, given.num_tokens, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t i = start[begin]; i < start[end]; ++i) {
         const int64_t n = row_of[i];
         const int64_t at = n * width;
-        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, d_rows + at);
+        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, past, d_rows + at);
       }
+      finish(past);
     });
     for (int64_t n = 0; n < given.num_rows; ++n) {
       if (token[n] == kUnfilled) {

@@ -4,8 +4,25 @@
 
 #include "lanes.h"
 #include "operators.h"
+#include "stream.h"
 
 namespace epmoe::cpu {
+namespace {
+
+constexpr int64_t kAhead = 2;  // rows
+
+// Begins to load a row that is wanted soon, or its first part: rows lie anywhere, and the processor foresees only what
+// comes in order.
+inline void foresee(const void* row, size_t bytes) {
+#if defined(__GNUC__)
+  constexpr size_t kLine = 64, kMost = 16 * kLine;
+  for (size_t at = 0; at < bytes && at < kMost; at += kLine) {
+    __builtin_prefetch(static_cast<const char*>(row) + at);
+  }
+#endif
+}
+
+}  // namespace
 
 // Whatever the dtype, a row is bytes; the bit pattern of zero is zero.
 Tensor permute(const Tensor& x_in, const Tensor& token_in) {
@@ -20,14 +37,22 @@ Tensor permute(const Tensor& x_in, const Tensor& token_in) {
     const size_t bytes = static_cast<size_t>(width) * sizeof(Scalar);
     const Scalar* x = given.x_TD.const_data_ptr<Scalar>();
     Scalar* rows = given.rows_ND.mutable_data_ptr<Scalar>();
+    const bool past = past_caches(given.num_rows * static_cast<int64_t>(bytes));
     torch::stable::parallel_for(0, given.num_rows, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
+        void* row = rows + n * width;
+        if (n + kAhead < end && token[n + kAhead] != kUnfilled) {
+          foresee(x + token[n + kAhead] * width, bytes);
+        }
         if (token[n] == kUnfilled) {
-          std::memset(static_cast<void*>(rows + n * width), 0, bytes);
+          std::memset(row, 0, bytes);
+        } else if (past) {
+          put<true>(row, x + token[n] * width, bytes);
         } else {
-          std::memcpy(static_cast<void*>(rows + n * width), x + token[n] * width, bytes);
+          put<false>(row, x + token[n] * width, bytes);
         }
       }
+      finish(past);
     });
   });
   return given.rows_ND;

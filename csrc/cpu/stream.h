@@ -1,0 +1,56 @@
+// Results that are too large for the caches, written past them.
+//
+// An ordinary store first reads the line that it will overwrite, so a large copy moves half as much again as it must.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace epmoe::cpu {
+
+// Whether a result of so many bytes will have left the caches before anybody reads it. Measured, not asked for: virtual
+// machines tell the size of a cache that many share.
+inline bool past_caches(int64_t bytes) {
+  constexpr int64_t kKept = int64_t{16} << 20;
+#if defined(__SSE2__)
+  return bytes >= kKept;
+#else
+  return false;
+#endif
+}
+
+// Copies to where nothing overlaps. With kPast past the caches; call `finish` when a thread has put all of its own.
+template <bool kPast>
+[[gnu::always_inline]] inline void put(void* to, const void* from, size_t bytes) {
+#if defined(__SSE2__)
+  if constexpr (kPast) {
+    constexpr size_t kVector = sizeof(__m128i);
+    auto* target = static_cast<char*>(to);
+    const auto* source = static_cast<const char*>(from);
+    if ((reinterpret_cast<uintptr_t>(target) | bytes) % kVector == 0) {
+      for (size_t at = 0; at < bytes; at += kVector) {
+        const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), value);
+      }
+      return;
+    }
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+// Makes what a thread has put visible to the others.
+inline void finish(bool past) {
+#if defined(__SSE2__)
+  if (past) {
+    _mm_sfence();
+  }
+#endif
+}
+
+}  // namespace epmoe::cpu
