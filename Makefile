@@ -15,6 +15,9 @@ ARGS ?=
 PYTEST_ARGS ?=
 PART ?=
 
+# Two files of tests at a time. Whoever brings a PYTHON of their own may not have pytest-xdist.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 2 --dist loadfile)
+
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: help train test test-slow sanitize check bench build cuda-check gpu-check wheel
@@ -37,10 +40,10 @@ train: $(READY)
 	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m epmoe train configs/quickstart.yaml $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(READY) $(READY_SLOW)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 sanitize: $(READY)
 	$(PYTHON) tests/sanitize/run.py
