@@ -58,12 +58,12 @@ template <bool kPast, class Scalar, class Count>
       sum[d] += static_cast<Wide>(source[d]) * factor;
     }
   }
-  alignas(64) Scalar rounded[kBlock];
+  Block<kPast, Scalar, kBlock> result(y);
 #pragma omp simd
   for (int64_t d = 0; d < columns; ++d) {
-    store(rounded[d], sum[d]);
+    store(result.at[d], sum[d]);
   }
-  put<kPast>(y, rounded, static_cast<size_t>(columns) * sizeof(Scalar));
+  result.write(columns);
 }
 
 template <bool kPast, class Scalar>
@@ -90,14 +90,14 @@ template <bool kPast, class Scalar>
   using Wide = compute_t<Scalar>;
   Lanes<Wide, kRowLanes> dot;
   const auto block = [&](int64_t first, auto columns) __attribute__((always_inline)) {
-    alignas(64) Scalar scaled[kRowLanes];
+    Block<kPast, Scalar, kRowLanes> scaled(d_row + first);
 #pragma omp simd
     for (int64_t lane = 0; lane < columns; ++lane) {
       const Wide upstream = static_cast<Wide>(d_y[first + lane]);
-      store(scaled[lane], upstream * factor);
+      store(scaled.at[lane], upstream * factor);
       dot.partial[lane] += upstream * static_cast<Wide>(row[first + lane]);
     }
-    put<kPast>(d_row + first, scaled, static_cast<size_t>(columns) * sizeof(Scalar));
+    scaled.write(columns);
   };
   const int64_t whole = width - width % kRowLanes;
   for (int64_t first = 0; first < whole; first += kRowLanes) {

@@ -44,6 +44,26 @@ template <bool kPast>
   std::memcpy(to, from, bytes);
 }
 
+// Where a block of a result is computed: in its place, or beside it to be put past the caches.
+template <bool kPast, class Scalar, int64_t kSize>
+struct Block {
+  Scalar* at;
+
+  explicit Block(Scalar* place) : at(place) {}
+  void write(int64_t) {}
+};
+
+template <class Scalar, int64_t kSize>
+struct Block<true, Scalar, kSize> {
+  alignas(64) Scalar at[kSize];
+  Scalar* place;
+
+  explicit Block(Scalar* to) : place(to) {}
+  [[gnu::always_inline]] void write(int64_t count) {
+    put<true>(place, at, static_cast<size_t>(count) * sizeof(Scalar));
+  }
+};
+
 // Makes what a thread has put visible to the others.
 inline void finish(bool past) {
 #if defined(__SSE2__)
