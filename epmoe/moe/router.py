@@ -224,12 +224,18 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_XD, broken_T1 = ctx.saved_tensors
-        d_out_TX = grads[0].masked_fill(broken_T1, 0.0)
+        d_out_TX = _without(broken_T1, grads[0])
         needs_x, needs_weight, _ = ctx.needs_input_grad
         d_x_TD = d_out_TX @ weight_XD if needs_x else None
         # Not only the gradient is 0 there: 0 * NaN would spoil that of the weight.
-        d_weight_XD = d_out_TX.t() @ x_TD.masked_fill(broken_T1, 0.0) if needs_weight else None
+        d_weight_XD = d_out_TX.t() @ _without(broken_T1, x_TD) if needs_weight else None
         return d_x_TD, d_weight_XD, None
+
+
+def _without(broken_T1: Tensor, rows_TX: Tensor) -> Tensor:
+    """Zeros in broken rows. A CPU can look for free, and needs no copy when there are none."""
+    looks = rows_TX.device.type == "cpu" and not torch.compiler.is_compiling()
+    return rows_TX if looks and not broken_T1.any() else rows_TX.masked_fill(broken_T1, 0.0)
 
 
 def project(x_TD: Tensor, weight_XD: Tensor, *, broken: float) -> Tensor:
