@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 PART ?=
 
 # Two files of tests at a time. Whoever brings a PYTHON of their own may not have pytest-xdist.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 2 --dist loadfile)
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses=2 --dist=loadfile)
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 

@@ -39,7 +39,7 @@ from common import (
     where,
     write_results,
 )
-from router_report import append_line, make_rows, picture, read_lines, report
+from router_report import append_line, make_rows, mean, picture, read_lines, report
 from router_variants import DENSE, Variant, describe, make_variants, run_key
 
 from epmoe.config import Config
@@ -93,6 +93,7 @@ def train_once(
         "bits_per_byte": bits,
         "curve": curve,
         "drop_rate": 1.0 - sum(layer.kept for layer in layers) / asked if asked else 0.0,
+        "overflow_rate": mean([layer.overflow_rate for layer in layers]) or 0.0,
         "busiest_share": max((max(layer.share_E) for layer in layers), default=None),
         "dead_experts": sum(len(layer.dead_experts) for layer in layers),
         "entropy": sum(layer.entropy for layer in layers) / len(layers) if layers else None,
@@ -206,9 +207,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--train", action="store_true", help="train what has not been trained yet")
     parser.add_argument("--speed", action="store_true", help="measure the time of a step")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=110, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--log-every", type=int, default=10, help="steps that share a point of the curve")
+    parser.add_argument("--log-every", type=int, default=11, help="steps that share a point of the curve")
     parser.add_argument(
         "--share", default="1/1", help="2/3: the second third, for processes that share the work"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from epmoe.models.sizes import count_parameters
 
 Lines = dict[tuple[str, str], dict[str, Any]]
 """Results by part (``run`` or ``speed``) and key."""
-HEALTH = ("drop_rate", "busiest_share", "dead_experts", "entropy")
+HEALTH = ("drop_rate", "overflow_rate", "busiest_share", "dead_experts", "entropy")
 HEADERS = (
-    "model", "K x width", "parameters", "MFLOP/token", "bits per byte", "against dense", "drops", "busiest expert",
-    "dead", "entropy", "tokens/s", "of dense",
+    "model", "K x width", "parameters", "MFLOP/token", "bits per byte", "against dense", "dropped assignments",
+    "tokens without expert", "busiest expert", "dead", "entropy", "tokens/s", "of dense",
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def make_rows(
                 "model": variant.name,
                 "experts": variant.experts,
                 "why": variant.why,
+                "moe": None if moe is None else moe.model_dump(mode="json"),
                 "parameters": count_parameters(model, moe, prepared.padded_vocab_size).total,
                 "mflop_per_token": variant.flops / 1e6,
                 "flops_of_dense": variant.flops / variants[0].flops,
@@ -83,12 +84,20 @@ def make_rows(
                 "against_dense": {s: b - dense[s]["bits_per_byte"] for s, b in bits.items() if s in dense},
                 **{name: mean([run[name] for run in runs.values()]) for name in HEALTH},
                 "curve": mean_curve([run["curve"] for run in runs.values()]),
+                "trained": origins(runs.values()),
+                "timed": origins([speed] if speed else []),
                 "step_s": step_s,
                 "tokens_per_second": step_s and tokens_per_step / step_s.median,
                 "speed_of_dense": speed and Spread(**speed["speed_of_dense"]),
             }
         )
     return rows
+
+
+def origins(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The different commits and numbers of threads that results come from."""
+    found = {(line["commit"], line["threads_per_rank"]) for line in lines}
+    return [{"commit": commit, "threads": threads} for commit, threads in sorted(found, key=str)]
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -134,6 +143,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _range(list(row["bits_per_byte"].values()), "{:.3f}"),
         "" if is_dense else ("~ " if unsure else "") + _range(against, "{:+.3f}"),
         _number(row["drop_rate"], "{:.1%}") if not is_dense else "",
+        _number(row["overflow_rate"], "{:.1%}") if not is_dense else "",
         _number(row["busiest_share"], "{:.1%}"),
         _number(row["dead_experts"], "{:.1f}") if not is_dense else "",
         _number(row["entropy"], "{:.2f}"),

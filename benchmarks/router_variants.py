@@ -91,19 +91,14 @@ def make_variants(base: Config, prepared: PreparedData) -> list[Variant]:
 
 def _special_options(base: Config, counts: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """What a router needs besides its name -> keys of the section ``moe``, and the reason in words."""
-    paper, tasks = {"importance": 0.1, "load": 0.1}, len(base.data.sources)
+    tasks = len(base.data.sources)
     return {
-        "noisy_topk": ({"losses": paper}, "the losses of its paper"),
         "hierarchical": (
-            {"router": {"name": "hierarchical", "num_groups": 2}, "losses": paper},
+            {"router": {"name": "hierarchical", "num_groups": 2}},
             "two groups; a token goes to one of them and to two experts inside; the losses of its paper",
         ),
         "deepseek": (
-            {
-                "router": {"name": "deepseek", "bias_rate": 0.01},
-                "capacity_factor": None,
-                "losses": {"sequence_balance": 0.0001},
-            },
+            {"router": {"name": "deepseek", "bias_rate": 0.01}, "capacity_factor": None},
             "as V3 (sigmoid, bias, dropless), but the bias moves ten times as fast, since the run is short",
         ),
         "hash": (

@@ -242,6 +242,7 @@ class NoisyTopKOptions(RouterOptions):
     normalize: bool | None = None
     """As for ``topk``; null: for ``paper`` normalised for k > 1, raw for k = 1; for ``vmoe`` raw."""
 
+    default_losses: ClassVar[Mapping[str, float] | None] = {"importance": 0.1, "load": 0.1}
     smooth_load: ClassVar[bool] = True
     no_gate_noise: ClassVar[str | None] = "these already have the family's own"
 
@@ -262,6 +263,7 @@ class HierarchicalOptions(RouterOptions):
     noise_floor: Annotated[float, Field(ge=0)] = 0.0
     """Added to the learned scales of the noise."""
 
+    default_losses: ClassVar[Mapping[str, float] | None] = {"importance": 0.1, "load": 0.1}
     smooth_load: ClassVar[bool] = True
     no_gate_noise: ClassVar[str | None] = "these already have the family's own"
 
@@ -318,6 +320,8 @@ class DeepSeekOptions(RouterOptions):
     where the expert had less than its share, down where it had more. 0 = the bias stays as it is; null = no bias."""
     bias_steps: Positive | None = None
     """The bias moves in the first so many steps; null = in all."""
+
+    default_losses: ClassVar[Mapping[str, float] | None] = {"sequence_balance": 0.0001}
 
     @property
     def expert_groups(self) -> int:
