@@ -1,4 +1,4 @@
-# make train | test | test-slow | sanitize | check | bench | build | cuda-check | gpu-check | wheel
+# make train | test | test-slow | test-long | sanitize | check | bench | build | cuda-check | gpu-check | wheel
 #
 # Without PYTHON these work in .venv, which is made when there is none and brought up to date when
 # pyproject.toml, setup.py, constraints.txt or csrc/ change. With PYTHON=python3 (or any other interpreter)
@@ -20,12 +20,13 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(shell $(PYTHON) -c 'import xdis
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test test-slow sanitize check bench build cuda-check gpu-check wheel
+.PHONY: help train test test-slow test-long sanitize check bench build cuda-check gpu-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
 	@echo "make test    all tests but the slow ones; PYTEST_ARGS='-k router' selects"
 	@echo "make test-slow   the slow ones, those of the DeepSpeed engine among them"
+	@echo "make test-long   two hundred steps of the quickstart's model in every layout: a quarter of an hour, not in CI"
 	@echo "make sanitize the operator tests on kernels compiled with address, undefined-behaviour and thread sanitizers"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   every benchmark; ARGS=--quick shows in seconds that they run"
@@ -44,6 +45,9 @@ test: $(READY)
 
 test-slow: $(READY) $(READY_SLOW)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-long: $(READY)
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 sanitize: $(READY)
 	$(PYTHON) tests/sanitize/run.py

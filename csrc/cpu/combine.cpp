@@ -39,7 +39,7 @@ struct RowsByToken {
 constexpr int64_t kBlock = 32;  // columns summed at a time, in registers
 
 // The weighted sum of a token's rows, for a block of columns whose number the compiler knows or not.
-template <bool kPast, class Scalar, class Count>
+template <bool kStream, class Scalar, class Count>
 [[gnu::always_inline]] inline void sum_block(
     const Scalar* rows,
     const compute_t<Scalar>* weight,
@@ -58,7 +58,7 @@ template <bool kPast, class Scalar, class Count>
       sum[d] += static_cast<Wide>(source[d]) * factor;
     }
   }
-  Block<kPast, Scalar, kBlock> result(y);
+  Block<kStream, Scalar, kBlock> result(y);
 #pragma omp simd
   for (int64_t d = 0; d < columns; ++d) {
     store(result.at[d], sum[d]);
@@ -66,7 +66,7 @@ template <bool kPast, class Scalar, class Count>
   result.write(columns);
 }
 
-template <bool kPast, class Scalar>
+template <bool kStream, class Scalar>
 [[gnu::always_inline]] inline void sum_rows_of(
     const Scalar* rows,
     const compute_t<Scalar>* weight,
@@ -76,21 +76,21 @@ template <bool kPast, class Scalar>
     Scalar* y) {
   const int64_t whole = width - width % kBlock;
   for (int64_t column = 0; column < whole; column += kBlock) {
-    sum_block<kPast>(rows + column, weight, first, last, width, std::integral_constant<int64_t, kBlock>{}, y + column);
+    sum_block<kStream>(rows + column, weight, first, last, width, std::integral_constant<int64_t, kBlock>{}, y + column);
   }
   if (whole < width) {
-    sum_block<kPast>(rows + whole, weight, first, last, width, width - whole, y + whole);
+    sum_block<kStream>(rows + whole, weight, first, last, width, width - whole, y + whole);
   }
 }
 
 // d_row = factor * d_y; returns the scalar product of d_y and row.
-template <bool kPast, class Scalar>
+template <bool kStream, class Scalar>
 [[gnu::always_inline]] inline compute_t<Scalar> scale_and_dot_of(
     const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {
   using Wide = compute_t<Scalar>;
   Lanes<Wide, kRowLanes> dot;
   const auto block = [&](int64_t first, auto columns) __attribute__((always_inline)) {
-    Block<kPast, Scalar, kRowLanes> scaled(d_row + first);
+    Block<kStream, Scalar, kRowLanes> scaled(d_row + first);
 #pragma omp simd
     for (int64_t lane = 0; lane < columns; ++lane) {
       const Wide upstream = static_cast<Wide>(d_y[first + lane]);
@@ -109,22 +109,27 @@ template <bool kPast, class Scalar>
   return dot.total();
 }
 
-#define EPMOE_ROW_LOOPS(Scalar)                                                                                   \
-  EPMOE_VECTOR_CLONES void sum_rows(                                                                              \
-      const Scalar* rows,                                                                                         \
-      const compute_t<Scalar>* weight,                                                                            \
-      const int64_t* first,                                                                                       \
-      const int64_t* last,                                                                                        \
-      int64_t width,                                                                                              \
-      bool past,                                                                                                  \
-      Scalar* y) {                                                                                                \
-    past ? sum_rows_of<true>(rows, weight, first, last, width, y)                                                 \
-         : sum_rows_of<false>(rows, weight, first, last, width, y);                                               \
-  }                                                                                                               \
-  EPMOE_VECTOR_CLONES compute_t<Scalar> scale_and_dot(                                                            \
-      const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, bool past, Scalar* d_row) {  \
-    return past ? scale_and_dot_of<true>(d_y, row, factor, width, d_row)                                          \
-                : scale_and_dot_of<false>(d_y, row, factor, width, d_row);                                        \
+#define EPMOE_ROW_LOOPS(Scalar)                                              \
+  EPMOE_VECTOR_CLONES void sum_rows(                                         \
+      const Scalar* rows,                                                    \
+      const compute_t<Scalar>* weight,                                       \
+      const int64_t* first,                                                  \
+      const int64_t* last,                                                   \
+      int64_t width,                                                         \
+      bool stream,                                                           \
+      Scalar* y) {                                                           \
+    stream ? sum_rows_of<true>(rows, weight, first, last, width, y)          \
+           : sum_rows_of<false>(rows, weight, first, last, width, y);        \
+  }                                                                          \
+  EPMOE_VECTOR_CLONES compute_t<Scalar> scale_and_dot(                       \
+      const Scalar* d_y,                                                     \
+      const Scalar* row,                                                     \
+      compute_t<Scalar> factor,                                              \
+      int64_t width,                                                         \
+      bool stream,                                                           \
+      Scalar* d_row) {                                                       \
+    return stream ? scale_and_dot_of<true>(d_y, row, factor, width, d_row)   \
+                  : scale_and_dot_of<false>(d_y, row, factor, width, d_row); \
   }
 EPMOE_ROW_LOOPS(float)
 EPMOE_ROW_LOOPS(double)
@@ -146,14 +151,14 @@ Tensor combine(
     const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
     const auto* weight = given.weight_N.has_value() ? given.weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
     Scalar* y = given.y_TD.mutable_data_ptr<Scalar>();
-    const bool past = past_caches(given.y_TD.numel() * static_cast<int64_t>(sizeof(Scalar)));
+    const bool stream = streams(given.y_TD.numel() * static_cast<int64_t>(sizeof(Scalar)));
     const int64_t* start = by_token.start_T1.data();
     const int64_t* row_of = by_token.row_N.data();
     torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        sum_rows(rows, weight, row_of + start[t], row_of + start[t + 1], width, past, y + t * width);
+        sum_rows(rows, weight, row_of + start[t], row_of + start[t + 1], width, stream, y + t * width);
       }
-      finish(past);
+      fence(stream);
     });
   });
   return given.y_TD;
@@ -177,16 +182,16 @@ std::tuple<Tensor, Tensor> combine_backward(
     const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
     Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
     auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
-    const bool past = past_caches(given.d_rows_ND.numel() * static_cast<int64_t>(sizeof(Scalar)));
+    const bool stream = streams(given.d_rows_ND.numel() * static_cast<int64_t>(sizeof(Scalar)));
     const int64_t* start = by_token.start_T1.data();
     const int64_t* row_of = by_token.row_N.data();
     torch::stable::parallel_for(0, given.num_tokens, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t i = start[begin]; i < start[end]; ++i) {
         const int64_t n = row_of[i];
         const int64_t at = n * width;
-        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, past, d_rows + at);
+        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, stream, d_rows + at);
       }
-      finish(past);
+      fence(stream);
     });
     for (int64_t n = 0; n < given.num_rows; ++n) {
       if (token[n] == kUnfilled) {

@@ -11,9 +11,9 @@ namespace {
 
 constexpr int64_t kAhead = 2;  // rows
 
-// Begins to load a row that is wanted soon, or its first part: rows lie anywhere, and the processor foresees only what
+// Begins to load a row that is wanted soon, or its first part: rows lie anywhere, and the processor prefetchs only what
 // comes in order.
-inline void foresee(const void* row, size_t bytes) {
+inline void prefetch(const void* row, size_t bytes) {
 #if defined(__GNUC__)
   constexpr size_t kLine = 64, kMost = 16 * kLine;
   for (size_t at = 0; at < bytes && at < kMost; at += kLine) {
@@ -37,22 +37,22 @@ Tensor permute(const Tensor& x_in, const Tensor& token_in) {
     const size_t bytes = static_cast<size_t>(width) * sizeof(Scalar);
     const Scalar* x = given.x_TD.const_data_ptr<Scalar>();
     Scalar* rows = given.rows_ND.mutable_data_ptr<Scalar>();
-    const bool past = past_caches(given.num_rows * static_cast<int64_t>(bytes));
+    const bool stream = streams(given.num_rows * static_cast<int64_t>(bytes));
     torch::stable::parallel_for(0, given.num_rows, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         void* row = rows + n * width;
         if (n + kAhead < end && token[n + kAhead] != kUnfilled) {
-          foresee(x + token[n + kAhead] * width, bytes);
+          prefetch(x + token[n + kAhead] * width, bytes);
         }
         if (token[n] == kUnfilled) {
           std::memset(row, 0, bytes);
-        } else if (past) {
+        } else if (stream) {
           put<true>(row, x + token[n] * width, bytes);
         } else {
           put<false>(row, x + token[n] * width, bytes);
         }
       }
-      finish(past);
+      fence(stream);
     });
   });
   return given.rows_ND;

@@ -1,4 +1,4 @@
-// Results that are too large for the caches, written past them.
+// Results that are too large for the caches, written past them by non-temporal (streaming) stores.
 //
 // An ordinary store first reads the line that it will overwrite, so a large copy moves half as much again as it must.
 #pragma once
@@ -15,8 +15,8 @@ namespace epmoe::cpu {
 
 // Whether a result of so many bytes will have left the caches before anybody reads it. Measured, not asked for: virtual
 // machines tell the size of a cache that many share.
-inline bool past_caches(int64_t bytes) {
-  constexpr int64_t kKept = int64_t{16} << 20;
+inline bool streams([[maybe_unused]] int64_t bytes) {
+  [[maybe_unused]] constexpr int64_t kKept = int64_t{16} << 20;
 #if defined(__SSE2__)
   return bytes >= kKept;
 #else
@@ -24,11 +24,12 @@ inline bool past_caches(int64_t bytes) {
 #endif
 }
 
-// Copies to where nothing overlaps. With kPast past the caches; call `finish` when a thread has put all of its own.
-template <bool kPast>
+// Copies to where nothing overlaps. With kStream past the caches (no sanitizer watches those stores, tests compare what
+// they wrote); call `fence` when a thread has put all of its own.
+template <bool kStream>
 [[gnu::always_inline]] inline void put(void* to, const void* from, size_t bytes) {
 #if defined(__SSE2__)
-  if constexpr (kPast) {
+  if constexpr (kStream) {
     constexpr size_t kVector = sizeof(__m128i);
     auto* target = static_cast<char*>(to);
     const auto* source = static_cast<const char*>(from);
@@ -45,7 +46,7 @@ template <bool kPast>
 }
 
 // Where a block of a result is computed: in its place, or beside it to be put past the caches.
-template <bool kPast, class Scalar, int64_t kSize>
+template <bool kStream, class Scalar, int64_t kSize>
 struct Block {
   Scalar* at;
 
@@ -65,9 +66,9 @@ struct Block<true, Scalar, kSize> {
 };
 
 // Makes what a thread has put visible to the others.
-inline void finish(bool past) {
+inline void fence([[maybe_unused]] bool stream) {
 #if defined(__SSE2__)
-  if (past) {
+  if (stream) {
     _mm_sfence();
   }
 #endif

@@ -14,7 +14,7 @@ from epmoe.moe.recompute import Remake, Replay, kept, plain
 from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.routers.family import Family, Init, Part, zeros
 from epmoe.moe.smoothing import gate_noise
-from epmoe.ops import DROPLESS, philox
+from epmoe.ops import DROPLESS, UNFILLED, permute, philox
 from epmoe.types import Draws, RouterInputs, Routing, TokenContext, compute_dtype
 
 
@@ -224,18 +224,17 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_XD, broken_T1 = ctx.saved_tensors
-        d_out_TX = _without(broken_T1, grads[0])
+        d_out_TX = grads[0].masked_fill(broken_T1, 0.0)
         needs_x, needs_weight, _ = ctx.needs_input_grad
         d_x_TD = d_out_TX @ weight_XD if needs_x else None
-        # Not only the gradient is 0 there: 0 * NaN would spoil that of the weight.
-        d_weight_XD = d_out_TX.t() @ _without(broken_T1, x_TD) if needs_weight else None
+        d_weight_XD = None
+        if needs_weight:
+            # Not only the gradient is 0 there: 0 * NaN would spoil that of the weight.
+            kept_T = torch.arange(x_TD.shape[0], device=x_TD.device).masked_fill_(
+                broken_T1.squeeze(1), UNFILLED
+            )
+            d_weight_XD = d_out_TX.t() @ permute(x_TD, kept_T)
         return d_x_TD, d_weight_XD, None
-
-
-def _without(broken_T1: Tensor, rows_TX: Tensor) -> Tensor:
-    """Zeros in broken rows. A CPU can look for free, and needs no copy when there are none."""
-    looks = rows_TX.device.type == "cpu" and not torch.compiler.is_compiling()
-    return rows_TX if looks and not broken_T1.any() else rows_TX.masked_fill(broken_T1, 0.0)
 
 
 def project(x_TD: Tensor, weight_XD: Tensor, *, broken: float) -> Tensor:

@@ -92,8 +92,8 @@ class Responder:
 
     @property
     def leads(self) -> bool:
-        """After a roll call: whether no lower rank answered."""
-        return min(self._roll.answers, default=self.rank) == self.rank
+        """After a roll call: whether no lower rank answered, and rank 0 has not said why it stopped."""
+        return 0 not in self._roll.causes and min(self._roll.answers, default=self.rank) == self.rank
 
     def leave_note(self, note: str) -> None:
         """Tells the peers, who will only see a closed connection, why this rank is about to stop."""

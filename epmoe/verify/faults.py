@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from epmoe.config import Config
+from epmoe.config_routers import SoftOptions
 from epmoe.moe.layer import MoELayer
 from epmoe.moe.recompute import Replay
 from epmoe.moe.router import Router
@@ -42,7 +43,7 @@ class Fault:
     about_experts: bool = True
     """It needs experts that are spread over ranks."""
     about_decisions: bool = False
-    """It needs a router that decides from the tokens."""
+    """It needs a router that chooses experts; soft mixtures have none."""
     loss: str | None = None
     """The auxiliary loss it is about."""
     engine: str = "native"
@@ -52,8 +53,8 @@ class Fault:
         """Why it cannot happen with a configuration; None if it can."""
         if self.about_experts and (config.moe is None or largest_ep == 1):
             return "no experts are spread over these ranks"
-        if self.about_decisions and (config.moe is None or config.moe.router.no_losses):
-            return "no router here decides from the tokens"
+        if self.about_decisions and (config.moe is None or isinstance(config.moe.router, SoftOptions)):
+            return "no router here chooses experts"
         if self.loss and (config.moe is None or self.loss not in config.moe.losses):
             return f"the configuration has no {self.loss} loss"
         return None
@@ -181,11 +182,12 @@ def _weights_cut_off(original: Any, router: Router, *args: Any, **kwargs: Any) -
 
 
 def _decided_again(
-    original: Any, router: Router, x_TD: Tensor, *args: Any, replay: Replay | None = None, **rest: Any
+    original: Any, router: Router, *args: Any, replay: Replay | None = None, **rest: Any
 ) -> Any:
     """The second pass has the rows of the first, and weights that came out otherwise."""
+    routing = original(router, *args, **rest)
     again = replay is not None and replay.plan is not None
-    return original(router, x_TD * (1.1 if again else 1.0), *args, **rest)
+    return replace(routing, weight_A=routing.weight_A * (1.1 if again else 1.0))
 
 
 # ------------------------------------------------------------------------------------------- state

@@ -96,7 +96,7 @@ def _try(fault: Fault | None, absent: str | None, ranks: Ranks, subject: Subject
             with fault.plant() if fault is not None else nullcontext():
                 verdict = prove(ranks, subject, plan, lambda *_: None, shared=None)
             items, first = verdict.items, next(iter(verdict.violations), None)
-        except CheckpointError as error:  # another would be no finding, but a proof that broke down
+        except CheckpointError as error:  # any other error means that the proof itself broke down
             items = [f"an error: {error.what}"]
     return Trial(
         fault=fault.name if fault else "the code as it is",

@@ -43,11 +43,12 @@ def with_its_own_config(rank: int, configs: list[Config]) -> End:
 
 def test_ranks_with_other_configurations_do_not_train(base: Path) -> None:
     config = make_config(base, "other-config")
-    configs = [config, override_config(config, ["optimizer.lr=0.25", "moe.top_k=2"])]
+    configs = [config, override_config(config, ["optimizer.lr=0.25", "moe.d_ff=8"])]
     for end in run_ranks(2, with_its_own_config, base, configs):
         assert end.code == 2
         assert "the configuration of rank(s) [1] differs from rank 0's" in end.message
         assert "optimizer.lr is 0.005, and 0.25" in end.message
+        assert "moe.d_ff is null, and 8" in end.message
     assert not Path(config.out).exists()
 
 

@@ -54,8 +54,7 @@ class Cell:
     world: int = 1
     ep: int = 1
     stage: int | None = None
-    """None = the native engine, or"""
-    fsdp: bool = False
+    """None = the native engine."""
     accumulation: int = 1
     optimizer: str = "sgd"
     precision: str = "fp32"
@@ -67,6 +66,8 @@ class Cell:
     exchange: str = "flat"
     recompute: str = "none"
     compiled: bool = False
+    fsdp: bool = False
+    """The engine fsdp, without a stage."""
     poisoned: int | None = None
     """Step in which the last rank gets objectives that are not numbers."""
 
@@ -370,7 +371,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_run_under_a_launcher(base: Path, launcher: str) -> None:
-    """From the configuration: engine, compilation and recomputation; the losses are those of the native engine."""
+    """From the configuration: engine, stage and recomputation; the losses are those of the native engine."""
     losses = {}
     for engine in ("native", "deepspeed"):
         cfg = make_config(base, f"{launcher}-{engine}", "train.steps=4", f"parallel.engine={engine}")

@@ -434,6 +434,7 @@ def test_nodes_are_found_or_refused(tmp_path_factory: pytest.TempPathFactory) ->
     [
         ({}, 1),
         ({"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "4"}, 8),
+        ({"LOCAL_SIZE": "2", "SLURM_STEP_TASKS_PER_NODE": "4"}, 2),
         ({"SLURM_STEP_TASKS_PER_NODE": "4"}, 4),
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, 4),
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 3),
@@ -442,7 +443,7 @@ def test_nodes_are_found_or_refused(tmp_path_factory: pytest.TempPathFactory) ->
 def test_ranks_of_this_node_by_the_launcher(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], ranks: int
 ) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -54,7 +54,7 @@ def test_a_peer_killed_inside_the_exchange_is_named_at_once(base: Path) -> None:
 
 @pytest.mark.parametrize("start", [launch, run], ids=["the store dies with it", "the store lives on"])
 def test_the_survivors_of_rank_zero_write_how_the_run_ended(base: Path, start: Any) -> None:
-    """Not ``running`` for ever: the lowest rank that is left writes in its place, and nobody else's words are lost."""
+    """Not ``running`` for ever: the lowest rank that still answers writes in its place."""
     config = make_config(
         base, f"killed-rank-zero-{start.__name__}", "train.global_batch_size=6", "moe.num_experts=6"
     )

@@ -22,6 +22,7 @@ from epmoe.train.run_folder import (
     describe_run,
     end_attempt,
     open_run_folder,
+    read_status,
     write_status,
 )
 
@@ -162,6 +163,17 @@ def test_status_says_how_the_run_ended(run: RunFolder) -> None:
     write_status(run, "stopped", exit_code=75, step=12, message="SIGTERM")
     status = json.loads((run.path / "run_status.json").read_text())
     assert status == {"state": "stopped", "exit_code": 75, "step": 12, "message": "SIGTERM"}
+
+
+@pytest.mark.parametrize("before", ["running", "stopped", "failed", None])
+def test_in_place_of_rank_0_another_rank_writes_what_it_has_not(run: RunFolder, before: str | None) -> None:
+    if before is not None:
+        write_status(run, before, exit_code=75)
+    other = RunFolder(path=run.path, is_writer=False)
+    write_status(other, "failed", exit_code=7, in_place_of_rank_zero=True)
+    wanted = {} if before is None else {"exit_code": 7 if before == "running" else 75}
+    assert wanted.items() <= read_status(run.path).items()
+    assert (read_status(run.path) == {}) == (before is None)
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
