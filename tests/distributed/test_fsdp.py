@@ -94,8 +94,7 @@ CELLS: list[Cell] = [(1, 1, "native", precision, 1) for precision in ("fp32", "f
 CELLS += [
     (world, ep, "fsdp", precision, accumulation)
     for world, ep in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
-    for precision in ("fp32", "fp64")
-    for accumulation in (1, 2)
+    for precision, accumulation in (("fp32", 1), ("fp64", 2))
 ]
 CELLS += [(world, ep, "fsdp_hybrid", "fp64", 2) for world, ep in ((2, 1), (2, 2), (4, 2), (4, 4))]
 CELLS += [(2, 2, f"fsdp_{recompute}", "fp64", 2) for recompute in ("full", "selective")]

@@ -30,11 +30,12 @@ from epmoe.verify import samples
 from tests.distributed.harness import run_ranks
 from tests.oracle.deepseek import moved_bias
 
-VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS = 48, 8, 8, 4
+VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS, NUM_TASKS = 48, 8, 8, 4, 3
 STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5,
          "ragged": 5, "padded": 5, "hidden": 5, "padded_hidden": 5,
          "native": 2, "fsdp": 2, "fsdp_hybrid": 2,
-         "soft": 3, "strictly_balanced": 3,
+         "soft": 3, "strictly_balanced": 3, "two_levels": 3, "expert_choice": 3, "base": 3, "sinkhorn": 3,
+         "sentence": 3, "task": 3, "dense": 3, "hash": 3,
          "hierarchical": 5, "hierarchical_padded": 5, "overlap": 5, "overlap_padded": 5,
          "twelve": 3, "everything": 3, "wire": 3, "wire_hierarchical": 3}  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,14 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "allow_non_causal": True,
         "losses": {"batchwise_threshold": 0.05, "z": 0.01},
     },
+    "two_levels": {"router": {"name": "hierarchical", "groups_per_token": 2}, "top_k": 2, "losses": {"z": 0.01}},
+    "expert_choice": {"router": "expert_choice", "allow_non_causal": True, "losses": {}},
+    "base": {"router": "base", "allow_non_causal": True, "capacity_factor": None, "losses": {}},
+    "sinkhorn": {"router": "sinkhorn", "allow_non_causal": True, "losses": {"z": 0.01}},
+    "sentence": {"router": "sentence", "allow_non_causal": True},
+    "task": {"router": {"name": "task", "num_tasks": NUM_TASKS}},
+    "dense": {"router": "dense", "top_k": NUM_EXPERTS, "capacity_factor": None, "losses": {}},
+    "hash": {"router": "hash", "top_k": 1, "losses": {}},
 }
 """The MoE section of routers that are more than a name, and of other ways to the experts."""
 ROUTERS |= {
@@ -125,6 +134,7 @@ class Samples(samples.Samples):
     vocab_size: int = VOCAB
     seq_len: int = SEQ_LEN
     batch_size: int = GLOBAL_BATCH
+    num_tasks: int = NUM_TASKS
 
 
 def config(router: str, precision: str, accumulation: int, world_size: int) -> Config:
@@ -227,17 +237,16 @@ Cell = tuple[int, int, str, str, int]
 Results = dict[Cell, list[dict[str, Any]]]
 
 CELLS = [
-    (world, ep, router, precision, accumulation)
+    (world, ep, "gshard_top2", precision, accumulation)
     for world, eps in LAYOUTS.items()
     for ep in eps
-    for router, precision, accumulation in (
-        ("gshard_top2", "fp32", 1),
-        ("gshard_top2", "fp32", 2),
-        ("gshard_top2", "fp64", 1),
-        ("gshard_top2", "fp64", 2),
-        ("switch", "fp64", 1),
-        ("topk", "fp32", 1),
-    )
+    for precision, accumulation in (("fp32", 1), ("fp32", 2), ("fp64", 2))
+]
+CELLS += [(1, 1, "gshard_top2", "fp64", 1), (4, 2, "gshard_top2", "fp64", 1)]
+CELLS += [
+    (world, ep, router, precision, 1)
+    for world, ep in ((1, 1), (2, 1), (4, 4))
+    for router, precision in (("switch", "fp64"), ("topk", "fp32"))
 ]
 CELLS += [
     (world, ep, router, "fp64", accumulation if world > 1 else 1)
@@ -256,7 +265,8 @@ CELLS += [
 CELLS += [
     (world, ep, router, "fp64", 1)
     for world, ep in ((1, 1), (2, 2))
-    for router in ("soft", "strictly_balanced")
+    for router in ("soft", "strictly_balanced", "two_levels", "expert_choice", "base", "sinkhorn", "sentence",
+                   "task", "dense", "hash")
 ]
 CELLS += [
     (1, 1, "twelve", "fp64", 1),

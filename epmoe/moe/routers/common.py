@@ -144,10 +144,17 @@ def scored(logits_TE: Tensor, usable_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def groups_of(inputs: RouterInputs) -> tuple[int, int]:
-    """Capacity groups, and tokens in each."""
+    """Capacity groups, and tokens in each.
+
+    Raises:
+        ValueError: The tokens do not divide into groups.
+    """
     num_tokens = inputs.valid_T.shape[0]
     size = inputs.group_size or num_tokens
-    return num_tokens // max(size, 1), size
+    num_groups, rest = divmod(num_tokens, max(size, 1))
+    if rest:
+        raise ValueError(f"{num_tokens} tokens do not divide into groups of {size}")
+    return num_groups, size
 
 
 def token_order(inputs: RouterInputs, options: RouterOptions, probs_TE: Tensor) -> Tensor | None:

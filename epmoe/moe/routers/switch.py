@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from epmoe.config_routers import SwitchOptions
-from epmoe.moe.routers.common import Choices, as_routing, choose, token_order
+from epmoe.moe.routers.common import Choices, as_routing, choose, groups_of, token_order
 from epmoe.moe.routers.family import Family
 from epmoe.ops import DROPLESS, assign_slots
 from epmoe.types import RouterInputs, Routing
@@ -32,8 +32,7 @@ def _until_there_is_room(inputs: RouterInputs, options: SwitchOptions, choices: 
     takes the list in the same order, gives the same slots again.
     """
     num_tokens, num_experts = choices.probs_TE.shape
-    group_size = inputs.group_size or num_tokens
-    num_groups = num_tokens // max(group_size, 1)
+    num_groups, group_size = groups_of(inputs)
     order_T = token_order(inputs, options, choices.probs_TE)
     if order_T is None:
         order_T = torch.arange(num_tokens, device=choices.ids_TK.device)

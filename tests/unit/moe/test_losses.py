@@ -237,7 +237,15 @@ def skewed_and_even(experts, tokens_):
     ],
 )
 def test_skewed_routing_costs_more_than_even_routing(router, loss):
-    moe = config(router, num_experts=8, losses={loss: 1.0})
+    assert_skew_costs(config(router, num_experts=8, losses={loss: 1.0}), loss)
+
+
+@pytest.mark.parametrize("scope", ["group", "sequence", "micro_batch", "global"])
+def test_skew_costs_more_in_every_scope(scope):
+    assert_skew_costs(config("top2", num_experts=8, losses={"balance": 1.0}, balance_scope=scope), "balance")
+
+
+def assert_skew_costs(moe, loss):
     given = extras(moe, 16)
     calm = replace(
         given,
@@ -259,7 +267,7 @@ def test_skewed_routing_costs_more_than_even_routing(router, loss):
     skewed, even = values
     assert skewed > even + 0.1
     if "balance" in loss:
-        assert even == pytest.approx(1.0, abs=0.35 if router == "two_levels" else 1e-9)
+        assert even == pytest.approx(1.0, abs=0.35 if moe.router.name == "hierarchical" else 1e-9)
 
 
 @pytest.mark.parametrize(("experts", "spread"), [(1, 0.0), (4, 0.0), (4, 1.0)])
