@@ -1,4 +1,6 @@
-"""Compiled blocks of two ranks train as plain ones do, with the exchanges inside their graphs or among them."""
+"""Compiled blocks train as plain ones do: on two ranks, with the exchanges inside their graphs or among them, and in a
+run whose configuration asks for it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
+from tests.distributed.runs import End, attempt, history, make_config
 
 WHOLE, PARTS = "2 whole block(s)", "the dense parts of 2"
 CELLS = {"padded": WHOLE, "overlap_padded": PARTS, "fsdp": PARTS, "fsdp_full": PARTS}
@@ -50,3 +53,17 @@ def test_two_ranks_with_compiled_blocks(tmp_path: Path) -> None:
         for name, value in plain["weights"].items():
             assert torch.allclose(compiled["weights"][name], value, rtol=1e-9, atol=1e-9), name
         assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_is_compiled_when_its_configuration_says_so(base: Path) -> None:
+    """By inductor, a whole block with its experts."""
+    short = ["train.steps=3", "checkpoint.every=0", "train.sample.tokens=0", "model.num_layers=1", "moe.every=1",
+             "moe.dispatcher=padded"]  # fmt: skip
+    losses = []
+    for compiled in ("false", "true"):
+        cfg = make_config(base, f"compiled-{compiled}", *short, f"train.compile={compiled}")
+        assert run_ranks(1, attempt, base, cfg, timeout=280.0) == [End(0)]
+        losses.append([step["loss"] for step in history(Path(cfg.out))])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

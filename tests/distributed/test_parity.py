@@ -60,7 +60,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "allow_non_causal": True,
         "losses": {"batchwise_threshold": 0.05, "z": 0.01},
     },
-    "two_levels": {"router": {"name": "hierarchical", "groups_per_token": 2}, "top_k": 2, "losses": {"z": 0.01}},
+    "two_levels": {
+        "router": {"name": "hierarchical", "groups_per_token": 2},
+        "top_k": 2,
+        "losses": {"z": 0.01},
+    },
     "expert_choice": {"router": "expert_choice", "allow_non_causal": True, "losses": {}},
     "base": {"router": "base", "allow_non_causal": True, "capacity_factor": None, "losses": {}},
     "sinkhorn": {"router": "sinkhorn", "allow_non_causal": True, "losses": {"z": 0.01}},
@@ -265,8 +269,18 @@ CELLS += [
 CELLS += [
     (world, ep, router, "fp64", 1)
     for world, ep in ((1, 1), (2, 2))
-    for router in ("soft", "strictly_balanced", "two_levels", "expert_choice", "base", "sinkhorn", "sentence",
-                   "task", "dense", "hash")
+    for router in (
+        "soft",
+        "strictly_balanced",
+        "two_levels",
+        "expert_choice",
+        "base",
+        "sinkhorn",
+        "sentence",
+        "task",
+        "dense",
+        "hash",
+    )
 ]
 CELLS += [
     (1, 1, "twelve", "fp64", 1),

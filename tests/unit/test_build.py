@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,38 @@ def test_cuda_kernels_need_a_torch_with_cuda():
     assert done.returncode == 1
     assert "EPMOE_CUDA=1, but the installed torch" in done.stderr
     assert "has no CUDA" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("environment", "kernels"),
+    [
+        pytest.param(
+            {"EPMOE_NATIVE": "1"},
+            "native",
+            marks=pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+        ),
+        ({"EPMOE_NATIVE": "auto", "CXX": "no-such-compiler"}, "reference"),
+    ],
+)
+def test_a_wheel_serves_where_it_is_unpacked(tmp_path, environment, kernels):
+    """Built with a compiler and without one, from nothing but the sources."""
+    left_out = shutil.ignore_patterns(".*", "build", "runs", "dist", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=left_out)
+    make = ["make", "-C", str(tmp_path / "source"), "wheel", f"PYTHON={sys.executable}"]
+    done = subprocess.run(make, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [wheel] = (tmp_path / "source/dist").glob("epmoe-*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    look = "import epmoe; from epmoe.ops import kernel_status; print(epmoe.__file__, kernel_status()[0])"
+    seen = subprocess.run(
+        [sys.executable, "-c", look],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert seen.stdout.split() == [str(tmp_path / "site/epmoe/__init__.py"), kernels]

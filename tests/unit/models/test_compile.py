@@ -42,8 +42,8 @@ PARTS = "the dense parts of {}"
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_compiled_block_with_experts_has_the_same_gradients() -> None:
-    plain, compiled = both("inductor", "1 whole block(s)", precision="fp32", dispatcher="padded")
-    assert worst(compiled, plain) <= 1e-5
+    plain, compiled = both("aot_eager", "1 whole block(s)", precision="fp64", dispatcher="padded")
+    assert worst(compiled, plain) <= 1e-9
 
 
 @pytest.mark.slow
