@@ -260,7 +260,8 @@ def assert_skew_costs(moe, loss):
         logits.requires_grad_()
         routed = route(moe, logits, [True] * 16, calm)
         plan = local_plan(routed, num_experts=8, group_size=16, capacity=DROPLESS)
-        value = LOSSES[loss](moe)(LossInputs(routing=routed, plan=plan, seq_len=16))
+        counts = {"global_count_E": plan.demand_GE.sum(0), "global_tokens": torch.tensor(16)}
+        value = LOSSES[loss](moe)(LossInputs(routing=routed, plan=plan, seq_len=16, **counts))
         values.append(value.item() / 16)
         value.backward()
         assert logits.grad.isfinite().all()
