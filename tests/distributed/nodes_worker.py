@@ -69,7 +69,7 @@ def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, A
     def count(_: Router, __: object, routing: Routing) -> None:
         """By hand: what a sequence sends to an expert, but no more than fit."""
         for sequence in range(cfg.train.global_batch_size // place.world_size):
-            own_A = routing.token_A // SEQ_LEN == sequence
+            own_A = routing.active_A & (routing.token_A // SEQ_LEN == sequence)
             kept_E.add_(routing.expert_A[own_A].bincount(minlength=NUM_EXPERTS).clamp(max=CAPACITY))
 
     samples = Samples(vocab_size=VOCAB, seq_len=SEQ_LEN, batch_size=cfg.train.global_batch_size)

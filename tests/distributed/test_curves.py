@@ -48,11 +48,7 @@ LAYOUTS = tuple(
     for world, ep in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
     for engine, shard in (("native", "full"), ("fsdp", "full"), ("fsdp", "hybrid"))
 )
-OFTEN = (
-    Layout(world=2, ep=2),
-    Layout(world=4, ep=2, engine="fsdp", shard="hybrid"),
-    Layout(world=2, ep=2, precision="fp32"),
-)
+OFTEN = (Layout(world=2, ep=2), Layout(world=2, ep=2, precision="fp32"))
 
 
 def marked(layouts: Iterable[Layout]) -> list[Any]:
@@ -62,12 +58,15 @@ def marked(layouts: Iterable[Layout]) -> list[Any]:
 
 
 def config_of(layout: Layout, folder: Path) -> Config:
-    """The model, its optimizer and its vocabulary as they are; the text is this project's own pages."""
+    """The model and its vocabulary as they are, trained by SGD: Adam makes rounding large where gradients are small. The
+    text is this project's own pages."""
     return load_config(
         ROOT / "configs/quickstart.yaml",
         [
             f"data.sources=[{{name: pages, path: {ROOT / 'docs'}, glob: '**/*.md', val_path: {ROOT / 'docs/adr'}}}]",
             f"data.cache={folder}",
+            "optimizer.name=sgd",
+            "optimizer.lr=0.1",
             "data.seq_len=32",
             f"train.steps={STEPS}",
             "train.global_batch_size=4",

@@ -298,8 +298,10 @@ def test_graphs_hold_for_other_shapes():
     compiled_equals_eager("eager", OTHER, [("rank", "hidden")])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.long)],
+)
 def test_compiles_in_one_piece_with_open_sizes(backend):
     compiled_equals_eager(backend, OTHER)
