@@ -58,8 +58,8 @@ def marked(layouts: Iterable[Layout]) -> list[Any]:
 
 
 def config_of(layout: Layout, folder: Path) -> Config:
-    """The model and its vocabulary as they are; the text is this project's own pages. By SGD, because Adam makes rounding
-    large where gradients are small."""
+    """The model and its vocabulary as they are, and this project's own pages. By SGD: where gradients are small, Adam
+    makes much of rounding."""
     return load_config(
         ROOT / "configs/quickstart.yaml",
         [
