@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -275,8 +275,7 @@ class MoEConfig(Section):
 
 def router_classes() -> dict[str, type[RouterOptions]]:
     """The options class of every router family, by its name."""
-    classes: tuple[type[RouterOptions], ...] = get_args(get_args(AnyRouterOptions)[0])
-    return {cls.model_fields["name"].default: cls for cls in classes}
+    return {family.model_fields["name"].default: family for family in RouterOptions.families}
 
 
 def _fill_in(values: dict[str, Any], family: type[RouterOptions]) -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,6 +48,14 @@ class RouterOptions(Section):
     smoothing: SmoothingOptions | None = None
     """Noise on logits or inputs that is averaged over; null = none."""
 
+    if TYPE_CHECKING:
+
+        @property
+        def name(self) -> str:
+            """Of the family."""
+
+    families: ClassVar[list[type[RouterOptions]]] = []
+    """Every class with a name, in the order of their definitions."""
     fixed_top_k: ClassVar[int | None] = None
     """Experts per token, where that is part of the family's definition."""
     every_expert: ClassVar[bool] = False
@@ -69,13 +79,18 @@ class RouterOptions(Section):
     without: ClassVar[tuple[str, ...]] = ()
     """Options of every router that mean nothing to this one, and are refused."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if "name" in cls.model_fields:
+            RouterOptions.families.append(cls)
+
     @model_validator(mode="before")
     @classmethod
     def _has_a_bias(cls, values: Any) -> Any:
         if isinstance(values, dict) and "bias_rate" in values and "bias_rate" not in cls.model_fields:
             owners = [
                 family.model_fields["name"].default
-                for family in get_args(get_args(AnyRouterOptions)[0])
+                for family in RouterOptions.families
                 if "bias_rate" in family.model_fields
             ]
             raise ValueError(
@@ -352,73 +367,6 @@ class DeepSeekOptions(RouterOptions):
 Pooling = Literal["weighted_sum", "max_pick", "max_scaled"]
 
 
-class DenseOptions(RouterOptions):
-    """The dense mixture of Jacobs et al. 1991, and with groups that of Jordan and Jacobs 1994: every expert runs for
-    every token."""
-
-    name: Literal["dense"] = "dense"
-    pooling: Pooling = "weighted_sum"
-    """The output in training. ``weighted_sum``: all experts, each times its probability. ``max_scaled``: the most
-    probable expert times its probability. ``max_pick``: that expert as it is, which gives the router no gradient from
-    the task."""
-    pooling_eval: Pooling | None = None
-    """The same in evaluation, where experts of weight 0 do not run; null = as in training."""
-    router_loss: bool = False
-    """Your own training loop adds a loss that trains the router (``epmoe.moe.mixture``): competitive, mixture
-    likelihood, EDD. ``max_pick`` in training needs one."""
-    num_groups: Positive = 1
-    """Two-level gate: groups of consecutive experts have a gate of their own, and an expert's probability is its
-    group's times its own inside the group. 1 = one level."""
-
-    every_expert: ClassVar[bool] = True
-
-    @model_validator(mode="after")
-    def _router_is_trained(self) -> DenseOptions:
-        if self.pooling == "max_pick" and not self.router_loss:
-            raise ValueError(
-                "pooling=max_pick passes one expert on unscaled, so the task never trains the router; use max_scaled "
-                "or weighted_sum, or pooling_eval: max_pick for evaluation alone, or set router_loss: true and add "
-                "such a loss in your own training loop"
-            )
-        return self
-
-    @property
-    def expert_groups(self) -> int:
-        """The groups of the first level."""
-        return self.num_groups
-
-    def check(self, *, num_experts: int, top_k: int) -> None:
-        """Groups divide the experts."""
-        check_groups(self.num_groups, num_experts)
-
-    def num_weights(self, *, d_model: int, num_experts: int) -> int:
-        """Logits of experts and, with several, of groups."""
-        return (num_experts + (self.num_groups if self.num_groups > 1 else 0)) * d_model
-
-
-class EddOptions(Section):
-    """Expert diversification and dispatching, a loss of ``epmoe.moe.mixture``."""
-
-    weight: Annotated[float, Field(ge=0)] = 0.1
-    """Of the whole loss, relative to the task's."""
-    alpha: Fraction = 0.1
-    """Share of diversification; the rest is dispatching."""
-    similarity: Literal["cosine", "rbf"] = "cosine"
-    """How alike two experts' outputs are: the squared cosine, or exp(-distance^2 / 2)."""
-    temperature: Annotated[float, Field(gt=0)] | None = None
-    """Dispatching wants softmax(-loss / temperature); null = the expert with the smallest loss alone."""
-
-
-def check_groups(num_groups: int, num_experts: int) -> None:
-    """Raises ValueError where groups of experts would not be of equal size."""
-    if num_experts % num_groups:
-        valid = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
-        raise ValueError(
-            f"num_groups={num_groups} must divide num_experts={num_experts}; valid values: {valid}"
-        )
-
-
-# -------------------------------------------------------------- experts choose, assignments, tables, units
 class ExpertChoiceOptions(RouterOptions):
     """Expert choice, arXiv:2202.09368: every expert takes its best tokens of a group, on average K per token."""
 
@@ -556,6 +504,73 @@ class TaskOptions(Top2Options):
         return self.num_tasks * num_experts
 
 
+class DenseOptions(RouterOptions):
+    """The dense mixture of Jacobs et al. 1991, and with groups that of Jordan and Jacobs 1994: every expert runs for
+    every token."""
+
+    name: Literal["dense"] = "dense"
+    pooling: Pooling = "weighted_sum"
+    """The output in training. ``weighted_sum``: all experts, each times its probability. ``max_scaled``: the most
+    probable expert times its probability. ``max_pick``: that expert as it is, which gives the router no gradient from
+    the task."""
+    pooling_eval: Pooling | None = None
+    """The same in evaluation, where experts of weight 0 do not run; null = as in training."""
+    router_loss: bool = False
+    """Your own training loop adds a loss that trains the router (``epmoe.moe.mixture``): competitive, mixture
+    likelihood, EDD. ``max_pick`` in training needs one."""
+    num_groups: Positive = 1
+    """Two-level gate: groups of consecutive experts have a gate of their own, and an expert's probability is its
+    group's times its own inside the group. 1 = one level."""
+
+    every_expert: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _router_is_trained(self) -> DenseOptions:
+        if self.pooling == "max_pick" and not self.router_loss:
+            raise ValueError(
+                "pooling=max_pick passes one expert on unscaled, so the task never trains the router; use max_scaled "
+                "or weighted_sum, or pooling_eval: max_pick for evaluation alone, or set router_loss: true and add "
+                "such a loss in your own training loop"
+            )
+        return self
+
+    @property
+    def expert_groups(self) -> int:
+        """The groups of the first level."""
+        return self.num_groups
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """Groups divide the experts."""
+        check_groups(self.num_groups, num_experts)
+
+    def num_weights(self, *, d_model: int, num_experts: int) -> int:
+        """Logits of experts and, with several, of groups."""
+        return (num_experts + (self.num_groups if self.num_groups > 1 else 0)) * d_model
+
+
+class EddOptions(Section):
+    """Expert diversification and dispatching, a loss of ``epmoe.moe.mixture``."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.1
+    """Of the whole loss, relative to the task's."""
+    alpha: Fraction = 0.1
+    """Share of diversification; the rest is dispatching."""
+    similarity: Literal["cosine", "rbf"] = "cosine"
+    """How alike two experts' outputs are: the squared cosine, or exp(-distance^2 / 2)."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """Dispatching wants softmax(-loss / temperature); null = the expert with the smallest loss alone."""
+
+
+def check_groups(num_groups: int, num_experts: int) -> None:
+    """Raises ValueError where groups of experts would not be of equal size."""
+    if num_experts % num_groups:
+        valid = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
+        raise ValueError(
+            f"num_groups={num_groups} must divide num_experts={num_experts}; valid values: {valid}"
+        )
+
+
+# -------------------------------------------------------------- experts choose, assignments, tables, units
 class SoftOptions(RouterOptions):
     """Soft MoE, arXiv:2308.00951: experts get mixtures of a group's tokens, tokens mixtures of their results."""
 
@@ -579,21 +594,8 @@ class SoftOptions(RouterOptions):
         return num_experts * self.slots * d_model + 1
 
 
-AnyRouterOptions = Annotated[
-    GShardTop2Options
-    | SwitchOptions
-    | TopKOptions
-    | NoisyTopKOptions
-    | HierarchicalOptions
-    | DeepSeekOptions
-    | ExpertChoiceOptions
-    | BaseOptions
-    | SinkhornOptions
-    | StrictlyBalancedOptions
-    | HashOptions
-    | SentenceOptions
-    | TaskOptions
-    | SoftOptions
-    | DenseOptions,
-    Field(discriminator="name"),
-]
+if TYPE_CHECKING:
+    AnyRouterOptions = RouterOptions
+else:
+    AnyRouterOptions = Annotated[reduce(or_, RouterOptions.families), Field(discriminator="name")]
+"""Whatever ``moe.router`` may hold."""
