@@ -1,11 +1,11 @@
 """Two hundred steps of the quickstart model on real text: every layout follows the curve of one process.
 
-A layout takes half a minute, so most of them run only when they are asked for: ``pytest -m long``.
+A layout takes half a minute, so they run only when they are asked for: ``make test-long``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
 from tests.distributed.harness import run_ranks
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 STEPS = 200
 
@@ -48,15 +48,6 @@ LAYOUTS = tuple(
     for world, ep in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
     for engine, shard in (("native", "full"), ("fsdp", "full"), ("fsdp", "hybrid"))
 )
-OFTEN = (Layout(world=2, ep=2), Layout(world=2, ep=2, precision="fp32"))
-
-
-def marked(layouts: Iterable[Layout]) -> list[Any]:
-    """A few of them are slow tests, the others long ones."""
-    marks = {True: pytest.mark.slow, False: pytest.mark.long}
-    return [pytest.param(layout, marks=marks[layout in OFTEN], id=str(layout)) for layout in layouts]
-
-
 def config_of(layout: Layout, folder: Path) -> Config:
     """The model and its vocabulary as they are, and this project's own pages. By SGD: where gradients are small, Adam
     makes much of rounding."""
@@ -113,7 +104,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return train
 
 
-@pytest.mark.parametrize("layout", marked(LAYOUTS))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_float64(found: Found, layout: Layout) -> None:
     reference, got = found(Layout()), found(layout)
     assert got["losses"] == pytest.approx(reference["losses"], rel=1e-9)
@@ -121,7 +112,7 @@ def test_float64(found: Found, layout: Layout) -> None:
     assert reference["losses"][-1] < reference["losses"][0] - 2
 
 
-@pytest.mark.parametrize("layout", marked(replace(layout, precision="fp32") for layout in LAYOUTS))
+@pytest.mark.parametrize("layout", [replace(layout, precision="fp32") for layout in LAYOUTS], ids=str)
 def test_float32(found: Found, layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
     """Up to the first token that rounding sends to another expert."""
     reference, got = found(Layout(precision="fp32")), found(layout)

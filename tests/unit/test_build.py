@@ -88,7 +88,10 @@ def test_a_wheel_serves_where_it_is_unpacked(tmp_path, environment, kernels):
     assert done.returncode == 0, done.stderr[-2000:]
     [wheel] = (tmp_path / "source/dist").glob("epmoe-*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    look = "import epmoe; from epmoe.ops import kernel_status; print(epmoe.__file__, kernel_status()[0])"
+    look = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "  # this source tree
+        "import epmoe; from epmoe.ops import kernel_status; print(epmoe.__file__, kernel_status()[0])"
+    )
     seen = subprocess.run(
         [sys.executable, "-c", look],
         cwd=tmp_path,
