@@ -119,13 +119,13 @@ def run_verify(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_command_proves_the_quickstart(tmp_path: Path) -> None:
-    done = run_verify("--json", str(tmp_path / "verdict.json"))
+    done = run_verify("--ranks", "2", "--json", str(tmp_path / "verdict.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "proven: " in done.stdout
     report = json.loads((tmp_path / "verdict.json").read_text())
     layouts = {(row["world_size"], row["ep_size"]) for row in report["rows"]}
     assert report["ok"]
-    assert layouts == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)}
+    assert layouts == {(1, 1), (2, 1), (2, 2)}  # those of four ranks: test_matrix
 
 
 PLANT = """
