@@ -48,6 +48,8 @@ LAYOUTS = tuple(
     for world, ep in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
     for engine, shard in (("native", "full"), ("fsdp", "full"), ("fsdp", "hybrid"))
 )
+
+
 def config_of(layout: Layout, folder: Path) -> Config:
     """The model and its vocabulary as they are, and this project's own pages. By SGD: where gradients are small, Adam
     makes much of rounding."""
