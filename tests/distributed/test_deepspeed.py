@@ -40,6 +40,7 @@ from tests.distributed.tiny import record
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(300),
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None,
         reason="deepspeed is not installed; make test-slow does it",
@@ -200,7 +201,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     @cache
     def world(size: int) -> dict[Cell, list[dict[str, Any]]]:
         cells = [cell for cell in dict.fromkeys(CELLS) if cell.world == size]
-        ranks = run_ranks(size, train_cells, tmp_path_factory.mktemp("ranks"), cells, timeout=110)
+        ranks = run_ranks(size, train_cells, tmp_path_factory.mktemp("ranks"), cells, timeout=280)
         return {cell: [rank[index] for rank in ranks] for index, cell in enumerate(cells)}
 
     return lambda cell: world(cell.world)[cell]

@@ -36,6 +36,7 @@ from tests.distributed.test_parity import (
 )
 from tests.distributed.test_torchrun import LIMIT_S, log_of, torchrun
 
+pytestmark = pytest.mark.timeout(300)  # all cells are trained when the first is asked for
 SHORT = ["train.steps=4", "train.eval_every=2", "checkpoint.every=0"]
 FSDP = ["parallel.engine=fsdp"]
 HYBRID = [*FSDP, "parallel.fsdp_shard=hybrid", "parallel.ep_size=1"]

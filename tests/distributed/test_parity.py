@@ -30,6 +30,7 @@ from epmoe.verify import samples
 from tests.distributed.harness import run_ranks
 from tests.oracle.deepseek import moved_bias
 
+pytestmark = pytest.mark.timeout(300)  # all cells are trained when the first is asked for
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS, NUM_TASKS = 48, 8, 8, 4, 3
 STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek": 5, "global_balance": 5,
          "ragged": 5, "padded": 5, "hidden": 5, "padded_hidden": 5,
@@ -317,7 +318,7 @@ def train_all(cells: list[Cell], folder: Path) -> Results:
     for world_size in LAYOUTS:
         mine = [cell for cell in cells if cell[0] == world_size]
         settings = [cell[1:] for cell in mine]
-        ranks = run_ranks(world_size, train_cells, folder, settings, timeout=110)
+        ranks = run_ranks(world_size, train_cells, folder, settings, timeout=280)
         for index, cell in enumerate(mine):
             found[cell] = [rank[index] for rank in ranks]
     return found
