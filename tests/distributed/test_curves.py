@@ -5,6 +5,7 @@ A layout takes half a minute, so they run only when they are asked for: ``make t
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -53,11 +54,12 @@ LAYOUTS = tuple(
 def config_of(layout: Layout, folder: Path) -> Config:
     """The model and its vocabulary as they are, and this project's own pages. By SGD: where gradients are small, Adam
     makes much of rounding."""
+    pages = folder / "pages"
     return load_config(
         ROOT / "configs/quickstart.yaml",
         [
-            f"data.sources=[{{name: pages, path: {ROOT / 'docs'}, glob: '**/*.md', val_path: {ROOT / 'docs/adr'}}}]",
-            f"data.cache={folder}",
+            f"data.sources=[{{name: pages, path: {pages}, glob: '**/*.md', val_path: {pages / 'adr'}}}]",
+            f"data.cache={folder / 'cache'}",
             "optimizer.name=sgd",
             "optimizer.lr=0.1",
             "data.seq_len=32",
@@ -95,12 +97,11 @@ Found = Callable[[Layout], dict[str, Any]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What rank 0 saw, when first asked."""
     folder = tmp_path_factory.mktemp("curves")
+    shutil.copytree(ROOT / "docs", folder / "pages")  # as they are now, whatever is written meanwhile
 
     @cache
     def train(layout: Layout) -> dict[str, Any]:
-        curve: dict[str, Any] = run_ranks(
-            layout.world, curve_of, folder, layout, folder / "cache", timeout=280
-        )[0]
+        curve: dict[str, Any] = run_ranks(layout.world, curve_of, folder, layout, folder, timeout=280)[0]
         return curve
 
     return train
