@@ -47,9 +47,9 @@ Tensor permute(const Tensor& x_in, const Tensor& token_in) {
         if (token[n] == kUnfilled) {
           std::memset(row, 0, bytes);
         } else if (stream) {
-          put<true>(row, x + token[n] * width, bytes);
+          put(row, x + token[n] * width, bytes);
         } else {
-          put<false>(row, x + token[n] * width, bytes);
+          std::memcpy(row, x + token[n] * width, bytes);
         }
       }
       fence(stream);

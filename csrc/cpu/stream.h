@@ -24,22 +24,19 @@ inline bool streams([[maybe_unused]] int64_t bytes) {
 #endif
 }
 
-// Copies to where nothing overlaps. With kStream past the caches (no sanitizer watches those stores, tests compare what
-// they wrote); call `fence` when a thread has put all of its own.
-template <bool kStream>
+// Copies past the caches to where nothing overlaps, if the place is aligned for it. No sanitizer watches those stores,
+// tests compare what they wrote. Call `fence` when a thread has put all of its own.
 [[gnu::always_inline]] inline void put(void* to, const void* from, size_t bytes) {
 #if defined(__SSE2__)
-  if constexpr (kStream) {
-    constexpr size_t kVector = sizeof(__m128i);
-    auto* target = static_cast<char*>(to);
-    const auto* source = static_cast<const char*>(from);
-    if ((reinterpret_cast<uintptr_t>(target) | bytes) % kVector == 0) {
-      for (size_t at = 0; at < bytes; at += kVector) {
-        const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
-        _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), value);
-      }
-      return;
+  constexpr size_t kVector = sizeof(__m128i);
+  auto* target = static_cast<char*>(to);
+  const auto* source = static_cast<const char*>(from);
+  if ((reinterpret_cast<uintptr_t>(target) | bytes) % kVector == 0) {
+    for (size_t at = 0; at < bytes; at += kVector) {
+      const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), value);
     }
+    return;
   }
 #endif
   std::memcpy(to, from, bytes);
@@ -61,7 +58,7 @@ struct Block<true, Scalar, kSize> {
 
   explicit Block(Scalar* to) : place(to) {}
   [[gnu::always_inline]] void write(int64_t count) {
-    put<true>(place, at, static_cast<size_t>(count) * sizeof(Scalar));
+    put(place, at, static_cast<size_t>(count) * sizeof(Scalar));
   }
 };
 
