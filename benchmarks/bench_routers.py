@@ -207,9 +207,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--train", action="store_true", help="train what has not been trained yet")
     parser.add_argument("--speed", action="store_true", help="measure the time of a step")
-    parser.add_argument("--steps", type=int, default=110, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=90, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--log-every", type=int, default=11, help="steps that share a point of the curve")
+    parser.add_argument("--log-every", type=int, default=9, help="steps that share a point of the curve")
     parser.add_argument(
         "--share", default="1/1", help="2/3: the second third, for processes that share the work"
     )
