@@ -8,7 +8,7 @@ from dataclasses import fields as dataclass_fields
 import torch
 from torch import Tensor
 
-from epmoe.config import MoEConfig
+from epmoe.config import MoEConfig, router_classes
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.plan import plan_local, plan_slots
@@ -40,11 +40,17 @@ ROUTERS: dict[str, dict] = {
     "top2_shuffled": {"router": {"name": "topk", "priority": "random"}, "top_k": 2},
     "top3_raw": {"router": {"name": "topk", "normalize": False, "scale": 2.5}, "top_k": 3},
     "noisy1": {"router": {"name": "noisy_topk", "noise_floor": 0.01}, "top_k": 1, "losses": NOISY_LOSSES},
+    "noisy1_normalized": {"router": {"name": "noisy_topk", "normalize": True}, "top_k": 1},
     "noisy2": {"router": "noisy_topk", "top_k": 2, "losses": NOISY_LOSSES},
+    "noisy2_raw": {"router": {"name": "noisy_topk", "normalize": False}, "top_k": 2},
     "vmoe2": {
         "router": {"name": "noisy_topk", "load_estimator": "vmoe", "priority": "batch_prioritized"},
         "top_k": 2,
         "losses": NOISY_LOSSES,
+    },
+    "vmoe2_normalized": {
+        "router": {"name": "noisy_topk", "load_estimator": "vmoe", "normalize": True},
+        "top_k": 2,
     },
     "v2": {
         "router": {
@@ -68,7 +74,7 @@ ROUTERS: dict[str, dict] = {
     "sigmoid1": {"router": "deepseek", "top_k": 1},
     "two_levels": {"router": "hierarchical", "top_k": 2, "losses": NOISY_LOSSES},
     "two_levels_wide": {
-        "router": {"name": "hierarchical", "groups_per_token": 2},
+        "router": {"name": "hierarchical", "groups_per_token": 2, "noise_floor": 0.3},
         "top_k": 4,
         "losses": NOISY_LOSSES,
     },
@@ -93,20 +99,29 @@ ROUTERS: dict[str, dict] = {
         "top_k": 1,
     },
 }
+UNNAMED = set(router_classes()) - {
+    MoEConfig.model_validate(values).router.name for values in ROUTERS.values()
+}
+EVERY = {**ROUTERS, **{name: {"router": name} for name in sorted(UNNAMED)}}
+"""Those of every family, also where it makes no list or has no oracle."""
 GROUPED = ("expert_choice", "base", "sinkhorn", "strictly_balanced")
 """Names of the families that decide about the tokens of a group together."""
 
 
 def config(router: str, *, slot_order: str = "choice_major", **fields) -> MoEConfig:
-    """The MoE section of a named router. Retries know one slot order only; groups are as even as E allows."""
-    values = {**ROUTERS[router], **fields}
+    """The MoE section of a named router. Retries know one slot order only; groups are as even as E allows; a family
+    without capacity has none."""
+    values = {**EVERY[router], **fields}
     options = values["router"]
     options = {"name": options} if isinstance(options, str) else dict(options)
+    family = router_classes()[options["name"]]
+    if family.no_capacity:
+        values |= {"capacity_factor": None, "capacity_factor_eval": None}
     if options["name"] == "hierarchical" or router == "dense_groups":
         options["num_groups"] = 1 if values.get("num_experts", 8) % 2 else 2
     if router == "v3" and values.get("num_experts", 8) == 4:
         options["num_groups"] = 2
-    fixed_order = "attempts" in options or options["name"] == "expert_choice"
+    fixed_order = "attempts" in options or "slot_order" in family.without
     order = "choice_major" if fixed_order else slot_order
     values["router"] = {**options, "slot_order": order}
     return MoEConfig.model_validate(values)
@@ -269,6 +284,26 @@ def context(x_BSD: Tensor, padding: str = "none") -> TokenContext:
     )
 
 
+NEW_NAMES = torch.tensor([5, 4, 6, 7, 2, 3, 1, 0])
+"""New expert j is old expert NEW_NAMES[j]; groups of two and of four consecutive experts stay together."""
+
+
+def renamed(value_X: Tensor) -> Tensor:
+    """What belongs to eight experts, to groups of them, or to the experts of each task, under new names; a table's
+    numbers are names."""
+    if not value_X.is_floating_point():
+        return NEW_NAMES.argsort()[value_X]
+    size = max(len(NEW_NAMES) // value_X.shape[0], 1)
+    names = NEW_NAMES[::size] // size
+    return value_X.unflatten(0, (-1, len(names)))[:, names].flatten(0, 1)
+
+
+def draws_by_expert(moe: MoEConfig) -> bool:
+    """Whether every expert has random numbers of its own in training."""
+    smoothing = moe.router.smoothing
+    return bool(needs(moe) & {"normal", "gumbel"}) or (smoothing is not None and smoothing.gate != "none")
+
+
 def local_plan(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:
     """The plan of a rank that holds all experts."""
     slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
@@ -363,7 +398,7 @@ def _decision_by_position(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, 
             valid,
             k=k,
             variant=options.load_estimator,
-            normalize=paper and k > 1,
+            normalize=paper and k > 1 if options.normalize is None else options.normalize,
             noise_logits_TE=given.noise_logits_TE,
             normal=listed(given.normal),
             floor=options.noise_floor,
