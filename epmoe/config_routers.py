@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from epmoe.section import Count, Fraction, Positive, Section
+from epmoe.section import Count, Fraction, Meaning, Positive, Section
 
 Policy = Literal["all", "random", "threshold", "sampling", "relative", "none"]
 
@@ -32,6 +32,12 @@ class SmoothingOptions(Section):
     """Standard deviation of that noise."""
     reroute: bool = False
     """False: every copy goes where the input itself would go. True: every copy is routed on its own."""
+
+    meaning: ClassVar[Meaning] = {
+        "gate_sigma": (lambda own: own.gate == "normal", "only normal noise has it", "set gate: normal"),
+        "sigma": (lambda own: own.draws > 0, "the input gets no noise", "set draws above 0"),
+        "reroute": (lambda own: own.draws > 0, "there are no noisy copies", "set draws above 0"),
+    }
 
 
 class RouterOptions(Section):
@@ -101,7 +107,7 @@ class RouterOptions(Section):
         return values
 
     @model_validator(mode="after")
-    def _means_something(self) -> Self:
+    def _has_such_a_choice(self) -> Self:
         fields = type(self).model_fields
         for name in self.without:
             value, default = getattr(self, name), fields[name].default
@@ -156,6 +162,16 @@ class RouterOptions(Section):
         return self
 
 
+REROUTE: Meaning = {
+    "smoothing": (
+        lambda own: not own.smoothing.reroute,
+        "this router does not look at its input, so every copy goes where the input goes",
+        "set reroute: false",
+    ),
+}
+"""For routers that do not look at their input."""
+
+
 class Top2Options(RouterOptions):
     """What ``gshard_top2`` and the routers of sentences and tasks choose their two experts by."""
 
@@ -175,10 +191,32 @@ class Top2Options(RouterOptions):
 
     fixed_top_k: ClassVar[int | None] = 2
     balance_count: ClassVar[Literal["top1", "all"]] = "top1"
+    meaning: ClassVar[Meaning] = {
+        "tau": (
+            lambda own: own.second_policy == "random" or "threshold" in own.policies,
+            "only the policies random and threshold look at it",
+            "set second_policy to one of them",
+        ),
+        "ratio": (
+            lambda own: "relative" in own.policies,
+            "only the policy relative looks at it",
+            "set second_policy: relative",
+        ),
+        "literal_alg1": (
+            lambda own: not {*own.policies} <= {"all", "sampling"},
+            "no second choice is skipped",
+            "set second_policy: random",
+        ),
+    }
+
+    @property
+    def policies(self) -> tuple[Policy, Policy]:
+        """In training and in evaluation."""
+        return self.second_policy, self.second_policy_eval
 
     @model_validator(mode="after")
     def _threshold_can_be_passed(self) -> Self:
-        if "threshold" in (self.second_policy, self.second_policy_eval) and self.tau >= 0.5:
+        if "threshold" in self.policies and self.tau >= 0.5:
             raise ValueError(
                 f"the threshold policy uses the second expert if a2 > tau, but a2, the smaller of two shares, is at "
                 f"most 0.5: tau={self.tau:g} would never let it through; set tau below 0.5, or use policy none"
@@ -257,6 +295,13 @@ class NoisyTopKOptions(RouterOptions):
     normalize: bool | None = None
     """As for ``topk``; null: for ``paper`` normalised for k > 1, raw for k = 1; for ``vmoe`` raw."""
 
+    meaning: ClassVar[Meaning] = {
+        "noise_floor": (
+            lambda own: own.load_estimator == "paper",
+            "the scale of vmoe's noise is 1/E, not learned",
+            "set load_estimator: paper",
+        ),
+    }
     default_losses: ClassVar[Mapping[str, float] | None] = {"importance": 0.1, "load": 0.1}
     smooth_load: ClassVar[bool] = True
     no_gate_noise: ClassVar[str | None] = "these already have the family's own"
@@ -337,6 +382,14 @@ class DeepSeekOptions(RouterOptions):
     """The bias moves in the first so many steps; null = in all."""
 
     default_losses: ClassVar[Mapping[str, float] | None] = {"sequence_balance": 0.0001}
+    meaning: ClassVar[Meaning] = {
+        "group_score": (
+            lambda own: own.group_limit < own.num_groups,
+            "no group is left out",
+            "set groups_kept below num_groups",
+        ),
+        "bias_steps": (lambda own: bool(own.bias_rate), "no bias moves", "set bias_rate above 0"),
+    }
 
     @property
     def expert_groups(self) -> int:
@@ -449,6 +502,19 @@ class HashOptions(RouterOptions):
     no_losses: ClassVar[str | None] = "it has no weights that a loss could train"
     no_gate_noise: ClassVar[str | None] = "a table has none"
     without: ClassVar[tuple[str, ...]] = ("jitter",)
+    meaning: ClassVar[Meaning] = {
+        **REROUTE,
+        "vocab_size": (
+            lambda own: own.table != "mod",
+            "the table mod has no entries",
+            "set table: random or balanced",
+        ),
+        "priority": (
+            lambda own: own.priority == "random",
+            "the probability of every token's expert is 1",
+            "set priority: random",
+        ),
+    }
 
     @model_validator(mode="after")
     def _counts_belong_to_a_table(self) -> Self:
@@ -492,6 +558,7 @@ class TaskOptions(Top2Options):
 
     no_gate_noise: ClassVar[str | None] = "these are the task's, which no token changes"
     without: ClassVar[tuple[str, ...]] = ("jitter",)
+    meaning: ClassVar[Meaning] = {**Top2Options.meaning, **REROUTE}
 
     @model_validator(mode="after")
     def _default_is_a_task(self) -> Self:
@@ -559,6 +626,11 @@ class EddOptions(Section):
     """How alike two experts' outputs are: the squared cosine, or exp(-distance^2 / 2)."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Dispatching wants softmax(-loss / temperature); null = the expert with the smallest loss alone."""
+
+    meaning: ClassVar[Meaning] = {
+        "similarity": (lambda own: own.alpha > 0, "alpha=0 leaves out diversification", "set alpha above 0"),
+        "temperature": (lambda own: own.alpha < 1, "alpha=1 leaves out dispatching", "set alpha below 1"),
+    }
 
 
 def check_groups(num_groups: int, num_experts: int) -> None:

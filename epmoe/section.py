@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Meaning = Mapping[str, tuple[Callable[[Any], bool], str, str]]
+"""An option that means nothing without others -> whether it has an effect; else why not, and what would give it one."""
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
+    """Base of every section: frozen; an unknown key is an error, and so is a value without effect."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    meaning: ClassVar[Meaning] = {}
+    """Options that are refused where they have no effect, unless they have their default."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        for name, (has_effect, why, fix) in self.meaning.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and not has_effect(self):
+                raise ValueError(f"{name}={value} means nothing here: {why}; {fix}, or leave it out")
+        return self
 
 
 Positive = Annotated[int, Field(gt=0)]

@@ -11,13 +11,24 @@ import torch
 import epmoe
 from epmoe.config import Config, ModelConfig, MoEConfig, causality_problem, router_classes
 from epmoe.config_file import load_config
-from epmoe.config_routers import SwitchOptions
+from epmoe.config_routers import (
+    DeepSeekOptions,
+    EddOptions,
+    GShardTop2Options,
+    HashOptions,
+    NoisyTopKOptions,
+    RouterOptions,
+    SmoothingOptions,
+    SwitchOptions,
+    TaskOptions,
+)
 from epmoe.errors import ConfigError
 from epmoe.models.decoder import Decoder
 from epmoe.models.init import init_weights
 from epmoe.models.sizes import count_parameters
 from epmoe.moe import build
-from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
+from epmoe.section import Section
+from tests.unit.moe.helpers import EVERY, ROUTERS, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
 
 MODEL = ModelConfig(d_model=8, num_layers=2, num_heads=2, d_ff=12)
@@ -49,7 +60,7 @@ def test_parts_start_as_the_papers_say_and_are_counted(name):
 
 # ------------------------------------------------------------------------------------------- causality
 @pytest.mark.parametrize("factor", [0.6, None])
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_causal_router_does_not_see_the_future(name, factor):
     """Another second half of each sequence changes nothing in the first, slots handed out token by token."""
     moe = config(name, slot_order="token_major", num_experts=4, capacity_factor=factor, min_capacity=0)
@@ -168,11 +179,56 @@ def test_balance_without_a_loss_needs_a_bias(tmp_path):
         ({"router": "switch", "losses": {"load": 0.1}}, "routers that do: noisy_topk, hierarchical"),
         ({"router": {"name": "gshard_top2", "second_policy": "threshold"}}, "set tau below 0.5"),
         ({"router": {"name": "gshard_top2", "second_policy_eval": "random"}}, "relative"),
+        (
+            {"router": {"name": "deepseek", "bias_steps": 9, "bias_rate": None}},
+            "bias_steps=9 means nothing here: no bias moves; set bias_rate above 0, or leave it out",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_choices(moe, message):
     with pytest.raises(ValueError, match=message):
         Config.model_validate({"moe": moe})
+
+
+WITHOUT_EFFECT: list[tuple[type[Section], dict, dict]] = [
+    # what is refused, for its first option, and what gives that a meaning
+    (SmoothingOptions, {"gate_sigma": 0.5, "gate": "uniform"}, {"gate": "normal"}),
+    (SmoothingOptions, {"sigma": 0.5}, {"draws": 2}),
+    (SmoothingOptions, {"reroute": True}, {"draws": 2}),
+    (GShardTop2Options, {"tau": 0.3, "second_policy": "sampling"}, {"second_policy_eval": "threshold"}),
+    (GShardTop2Options, {"tau": 0.3, "second_policy": "all"}, {"second_policy": "random"}),
+    (GShardTop2Options, {"ratio": 0.5}, {"second_policy_eval": "relative"}),
+    (GShardTop2Options, {"literal_alg1": True, "second_policy": "all"}, {"second_policy": "none"}),
+    (NoisyTopKOptions, {"noise_floor": 0.1, "load_estimator": "vmoe"}, {"load_estimator": "paper"}),
+    (DeepSeekOptions, {"group_score": "max"}, {"num_groups": 4, "groups_kept": 2}),
+    (DeepSeekOptions, {"group_score": "max", "num_groups": 4}, {"groups_kept": 2}),
+    (DeepSeekOptions, {"bias_steps": 9, "bias_rate": None}, {"bias_rate": 0.1}),
+    (DeepSeekOptions, {"bias_steps": 9, "bias_rate": 0.0}, {"bias_rate": 0.1}),
+    (HashOptions, {"vocab_size": 9}, {"table": "random"}),
+    (HashOptions, {"priority": "batch_prioritized"}, {"priority": "random"}),
+    (HashOptions, {"smoothing": {"draws": 2, "reroute": True}}, {"smoothing": {"draws": 2}}),
+    (TaskOptions, {"smoothing": {"draws": 2, "reroute": True}}, {"smoothing": {"draws": 2}}),
+    (EddOptions, {"similarity": "rbf", "alpha": 0.0}, {"alpha": 0.1}),
+    (EddOptions, {"temperature": 1.0, "alpha": 1.0}, {"alpha": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("section", "options", "fix"), WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(section, options, fix):
+    name = next(iter(options))
+    because = re.escape("; ".join(section.meaning[name][1:]))
+    with pytest.raises(ValueError, match=f"{name}=.* means nothing here: {because}, or leave it out"):
+        section(**options)
+    section(**{**options, **fix})
+    section(**{**options, name: section.model_fields[name].default})
+
+
+def test_every_such_option_is_tried_and_every_default_may_be_written_out():
+    sections = (*RouterOptions.families, SmoothingOptions, EddOptions)
+    tried = {section.meaning[next(iter(options))] for section, options, _ in WITHOUT_EFFECT}
+    assert {meaning for section in sections for meaning in section.meaning.values()} == tried
+    for section in sections:
+        assert section.model_validate(section().model_dump()) == section()
 
 
 @pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"gshard_random", "base"}))
