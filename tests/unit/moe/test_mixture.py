@@ -361,9 +361,10 @@ def test_a_dense_mixture_has_as_many_choices_as_experts():
 def test_epmoe_train_refuses_losses_it_cannot_add():
     with pytest.raises(ValueError, match=r"epmoe train has none"):
         Config.model_validate({"moe": {"router": {"name": "dense", "router_loss": True}}})
-    wanted = r"edd is made from the target.*in a decoder.*own training loop.*ep_size=1.*balance"
-    with pytest.raises(ValueError, match=wanted):
-        Config.model_validate({"moe": {"losses": {"edd": 0.1}}})
+    for name in ("cooperative", "competitive", "mixture_nll", "edd"):
+        wanted = rf"{name} is made from the target.*in a decoder.*\(epmoe.moe.mixture\).*ep_size=1.*balance"
+        with pytest.raises(ValueError, match=wanted):
+            Config.model_validate({"moe": {"losses": {name: 0.1}}})
 
 
 def test_picking_gives_the_router_no_gradient_and_its_own_loss_does():
