@@ -179,8 +179,8 @@ class DispatchPlan:
     demand_GE: Tensor
     """int64 active assignments before capacity."""
     assignment_N: Tensor
-    """int64: the kept entries of the routing list, ascending by part, by expert, by priority; padded: one entry for
-    every slot, -1 where it is unfilled."""
+    """int64: the kept entries of the routing list, ascending by part, by expert, by group, by slot; padded: one entry
+    for every slot, -1 where it is unfilled."""
     token_N: Tensor
     """int64: the token of each of these entries, -1 where there is none."""
     tokens_per_expert_E: Tensor

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 // Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -26,10 +27,11 @@ template <class Scalar, int64_t kLanes>
 struct Lanes {
   Scalar partial[kLanes] = {};
 
-  Scalar total() {
+  template <class Join = std::plus<Scalar>>
+  Scalar total(const Join& join = {}) {
     for (int64_t half = kLanes / 2; half > 0; half /= 2) {
       for (int64_t lane = 0; lane < half; ++lane) {
-        partial[lane] += partial[lane + half];
+        partial[lane] = join(partial[lane], partial[lane + half]);
       }
     }
     return partial[0];

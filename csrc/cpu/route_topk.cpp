@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "exp.h"
@@ -14,7 +15,7 @@ namespace {
 
 // No NaN or +inf logit, at least one finite logit.
 template <class Scalar>
-bool is_usable(const Scalar* logits, int64_t num_experts) {
+[[gnu::always_inline]] inline bool is_usable(const Scalar* logits, int64_t num_experts) {
   constexpr Scalar kInfinity = std::numeric_limits<Scalar>::infinity();
   int broken = 0;
   int finite = 0;
@@ -26,35 +27,65 @@ bool is_usable(const Scalar* logits, int64_t num_experts) {
   return finite != 0 && broken == 0;
 }
 
+// What a row needs besides its results.
+template <class Scalar>
+struct Scratch {
+  std::vector<Scalar> left_E;
+  std::vector<int64_t> order_E;
+
+  explicit Scratch(int64_t num_experts) : left_E(num_experts), order_E(num_experts) {}
+};
+
+// The largest number that is not NaN; -inf if there is none.
+template <class Scalar>
+[[gnu::always_inline]] inline Scalar largest_of(const Scalar* values, int64_t count) {
+  Lanes<Scalar, kRouterLanes> lanes;
+  std::fill_n(lanes.partial, kRouterLanes, -std::numeric_limits<Scalar>::infinity());
+  const auto larger = [](Scalar a, Scalar b) __attribute__((always_inline)) { return a > b ? a : b; };
+  for_lanes<kRouterLanes>(count, [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+    lanes.partial[lane] = larger(values[i], lanes.partial[lane]);
+  });
+  return lanes.total(larger);
+}
+
+// Where the value is found first.
+template <class Scalar>
+[[gnu::always_inline]] inline int64_t place_of(Scalar value, const Scalar* values, int64_t count) {
+  int32_t place = std::numeric_limits<int32_t>::max();
+#pragma omp simd reduction(min : place)
+  for (int32_t i = 0; i < static_cast<int32_t>(count); ++i) {
+    const int32_t here = values[i] == value ? i : std::numeric_limits<int32_t>::max();
+    place = here < place ? here : place;
+  }
+  return place;
+}
+
 // The experts of the largest logits in falling order; of equal ones the lowest expert first.
 template <class Scalar>
-void choose(const Scalar* logits, int64_t num_experts, int64_t top_k, std::vector<int64_t>& order, int64_t* ids) {
-  constexpr int64_t kInsertionLimit = 8;
-  if (top_k > kInsertionLimit) {
-    for (int64_t e = 0; e < num_experts; ++e) {
-      order[e] = e;
-    }
+[[gnu::always_inline]] inline void choose(
+    const Scalar* logits, int64_t num_experts, int64_t top_k, Scratch<Scalar>& scratch, int64_t* ids) {
+  constexpr int64_t kMostRounds = 8;
+  if (top_k > kMostRounds) {
+    std::vector<int64_t>& order = scratch.order_E;
+    std::iota(order.begin(), order.end(), int64_t{0});
     std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](int64_t a, int64_t b) {
       return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
     });
     std::copy_n(order.begin(), top_k, ids);
     return;
   }
-  for (int64_t e = 0; e < num_experts; ++e) {
-    if (e >= top_k && !(logits[e] > logits[ids[top_k - 1]])) {
-      continue;
-    }
-    int64_t place = std::min(e, top_k - 1);
-    for (; place > 0 && logits[e] > logits[ids[place - 1]]; --place) {
-      ids[place] = ids[place - 1];
-    }
-    ids[place] = e;
+  // A look at all of them for every choice has no branches to mispredict.
+  Scalar* left = scratch.left_E.data();
+  std::copy_n(logits, num_experts, left);
+  for (int64_t k = 0; k < top_k; ++k) {
+    ids[k] = place_of(largest_of(left, num_experts), left, num_experts);
+    left[ids[k]] = std::numeric_limits<Scalar>::quiet_NaN();  // equal to nothing, larger than nothing
   }
 }
 
 // A row of finite or -inf logits with its largest, turned into probabilities; `probs` may be `logits`.
 template <class Scalar>
-void softmax(const Scalar* logits, Scalar largest, int64_t count, Scalar* probs) {
+[[gnu::always_inline]] inline void softmax(const Scalar* logits, Scalar largest, int64_t count, Scalar* probs) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     probs[i] = exp_negative(logits[i] - largest);
@@ -69,12 +100,12 @@ void softmax(const Scalar* logits, Scalar largest, int64_t count, Scalar* probs)
 }
 
 template <class Scalar>
-void route_row(
+[[gnu::always_inline]] inline void route_row_of(
     const Scalar* logits,
     bool valid,
     double draw,
     const RouteOptions& options,
-    std::vector<int64_t>& order,
+    Scratch<Scalar>& scratch,
     Scalar* probs,
     int64_t* ids,
     Scalar* weights,
@@ -90,7 +121,7 @@ void route_row(
     }
     return;
   }
-  choose(logits, num_experts, top_k, order, ids);
+  choose(logits, num_experts, top_k, scratch, ids);
   const Scalar largest = logits[ids[0]];
   softmax(logits, largest, num_experts, probs);
   for (int64_t k = 0; k < top_k; ++k) {
@@ -107,6 +138,22 @@ void route_row(
     weights[k] = active[k] ? weights[k] : Scalar{0};
   }
 }
+
+#define EPMOE_ROUTE_ROW(Scalar)                                                       \
+  EPMOE_VECTOR_CLONES void route_row(                                                 \
+      const Scalar* logits,                                                           \
+      bool valid,                                                                     \
+      double draw,                                                                    \
+      const RouteOptions& options,                                                    \
+      Scratch<Scalar>& scratch,                                                    \
+      Scalar* probs,                                                                  \
+      int64_t* ids,                                                                   \
+      Scalar* weights,                                                                \
+      bool* active) {                                                                 \
+    route_row_of(logits, valid, draw, options, scratch, probs, ids, weights, active);   \
+  }
+EPMOE_ROUTE_ROW(float)
+EPMOE_ROUTE_ROW(double)
 
 }  // namespace
 
@@ -138,14 +185,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_topk(
     Scalar* weights = given.weights_TK.mutable_data_ptr<Scalar>();
     bool* active = given.active_TK.mutable_data_ptr<bool>();
     torch::stable::parallel_for(0, num_tokens, grain(8 * num_experts), [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> order(static_cast<size_t>(num_experts));
+      Scratch<Scalar> scratch(num_experts);
       for (int64_t t = begin; t < end; ++t) {
-        route_row<Scalar>(
+        route_row(
             logits + t * num_experts,
             valid[t] != 0,
             given.draws.of(t),
             given.options,
-            order,
+            scratch,
             probs + t * num_experts,
             ids + t * top_k,
             weights + t * top_k,
@@ -160,7 +207,8 @@ namespace {
 
 // out = probs * (gradient - <gradient, probs> - more): the backward of a softmax. `out` may be `gradient`.
 template <class Scalar>
-void softmax_backward(const Scalar* gradient, const Scalar* probs, Scalar more, int64_t count, Scalar* out) {
+[[gnu::always_inline]] inline void softmax_backward(
+    const Scalar* gradient, const Scalar* probs, Scalar more, int64_t count, Scalar* out) {
   Lanes<Scalar, kRouterLanes> lanes;
   for_lanes<kRouterLanes>(count, [&](int64_t i, int64_t lane) { lanes.partial[lane] += gradient[i] * probs[i]; });
   const Scalar mean = lanes.total() + more;
@@ -171,7 +219,7 @@ void softmax_backward(const Scalar* gradient, const Scalar* probs, Scalar more, 
 }
 
 template <class Scalar>
-void route_row_backward(
+[[gnu::always_inline]] inline void route_row_backward_of(
     const Scalar* d_probs,
     const Scalar* d_weights,
     const Scalar* probs,
@@ -202,6 +250,22 @@ void route_row_backward(
     d_logits[ids[k]] += d_chosen[k];
   }
 }
+
+#define EPMOE_ROUTE_ROW_BACKWARD(Scalar)                                                                   \
+  EPMOE_VECTOR_CLONES void route_row_backward(                                                             \
+      const Scalar* d_probs,                                                                               \
+      const Scalar* d_weights,                                                                             \
+      const Scalar* probs,                                                                                 \
+      const int64_t* ids,                                                                                  \
+      const Scalar* chosen,                                                                                \
+      const uint8_t* active,                                                                               \
+      const RouteOptions& options,                                                                         \
+      std::vector<Scalar>& scratch,                                                                        \
+      Scalar* d_logits) {                                                                                  \
+    route_row_backward_of(d_probs, d_weights, probs, ids, chosen, active, options, scratch, d_logits);     \
+  }
+EPMOE_ROUTE_ROW_BACKWARD(float)
+EPMOE_ROUTE_ROW_BACKWARD(double)
 
 }  // namespace
 
@@ -235,7 +299,7 @@ Tensor route_topk_backward(
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = t * num_experts;
         const int64_t pick = t * top_k;
-        route_row_backward<Scalar>(
+        route_row_backward(
             d_probs + row,
             d_weights + pick,
             probs + row,

@@ -88,7 +88,7 @@ class Slots:
     demand_GE: Tensor
     """int64 active assignments before capacity."""
     order_A: Tensor
-    """int64: all entries of the routing list, the kept ones first, in the order of sending."""
+    """int64: the kept entries of the routing list in the order of sending, then as many -1 as were dropped."""
     tokens_per_expert_E: Tensor
     """int64: kept assignments of each expert."""
 
@@ -106,12 +106,9 @@ def _assign(
     return slot_A, group_A, demand_GE
 
 
-def _kept_per_expert(routing: Routing, slot_A: Tensor, num_experts: int) -> Tensor:
-    """How many kept assignments each expert has."""
-    bin_A = torch.where(slot_A >= 0, routing.expert_A, num_experts)
-    tokens_per_expert_X = torch.zeros(num_experts + 1, dtype=torch.int64, device=bin_A.device)
-    tokens_per_expert_X.scatter_add_(0, bin_A, torch.ones_like(bin_A))
-    return tokens_per_expert_X[:num_experts]
+def _kept(demand_GE: Tensor, capacity: int) -> Tensor:
+    """Kept assignments of each group and expert: slots are given away in order until there are none."""
+    return demand_GE if capacity == DROPLESS else demand_GE.clamp_max(capacity)
 
 
 def plan_slots(
@@ -123,14 +120,27 @@ def plan_slots(
         group_size: Tokens per group; consecutive tokens form a group.
         capacity: Slots per expert and group, or ``DROPLESS``.
     """
-    slot_A, _, demand_GE = _assign(routing, num_experts, group_size, capacity)
-    position_A = spread.send_position(routing.expert_A, num_experts)
+    slot_A, group_A, demand_GE = _assign(routing, num_experts, group_size, capacity)
+    kept_GE = _kept(demand_GE, capacity)
+    position_E = spread.send_position(torch.arange(num_experts, device=slot_A.device), num_experts)
+    sent_EG = kept_GE.new_empty(num_experts, kept_GE.shape[0]).index_copy_(0, position_E, kept_GE.t())
+    first_EG = (sent_EG.view(-1).cumsum(0).view_as(sent_EG) - sent_EG).index_select(0, position_E)
+    # A slot is a place among the kept of its group and expert, so nothing has to be sorted.
+    row_A = first_EG.view(-1).index_select(0, routing.expert_A * demand_GE.shape[0] + group_A) + slot_A
     return Slots(
         slot_A=slot_A,
         demand_GE=demand_GE,
-        order_A=torch.where(slot_A >= 0, position_A, num_experts).argsort(stable=True),
-        tokens_per_expert_E=_kept_per_expert(routing, slot_A, num_experts),
+        order_A=_at_rows(row_A, slot_A, slot_A.numel())[:-1],
+        tokens_per_expert_E=kept_GE.sum(0),
     )
+
+
+def _at_rows(row_A: Tensor, slot_A: Tensor, num_rows: int) -> Tensor:
+    """The kept assignment of every row, ``UNFILLED`` where there is none -> ``[num_rows + 1]``; in the last the dropped
+    ones meet."""
+    assignment_X = torch.full((num_rows + 1,), UNFILLED, dtype=torch.int64, device=row_A.device)
+    row_A = torch.where(slot_A >= 0, row_A, num_rows)
+    return assignment_X.scatter_(0, row_A, torch.arange(row_A.numel(), device=row_A.device))
 
 
 def plan_padded(
@@ -146,11 +156,7 @@ def plan_padded(
     num_rows = num_experts * num_groups * capacity
     position_A = spread.send_position(routing.expert_A, num_experts)
     row_A = (position_A * num_groups + group_A) * capacity + slot_A
-    # Dropped assignments meet in one more row, which is cut off.
-    row_A = torch.where(slot_A >= 0, row_A, num_rows)
-    assignment_X = torch.full((num_rows + 1,), UNFILLED, dtype=torch.int64, device=row_A.device)
-    assignment_X.scatter_(0, row_A, torch.arange(row_A.numel(), device=row_A.device))
-    assignment_N = assignment_X[:num_rows]
+    assignment_N = _at_rows(row_A, slot_A, num_rows)[:-1]
     if row_A.numel():
         token_N = routing.token_A[assignment_N.clamp_min(0)].where(assignment_N >= 0, UNFILLED)
     else:
@@ -160,7 +166,7 @@ def plan_padded(
         demand_GE=demand_GE,
         assignment_N=assignment_N,
         token_N=token_N,
-        tokens_per_expert_E=_kept_per_expert(routing, slot_A, num_experts),
+        tokens_per_expert_E=_kept(demand_GE, capacity).sum(0),
     )
 
 
@@ -223,7 +229,7 @@ def _plan(routing: Routing, slots: Slots, num_kept: int, parts: tuple[PartPlan, 
         slot_A=slots.slot_A,
         demand_GE=slots.demand_GE,
         assignment_N=assignment_N,
-        token_N=routing.token_A[assignment_N],
+        token_N=routing.token_A.index_select(0, assignment_N),
         tokens_per_expert_E=slots.tokens_per_expert_E,
         parts=parts,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -216,6 +217,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_XD: Tensor, broken: float) -> Tensor:
         out_TX = x_TD @ weight_XD.t()
+        if _surely_finite(out_TX):
+            ctx.save_for_backward(x_TD, weight_XD)
+            return out_TX
         # NaN and infinities survive both sums. So does what was finite in x and overflows here.
         broken_T1 = ~out_TX.sum(-1, keepdim=True).isfinite()
         ctx.save_for_backward(x_TD, weight_XD, broken_T1)
@@ -223,18 +227,25 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_XD, broken_T1 = ctx.saved_tensors
-        d_out_TX = grads[0].masked_fill(broken_T1, 0.0)
+        [d_out_TX] = grads
+        x_TD, weight_XD, *masks = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
+        for broken_T1 in masks:
+            d_out_TX = d_out_TX.masked_fill(broken_T1, 0.0)
+            if needs_weight:
+                # Not only the gradient is 0 there: 0 * NaN would spoil that of the weight.
+                kept_T = torch.arange(x_TD.shape[0], device=x_TD.device)
+                x_TD = permute(x_TD, kept_T.masked_fill_(broken_T1.squeeze(1), UNFILLED))
         d_x_TD = d_out_TX @ weight_XD if needs_x else None
-        d_weight_XD = None
-        if needs_weight:
-            # Not only the gradient is 0 there: 0 * NaN would spoil that of the weight.
-            kept_T = torch.arange(x_TD.shape[0], device=x_TD.device).masked_fill_(
-                broken_T1.squeeze(1), UNFILLED
-            )
-            d_weight_XD = d_out_TX.t() @ permute(x_TD, kept_T)
+        d_weight_XD = d_out_TX.t() @ x_TD if needs_weight else None
         return d_x_TD, d_weight_XD, None
+
+
+def _surely_finite(values: Tensor) -> bool:
+    """Whether a look at the numbers shows that none is NaN or infinite; only where looking makes nobody wait."""
+    if values.device.type != "cpu" or type(values) is not Tensor or torch.compiler.is_compiling():
+        return False  # without numbers (compiled, fake) nothing is known
+    return math.isfinite(values.sum().item())
 
 
 def project(x_TD: Tensor, weight_XD: Tensor, *, broken: float) -> Tensor:

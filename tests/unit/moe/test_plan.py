@@ -82,7 +82,7 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
     """Simulated ranks: each makes its plan from what the others would tell it; the rows carry names."""
     experts = num_ranks * num_local
     moe = config("top2", num_experts=experts)
-    routings, all_slots, sent = [], [], []
+    routings, all_slots, names, sent = [], [], [], []
     for rank in range(num_ranks):
         logits, valid = cases.logits_and_valid("broken", 8 * rank, experts, seed=rank)  # rank 0 has none
         routed = route(moe, logits, valid)
@@ -90,7 +90,13 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
         routings.append(routed)
         all_slots.append(slots)
         entries = plan_local(routed, slots).assignment_N.tolist()
-        sent.append([(int(routed.expert_A[a]), rank, a) for a in entries])
+        names.append(
+            [
+                (int(e), rank, int(t) // 8, a)
+                for a, (e, t) in enumerate(zip(routed.expert_A, routed.token_A, strict=True))
+            ]
+        )
+        sent.append([names[rank][a] for a in entries])
     received_back = [[] for _ in range(num_ranks)]
     for rank in range(num_ranks):
         mine = range(rank * num_local, (rank + 1) * num_local)
@@ -98,14 +104,14 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
         sent_WL = all_slots[rank].tokens_per_expert_E.view_as(counts_WL)
         plan = plan_exchange(routings[rank], all_slots[rank], torch.stack((sent_WL, counts_WL)))
         [part] = plan.parts
-        assert [(int(routings[rank].expert_A[a]), rank, a) for a in plan.assignment_N.tolist()] == sent[rank]
+        assert [names[rank][a] for a in plan.assignment_N.tolist()] == sent[rank]
         rows = [row for other in sent for row in other if row[0] in mine]
         assert part.splits[1] == tuple(len([r for r in other if r[0] in mine]) for other in sent)
         assert part.splits[0] == tuple(
             len([r for r in sent[rank] if r[0] // num_local == to]) for to in range(num_ranks)
         )
         ordered = [rows[i] for i in part.expert_order_R.tolist()]
-        assert ordered == sorted(rows), "ascending expert, then rank, then priority"
+        assert ordered == sorted(rows), "ascending expert, rank, group, priority"
         back = [ordered[i] for i in part.rank_order_R.tolist()]
         assert back == rows
         for row in back:

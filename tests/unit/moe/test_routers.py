@@ -82,7 +82,7 @@ def check_slots(routed, decision, tokens, experts, group_size, slots):
     assert {(t, c): s for t, c, s in got if s >= 0} == kept
     assert plan.demand_GE.tolist() == demand(decision.assignments, group_of, groups, experts)
     sent = [(a.expert, a.token) for a in decision.assignments if (a.token, a.choice) in kept]
-    sent = sorted(sent, key=lambda row: row[0])  # stable: ascending expert, then priority
+    sent = sorted(sent, key=lambda row: (row[0], group_of[row[1]]))  # stable: expert, group, priority
     entries = plan.assignment_N
     assert [*zip(routed.expert_A[entries].tolist(), plan.token_N.tolist(), strict=True)] == sent
     assert plan.tokens_per_expert_E.tolist() == [sum(e == x for e, _ in sent) for x in range(experts)]
