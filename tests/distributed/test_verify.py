@@ -128,6 +128,7 @@ def test_the_command_proves_the_quickstart(tmp_path: Path) -> None:
     done = run_verify("--ranks", "2", "--json", str(tmp_path / "verdict.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "proven: " in done.stdout
+    assert "  none " not in done.stdout, "an item had nothing to test"
     report = json.loads((tmp_path / "verdict.json").read_text())
     layouts = {(row["world_size"], row["ep_size"]) for row in report["rows"]}
     assert report["ok"]
