@@ -6,7 +6,8 @@ import json as jsonlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,21 +66,26 @@ def verify(
         cfg, world_size, scale, ranks_per_node=node if node < world_size else PRETENDED_NODE
     )
     check_layout(subject.config, world_size)
-    from epmoe.verify.worlds import assemble, run_here
+    from epmoe.parallel.deepspeed import load_deepspeed
+    from epmoe.verify.worlds import assemble, run_here, why_no_deepspeed
 
     def on_rank() -> None:
         device = cfg.train.device if ranks_are_given else "cpu"
         arguments = jsonlib.dumps({"config": cfg.model_dump(mode="json"), "full": full, "scale": scale})
         all_ranks = assemble(device, cfg.parallel.timeout_s, same=arguments)
+        here = replace(subject, no_deepspeed=why_no_deepspeed(all_ranks))
         if faults:
-            _test_the_proof(all_ranks, subject, json)
+            _test_the_proof(all_ranks, here, json)
         else:
-            _prove(all_ranks, subject, cfg, full=full, json=json)
+            _prove(all_ranks, here, cfg, full=full, json=json)
 
     ranks_are_given = env.launched()
     if ranks_are_given:
         on_rank()
-    elif code := run_here(world_size, lambda: _exit_code(on_rank), cfg.parallel.timeout_s):
+        return
+    with suppress(ConfigError):
+        load_deepspeed("cpu")  # once here, which takes seconds, instead of in every process
+    if code := run_here(world_size, lambda: _exit_code(on_rank), cfg.parallel.timeout_s):
         sys.exit(code)  # a rank has said why
 
 
@@ -119,8 +125,9 @@ def _prove(ranks: Ranks, subject: Subject, cfg: Config, *, full: bool, json: Pat
         )
     if speaks:
         text = f"proven: {len(verdict.rows)} cells agree with one process, in {verdict.seconds:.0f} s"
-        if cfg.parallel.engine == "deepspeed":
-            text += " (engines native and fsdp; not deepspeed, which this configuration asks for)"
+        if not any(row["settings"]["parallel.engine"] == "deepspeed" for row in verdict.rows):
+            asked = ", which this configuration asks for" if subject.engine == "deepspeed" else ""
+            text += f" (engines native and fsdp, not deepspeed{asked})"
         whole = plan.num_possible * verdict.seconds / len(verdict.rows)
         print(text if full else f"{text}; --full has {plan.num_possible} of them, about {whole:.0f} s")
 

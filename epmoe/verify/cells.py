@@ -24,6 +24,7 @@ Scenario = Literal["parity", "half_empty", "one_token", "overflow", "balance", "
 AXES: dict[str, tuple[Value, ...]] = {
     "parallel.engine": (),
     "parallel.fsdp_shard": (),
+    "parallel.zero_stage": (),
     "moe.dispatcher": ("all_to_all", "padded"),
     "parallel.exchange": (),
     "parallel.overlap_chunks": (1, 2),
@@ -34,6 +35,7 @@ AXES: dict[str, tuple[Value, ...]] = {
 PLAIN: dict[str, Value] = {
     "parallel.engine": "native",
     "parallel.fsdp_shard": "full",
+    "parallel.zero_stage": 1,
     "moe.dispatcher": "auto",
     "parallel.exchange": "flat",
     "parallel.overlap_chunks": 1,
@@ -41,6 +43,12 @@ PLAIN: dict[str, Value] = {
     "train.recompute": "none",
 }
 """How one process computes what all are compared with."""
+OF_ONE_ENGINE = {"parallel.fsdp_shard": "fsdp", "parallel.zero_stage": "deepspeed"}
+"""Keys that mean nothing to the other engines."""
+FEW = 2
+"""Cells of DeepSpeed for a configuration with another engine."""
+DEEPSPEED_EDGES: tuple[Scenario, ...] = ("half_empty", "overflow")
+"""Its scenarios: what may leave it without a gradient."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Its multiples, without their whole part, fill the unit interval evenly."""
 PER_MICRO_BATCH = ("importance", "load", "device_balance", "communication_balance")
@@ -61,9 +69,18 @@ class Cell:
     scenario: Scenario = "parity"
 
     @property
+    def engine(self) -> Value:
+        """Who holds weights, gradients and optimizer state."""
+        return dict(self.settings)["parallel.engine"]
+
+    @property
     def how(self) -> str:
         """What is not plain about it."""
-        special = ((key.partition(".")[2], value) for key, value in self.settings if value != PLAIN[key])
+        special = (
+            (key.partition(".")[2], value)
+            for key, value in self.settings
+            if value != PLAIN[key] or (key, self.engine) == ("parallel.zero_stage", "deepspeed")
+        )
         return ", ".join(name if value is True else _words(name, value) for name, value in special) or "plain"
 
     @property
@@ -172,15 +189,15 @@ def _reference_accumulation(moe: MoEConfig, cell: Cell) -> int:
 def problem(subject: Subject, cell: Cell) -> str | None:
     """Why a cell cannot be compared; None when it can."""
     moe, settings = subject.config.moe, dict(cell.settings)
+    for key, engine in OF_ONE_ENGINE.items():
+        if cell.engine != engine and settings[key] != PLAIN[key]:
+            return f"{key} means nothing to any engine but {engine}"
+    if cell.engine == "deepspeed" and subject.no_deepspeed is not None:
+        return f"engine: deepspeed cannot run here: {subject.no_deepspeed}"
     if moe is not None and settings["moe.dispatcher"] == "padded":
         dropless = moe.capacity_factor is None and cell.scenario != "overflow" and not moe.router.no_capacity
         if dropless:
             return "padded dispatch needs moe.capacity_factor; without one every pass is ragged"
-    if settings["parallel.engine"] == "deepspeed":
-        return (
-            "deepspeed keeps the first process group of a process, and a proof makes one for every world size; "
-            "the tests compare its gradients"
-        )
     if settings["parallel.exchange"] == "hierarchical" and not _has_nodes(subject, cell):
         return "where the ranks that share the experts are all on one node, hierarchical is flat"
     if settings["parallel.overlap_shared"] and not (moe is not None and moe.shared_experts):
@@ -229,9 +246,9 @@ def make_plan(subject: Subject, *, full: bool, precisions: Sequence[Literal["fp6
             left_out[reason] = left_out.get(reason, 0) + 1
         else:
             possible.append(cell)
-    chosen = possible if full else covering(possible)
+    chosen = possible if full else _few(subject, possible)
     scenarios = []
-    for cell in _scenarios(subject):
+    for cell in (*_scenarios(subject), *_edges_of_deepspeed(subject, full=full)):
         if reason := problem(subject, cell):
             left_out[reason] = left_out.get(reason, 0) + 1
         else:
@@ -266,6 +283,36 @@ def _scenarios(subject: Subject) -> Iterator[Cell]:
                 number += 1
 
 
+def _edges_of_deepspeed(subject: Subject, *, full: bool) -> Iterator[Cell]:
+    """In every layout of several ranks, its stages and accumulation in turn."""
+    number = 0
+    for scenario in DEEPSPEED_EDGES if full or subject.engine == "deepspeed" else ():
+        for world_size, ep_size in layouts(subject):
+            if world_size > 1:
+                stages = deepspeed_cells(subject, world_size, ep_size, scenario)
+                yield replace(stages[number % len(stages)], accumulation=1 + number % 2)
+                number += 1
+
+
+def deepspeed_cells(
+    subject: Subject, world_size: int, ep_size: int, scenario: Scenario = "parity"
+) -> list[Cell]:
+    """Its stages in a layout, else plain; in float32, as it has no float64."""
+    named = axes(subject.config)
+    plain = {key: PLAIN[key] for key in named} | {"parallel.engine": "deepspeed"}
+    return [
+        Cell(
+            world_size=world_size,
+            ep_size=ep_size,
+            accumulation=1,
+            precision="fp32",
+            settings=tuple((plain | {"parallel.zero_stage": stage}).items()),
+            scenario=scenario,
+        )
+        for stage in named["parallel.zero_stage"]
+    ]
+
+
 def usable_cells(
     subject: Subject, world_size: int, ep_size: int, scenario: Scenario = "parity"
 ) -> list[Cell]:
@@ -285,6 +332,15 @@ def usable_cells(
     return [cell for cell in cells if problem(subject, cell) is None] or cells
 
 
+def _few(subject: Subject, possible: Sequence[Cell]) -> list[Cell]:
+    """A covering set; of DeepSpeed ``FEW`` cells, unlike each other, where the configuration has another engine."""
+    if subject.engine == "deepspeed":
+        return covering(possible)
+    others = [cell for cell in possible if cell.engine != "deepspeed"]
+    largest_first = [cell for cell in reversed(possible) if cell.engine == "deepspeed"]
+    return covering(others) + covering(largest_first)[:FEW]
+
+
 def covering(cells: Sequence[Cell]) -> list[Cell]:
     """Few of the cells in which every pair of values that any of them has comes together. Greedy."""
     pairs = {cell: frozenset(itertools.combinations(_values(cell), 2)) for cell in cells}
@@ -298,9 +354,10 @@ def covering(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _values(cell: Cell) -> tuple[tuple[str, object], ...]:
+    own = [(key, value) for key, value in cell.settings if OF_ONE_ENGINE.get(key, cell.engine) == cell.engine]
     return (
         ("layout", (cell.world_size, cell.ep_size)),
         ("accumulation", cell.accumulation),
         ("precision", cell.precision),
-        *cell.settings,
+        *own,
     )

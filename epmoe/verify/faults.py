@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from epmoe.config import Config
 from epmoe.config_routers import SoftOptions
 from epmoe.moe.layer import MoELayer
 from epmoe.moe.recompute import Replay
@@ -25,9 +24,10 @@ from epmoe.moe.router import Router
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import is_expert
 from epmoe.parallel.norm import sum_of_squares
-from epmoe.train import checkpoint, engine, loop, setup
+from epmoe.train import checkpoint, deepspeed, engine, loop, setup
 from epmoe.train.engine import NativeEngine
 from epmoe.train.loop import Trainer
+from epmoe.verify.scaling import Subject
 
 Plant = Callable[[], AbstractContextManager[None]]
 
@@ -49,8 +49,11 @@ class Fault:
     engine: str = "native"
     """The engine it is about."""
 
-    def absent(self, config: Config, largest_ep: int) -> str | None:
-        """Why it cannot happen with a configuration; None if it can."""
+    def absent(self, subject: Subject, largest_ep: int) -> str | None:
+        """Why it cannot happen with a configuration, or here; None if it can."""
+        config = subject.config
+        if self.engine == "deepspeed" and subject.no_deepspeed is not None:
+            return f"engine: deepspeed cannot run here: {subject.no_deepspeed}"
         if self.about_experts and (config.moe is None or largest_ep == 1):
             return "no experts are spread over these ranks"
         if self.about_decisions and (config.moe is None or isinstance(config.moe.router, SoftOptions)):
@@ -123,6 +126,13 @@ def _without_experts(original: Callable[[Gradients], None], gradients: Gradients
 def _own_divisor(original: Any, module: FSDPModule, _: float) -> None:
     """Without a call FSDP2 divides by the size of the mesh of the shards."""
     module.set_force_sum_reduction_for_comms(False)
+
+
+def _averaged(original: Any, zero_stage: int) -> Any:
+    """Without a word about it DeepSpeed divides by the ranks."""
+    raw = original(zero_stage)
+    del raw["gradient_allreduce_op"]
+    return raw
 
 
 def _reduce_now(native: NativeEngine, _: Tensor) -> None:
@@ -242,6 +252,13 @@ FAULTS: tuple[Fault, ...] = (
         plant=_around(FSDPModule, "set_gradient_divide_factor", _own_divisor),
         about_experts=False,
         engine="fsdp",
+    ),
+    Fault(
+        name="averaged over ranks, as DeepSpeed does by itself",
+        consequence="everything learns world size times too slowly",
+        plant=_around(deepspeed, "deepspeed_config", _averaged),
+        about_experts=False,
+        engine="deepspeed",
     ),
     Fault(
         name="reduced after every micro-batch",

@@ -17,7 +17,7 @@ from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh, is_expert
 from epmoe.parallel.norm import clip_coefficient
 from epmoe.parallel.runtime import Runtime
-from epmoe.train.engine import Engine, Part
+from epmoe.train.engine import Engine, Part, expert_part
 from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
@@ -52,9 +52,9 @@ class Measurement:
     """Of each micro-batch of the last step."""
     end_collectives: dict[str, int]
     """From the last backward pass to the weights of the next step."""
-    known_norm: float
-    """The engine's answer where ``KNOWN_NORM`` is right."""
-    clipped_norm: float
+    known_norm: float | None
+    """The engine's answer where ``KNOWN_NORM`` is right; None where gradients cannot be set."""
+    clipped_norm: float | None
     """And after clipping that to 1."""
     margin: float
     """Smallest gap between a token's best router logits, where it was asked for."""
@@ -65,7 +65,7 @@ class ObservedEngine:
 
     def __init__(self, engine: Engine, counter: Counter[str]) -> None:
         self._engine, self._counter = engine, counter
-        self.gradients_seen: list[dict[str, Part]] = []
+        self.first_gradients: dict[str, Part] = {}
         self.micro: list[dict[str, int]] = []
 
     def zero(self) -> None:
@@ -81,10 +81,11 @@ class ObservedEngine:
         self._counter.clear()
 
     def reduce(self) -> None:
-        """Keeps a copy of the gradients before they are clipped."""
+        """Keeps a copy of the first step's gradients before they are clipped. Asking for them may communicate."""
         self._engine.reduce()
-        parts = self._engine.gradients()
-        self.gradients_seen.append({name: copy_of(part) for name, part in parts.items()})
+        if not self.first_gradients:
+            parts = self._engine.gradients()
+            self.first_gradients = {name: copy_of(part) for name, part in parts.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -136,11 +137,11 @@ def measure(
         for step in range(NUM_STEPS):
             results.append(trainer.step())
             if step == 0:
-                weights = {
-                    n: copy_of(p) for n, p in named_parts(trainer.engine, trainer.engine.weights()).items()
-                }
+                parts = named_parts(trainer, trainer.engine.weights())
+                weights = {name: copy_of(part) for name, part in parts.items()}
         end = dict(counter)
-    known, clipped = probe_norm(trainer.engine)
+    # DeepSpeed hands out copies of its gradients, and only before an update: nothing can be written into them.
+    known, clipped = (None, None) if cell.engine == "deepspeed" else probe_norm(trainer.engine)
     sums = [result.sums for result in results]
     tokens = [max(result.num_tokens, 1) for result in results]
     return Measurement(
@@ -157,7 +158,7 @@ def measure(
         },
         norms=[result.grad_norm for result in results],
         clips=[result.clip for result in results],
-        gradients=in_order(trainer.model, engine.gradients_seen[0]),
+        gradients=in_order(trainer.model, engine.first_gradients),
         weights=weights,
         micro_collectives=engine.micro,
         end_collectives=end,
@@ -172,18 +173,18 @@ def in_order(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
     return {name: parts[name] for name, _ in model.named_parameters() if name in parts}
 
 
-def named_parts(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+def named_parts(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
     """Weights, or optimizer state (``<parameter>.<key>``), as the rows this rank holds of each."""
-    where = engine.gradients()
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    shards = trainer.engine.gradients() if sharded else {}
     parts = {}
     for name, tensor in tensors.items():
         local = tensor.detach()
-        local = local.to_local() if isinstance(local, DTensor) else local
-        owner = where.get(name) or where.get(name.rpartition(".")[0])
-        if owner is None or owner.local.shape != local.shape:
-            parts[name] = Part(local=local, first_row=0, shape=tuple(local.shape))
+        if isinstance(local, DTensor):
+            shard = shards.get(name) or shards[name.rpartition(".")[0]]
+            parts[name] = Part(local=local.to_local(), first_row=shard.first_row, shape=shard.shape)
         else:
-            parts[name] = Part(local=local, first_row=owner.first_row, shape=owner.shape)
+            parts[name] = expert_part(name, local, trainer.mesh)
     return parts
 
 

@@ -13,7 +13,7 @@ from epmoe.config import Config
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.runtime import Runtime, gather_text
 from epmoe.train.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
-from epmoe.train.engine import Engine, Part
+from epmoe.train.engine import Part
 from epmoe.train.loop import Progress, Trainer
 from epmoe.train.manifest import TrainingRecord
 from epmoe.verify.cells import Cell, cell_config
@@ -48,19 +48,30 @@ def uninterrupted(cell: Cell, subject: Subject, place: Runtime, mesh: ExpertMesh
     """Two steps of one process."""
     trainer = adam_trainer(cell, subject, place, mesh, seed)
     trainer.step()
-    weights = _copies(named_parts(trainer.engine, trainer.engine.weights()))
+    weights = _copies(named_parts(trainer, trainer.engine.weights()))
     trainer.step()
     return Expected(
         weights=weights,
         next_gradients=_copies(trainer.engine.gradients()),
-        next_weights=_copies(named_parts(trainer.engine, trainer.engine.weights())),
+        next_weights=_copies(named_parts(trainer, trainer.engine.weights())),
     )
 
 
-def write(
-    cell: Cell, subject: Subject, place: Runtime, mesh: ExpertMesh, seed: int, folder: Path
-) -> tuple[Path, dict[str, Part]]:
-    """One step, then a checkpoint -> its path and this rank's part of everything in it. A collective."""
+@dataclass(slots=True, kw_only=True)
+class Saved:
+    """A checkpoint that is read in every layout."""
+
+    cell: Cell
+    """That wrote it."""
+    path: Path
+    tensors: dict[str, Part]
+    """Everything in it: this rank's part, until one process has read the whole."""
+    expected: Expected | None = None
+    """Of those that go on from it; None = only bits and the order of the data are compared."""
+
+
+def write(cell: Cell, subject: Subject, place: Runtime, mesh: ExpertMesh, seed: int, folder: Path) -> Saved:
+    """One step, then a checkpoint. A collective."""
     trainer = adam_trainer(cell, subject, place, mesh, seed)
     trainer.step()
     path = save_checkpoint(
@@ -71,12 +82,12 @@ def write(
         record=_record(trainer.progress, trainer.config),
         keep=1,
     )
-    return path, _copies(everything(trainer.engine))
+    return Saved(cell=cell, path=path, tensors=_copies(everything(trainer)))
 
 
-def everything(engine: Engine) -> dict[str, Part]:
+def everything(trainer: Trainer) -> dict[str, Part]:
     """Weights and optimizer state."""
-    return named_parts(engine, {**engine.weights(), **engine.state()})
+    return named_parts(trainer, {**trainer.engine.weights(), **trainer.engine.state()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,23 +100,17 @@ class Loaded:
 
 
 def resume_in(
-    cell: Cell,
-    subject: Subject,
-    place: Runtime,
-    mesh: ExpertMesh,
-    seed: int,
-    *,
-    path: Path,
-    expected: Expected | None,
+    cell: Cell, subject: Subject, place: Runtime, mesh: ExpertMesh, seed: int, saved: Saved
 ) -> Loaded:
     """Loads in this layout and takes the second step, unless nothing is expected of it. A collective."""
     trainer = adam_trainer(cell, subject, place, mesh, seed)
-    record = load_checkpoint(verify_checkpoint(path), model=trainer.model, engine=trainer.engine, mesh=mesh)
+    checked = verify_checkpoint(saved.path)
+    record = load_checkpoint(checked, model=trainer.model, engine=trainer.engine, mesh=mesh)
     trainer.progress = Progress(step=record.step, samples=record.samples, tokens=record.tokens)
-    tensors = _copies(everything(trainer.engine))
+    tensors = _copies(everything(trainer))
     violations = [*_order_violations(cell, trainer)]
-    if expected is not None:
-        violations += _continuation(cell, trainer, tensors, expected)
+    if saved.expected is not None:
+        violations += _continuation(cell, trainer, tensors, saved.expected)
     return Loaded(tensors=tensors, violations=violations)
 
 
@@ -118,7 +123,7 @@ def _continuation(
     trainer.step()
     gradients, what = trainer.engine.gradients(), "gradient of the step after loading"
     yield from _errors(cell, what, gradients, expected.next_gradients, LIMIT)
-    after, what = named_parts(trainer.engine, trainer.engine.weights()), "weight after the step after loading"
+    after, what = named_parts(trainer, trainer.engine.weights()), "weight after the step after loading"
     yield from _errors(cell, what, after, expected.next_weights, ADAM_LIMIT)
 
 

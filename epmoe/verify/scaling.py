@@ -33,6 +33,10 @@ class Subject:
     """Ranks at hand."""
     changes: tuple[str, ...]
     """What differs from the user's configuration, in words."""
+    engine: str = "native"
+    """The user's."""
+    no_deepspeed: str | None = "nobody has tried to import it"
+    """Why engine deepspeed cannot run; None: it can."""
 
     @property
     def num_experts(self) -> int:
@@ -78,11 +82,6 @@ def make_subject(config: Config, world_size: int, scale: Scale, *, ranks_per_nod
     if config.parallel.wire_dtype is not None:
         tree["parallel"]["wire_dtype"] = None
         changes.append("rows travel in the dtype of the layer: parallel.wire_dtype rounds, which is no error")
-    if config.parallel.engine == "deepspeed":
-        changes.append(
-            "engines native and fsdp: deepspeed keeps the first process group of a process, and a proof makes one for "
-            "every world size, so nothing here is said of parallel.engine=deepspeed"
-        )
     tree["parallel"] |= {"engine": "native", "fsdp_shard": "full", "zero_stage": 1}
     tree["model"] |= {"attention": "auto", "norm": "torch"}
     tree["train"] |= {"steps": 1000, "global_batch_size": max(8, 2 * world_size), "micro_batch_size": None,
@@ -95,7 +94,13 @@ def make_subject(config: Config, world_size: int, scale: Scale, *, ranks_per_nod
         vocab_size = 64
         small = _small(config, tree, world_size)
         changes.append(_describe(config, small, vocab_size))
-    return Subject(config=small, vocab_size=vocab_size, world_size=world_size, changes=tuple(changes))
+    return Subject(
+        config=small,
+        vocab_size=vocab_size,
+        world_size=world_size,
+        changes=tuple(changes),
+        engine=config.parallel.engine,
+    )
 
 
 def _small(config: Config, tree: dict[str, Any], world_size: int) -> Config:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from epmoe.errors import CheckpointError
-from epmoe.verify.cells import PLAIN, Cell, Plan, Scenario, problem, usable_cells
+from epmoe.verify.cells import PLAIN, Cell, Plan, Scenario, deepspeed_cells, problem, usable_cells
 from epmoe.verify.faults import FAULTS, Fault
 from epmoe.verify.scaling import Subject
 from epmoe.verify.suite import prove
@@ -42,8 +42,8 @@ def subject_for_faults(subject: Subject) -> Subject:
 
 
 def plan_for_faults(subject: Subject) -> Plan:
-    """A few float64 cells that together touch every item: plain ones, one of every other engine, one with everything
-    that is not plain."""
+    """A few cells that together touch every item: plain ones, one of every other engine, one with everything that is
+    not plain. In float64, but for DeepSpeed's."""
     size = subject.world_size
     ep_size = math.gcd(size, subject.num_experts)
     wanted: tuple[tuple[int, int, Scenario], ...] = (
@@ -63,6 +63,7 @@ def plan_for_faults(subject: Subject) -> Plan:
         by_engine.setdefault(dict(cell.settings)["parallel.engine"], []).append(cell)
     cells.append(by_engine.pop(PLAIN["parallel.engine"])[-1])
     cells += [plainest for plainest, *_ in by_engine.values()]
+    cells += [cell for cell in deepspeed_cells(subject, size, ep_size)[-1:] if problem(subject, cell) is None]
     return Plan(cells=tuple(cells), num_possible=len(cells), left_out={})
 
 
@@ -80,7 +81,7 @@ def self_test(ranks: Ranks, subject: Subject, say: Callable[[Trial], None]) -> l
     largest_ep = math.gcd(subject.world_size, subject.num_experts)
     trials = []
     for fault in (None, *FAULTS):
-        absent = None if fault is None else fault.absent(subject.config, largest_ep)
+        absent = None if fault is None else fault.absent(subject, largest_ep)
         trials.append(_try(fault, absent, ranks, subject, plan))
         say(trials[-1])
         if fault is None and trials[0].caught_by:

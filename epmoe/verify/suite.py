@@ -11,10 +11,10 @@ from pathlib import Path
 
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from epmoe.parallel.runtime import Runtime, gather_text, require_equal
-from epmoe.verify.cells import Cell, Plan, cell_config, layouts, reference_of, usable_cells
+from epmoe.verify.cells import Cell, Plan, cell_config, deepspeed_cells, layouts, reference_of, usable_cells
 from epmoe.verify.compare import Comparison, Violation, compare
 from epmoe.verify.measure import Measurement, measure
-from epmoe.verify.resize import bit_violations, resume_in, uninterrupted, write
+from epmoe.verify.resize import Saved, bit_violations, resume_in, uninterrupted, write
 from epmoe.verify.router_checks import router_violations
 from epmoe.verify.scaling import Subject
 from epmoe.verify.verdict import Verdict, agree
@@ -37,6 +37,8 @@ class Proof:
     seed: int = 0
     margin: float = 0.0
     references: dict[Cell, Measurement] = field(default_factory=dict)
+    checkpoints: dict[str, Saved] = field(default_factory=dict)
+    """By precision."""
     comparisons: list[Comparison] = field(default_factory=list)
     violations: list[Violation] = field(default_factory=list)
     """Of everything that is not a cell."""
@@ -76,23 +78,30 @@ def _prove(
             progress(f"reference {wanted.label}", time.monotonic() - begun, True)
         proof.violations += router_violations(proof.references)
         expected = None
-        if reference_of(subject, resize_cell(subject, subject.world_size, 1)).accumulation == 1:
+        if reference_of(subject, replace(alone, world_size=subject.world_size)).accumulation == 1:
             expected = uninterrupted(alone, subject, place, mesh, proof.seed)
         else:
             proof.notes.append(
                 "a capacity or loss looks at each rank's micro-batch: what a resize does to gradients "
                 "is meant, so only bits and the order of the data are compared"
             )
-    source = max(layouts(subject))
+    if not any(cell.engine == "deepspeed" for cell in cells):
+        reason = f": {subject.no_deepspeed}" if subject.no_deepspeed else ""
+        proof.notes.append(f"nothing is said of engine: deepspeed, of which no cell was run{reason}")
     with world(ranks, subject.world_size) as place:
         require_equal("choice of data", str(proof.seed))
-        folder = Path(gather_text(make_folder() if place.rank == 0 else "")[0])
-        saved = resize_cell(subject, *source)
-        path, written = write(saved, subject, place, mesh_of(saved, subject, place, {}), proof.seed, folder)
+        for cell in resize_cells(subject, *max(layouts(subject)), plan):
+            folder = Path(gather_text(make_folder() if place.rank == 0 else "")[0])
+            mesh = mesh_of(cell, subject, place, {})
+            proof.checkpoints[cell.precision] = write(cell, subject, place, mesh, proof.seed, folder)
     with world(ranks, 1) as place:
         mesh = build_mesh(place, 1)
-        whole = resume_in(alone, subject, place, mesh, proof.seed, path=path, expected=expected)
-        proof.violations += [*whole.violations, *bit_violations(saved, written, whole.tensors)]
+        for precision, saved in proof.checkpoints.items():
+            one = replace(alone, precision=saved.cell.precision)
+            saved.expected = expected if precision == "fp64" else None
+            whole = resume_in(one, subject, place, mesh, proof.seed, saved)
+            proof.violations += [*whole.violations, *bit_violations(saved.cell, saved.tensors, whole.tensors)]
+            saved.tensors = whole.tensors
     sizes = sorted({world_size for world_size, _ in layouts(subject)})
     for size in sizes:
         with world(ranks, size) as place:
@@ -105,15 +114,10 @@ def _prove(
                 proof.comparisons.append(comparison)
                 progress(cell.label, time.monotonic() - begun, not comparison.violations)
             for world_size, ep_size in layouts(subject):
-                if world_size != size or size == 1:
-                    continue
-                cell = resize_cell(subject, size, ep_size)
-                begun = time.monotonic()
-                mesh = mesh_of(cell, subject, place, meshes)
-                loaded = resume_in(cell, subject, place, mesh, proof.seed, path=path, expected=expected)
-                found = [*loaded.violations, *bit_violations(cell, loaded.tensors, whole.tensors)]
-                proof.violations += found
-                progress(f"resize {source} -> {cell.label}", time.monotonic() - begun, not found)
+                if world_size == size > 1:
+                    for cell in resize_cells(subject, size, ep_size, plan):
+                        mesh = mesh_of(cell, subject, place, meshes)
+                        _read(proof, cell, subject, place, mesh, progress)
             if size == sizes[-1]:
                 return agree(
                     proof.comparisons,
@@ -126,6 +130,18 @@ def _prove(
     raise AssertionError("there is no world")
 
 
+def _read(
+    proof: Proof, cell: Cell, subject: Subject, place: Runtime, mesh: ExpertMesh, progress: Progress
+) -> None:
+    """Continues from the checkpoint of a cell's precision."""
+    begun, saved = time.monotonic(), proof.checkpoints[cell.precision]
+    loaded = resume_in(cell, subject, place, mesh, proof.seed, saved)
+    found = [*loaded.violations, *bit_violations(cell, loaded.tensors, saved.tensors)]
+    proof.violations += found
+    source = (saved.cell.world_size, saved.cell.ep_size)
+    progress(f"resize {source} -> {cell.label}", time.monotonic() - begun, not found)
+
+
 def mesh_of(cell: Cell, subject: Subject, place: Runtime, made: dict[str, ExpertMesh]) -> ExpertMesh:
     """The groups of a cell, made once for all cells of a world with the same. A collective."""
     parallel = cell_config(subject, cell).parallel
@@ -135,13 +151,17 @@ def mesh_of(cell: Cell, subject: Subject, place: Runtime, made: dict[str, Expert
     return made[key]
 
 
-def resize_cell(subject: Subject, world_size: int, ep_size: int) -> Cell:
-    """How a layout writes or reads a checkpoint; the engines take turns over the layouts."""
-    cells = usable_cells(subject, world_size, ep_size)
-    by_engine = {dict(cell.settings)["parallel.engine"]: cell for cell in reversed(cells)}
+def resize_cells(subject: Subject, world_size: int, ep_size: int, plan: Plan) -> list[Cell]:
+    """How a layout writes or reads checkpoints: one in float64, where engines take turns over the layouts; and one in
+    float32 by DeepSpeed, where its stages do, if it is in the plan."""
+    by_engine = {cell.engine: cell for cell in reversed(usable_cells(subject, world_size, ep_size))}
     engines = sorted(by_engine, key=str, reverse=True)
     number = layouts(subject).index((world_size, ep_size))
-    return by_engine[engines[number % len(engines)]]
+    chosen = [by_engine[engines[number % len(engines)]]]
+    if any(cell.engine == "deepspeed" for cell in plan.cells):
+        stages = deepspeed_cells(subject, world_size, ep_size)
+        chosen.append(stages[number % len(stages)])
+    return chosen
 
 
 def _choose_data(
@@ -149,15 +169,17 @@ def _choose_data(
 ) -> list[Cell]:
     """Sets the seed of data on which routers decide clearly -> the cells that can be compared with it."""
     single = [cell for cell in cells if cell.precision == "fp32"]
+    kinds = list({cell.scenario: cell for cell in single}.values())
     train, data = subject.config.train, subject.config.data
     tries = SEEDS if train.global_batch_size * data.seq_len <= FEW_TOKENS else 1
     for seed in range(tries if single else 0):
         proof.seed = seed
-        narrow, wide = (
-            measure(cell, subject, place, mesh, seed=seed, margins=True) for cell in _pair(subject, single[0])
-        )
-        proof.margin = min(narrow.margin, wide.margin)
-        if proof.margin > MARGIN and narrow.counts == wide.counts:
+        pairs = [
+            [measure(one, subject, place, mesh, seed=seed, margins=True) for one in _pair(subject, cell)]
+            for cell in kinds
+        ]
+        proof.margin = min(found.margin for pair in pairs for found in pair)
+        if proof.margin > MARGIN and all(narrow.counts == wide.counts for narrow, wide in pairs):
             return list(cells)
     if not single:
         return list(cells)

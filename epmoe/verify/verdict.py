@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from epmoe.parallel.runtime import gather_text
-from epmoe.verify.compare import Comparison, Violation, item_of
+from epmoe.verify.compare import ITEM_OF, Comparison, Violation, item_of
 
 Json = dict[str, Any]
+ABOUT = {**ITEM_OF, "task_only": "liveness"}
+"""Scenario -> the item it is there for, also where activations are recomputed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +32,9 @@ class Verdict:
     def tested(self) -> set[str]:
         """Items about which there was something to test."""
         always = {"norm", "resize", "collectives"}
-        alive = {"liveness" for row in self.rows if row["scenario"] == "task_only"}
-        return always | alive | {row["item"] for row in self.rows}
+        scenarios = {row["scenario"] for row in self.rows}
+        about = {item for scenario, item in ABOUT.items() if scenario in scenarios}
+        return always | about | {row["item"] for row in self.rows}
 
     @property
     def items(self) -> list[str]:

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from epmoe import env
+from epmoe.errors import ConfigError
 from epmoe.parallel import runtime
+from epmoe.parallel.deepspeed import load_deepspeed
 from epmoe.parallel.runtime import Runtime
 
 GRACE_S = 5.0
@@ -89,6 +91,17 @@ def world(ranks: Ranks, size: int) -> Iterator[Runtime]:
     finally:
         runtime.stop(place)
         dist.destroy_process_group()
+
+
+def why_no_deepspeed(ranks: Ranks) -> str | None:
+    """Why engine deepspeed cannot run on one of the ranks; None: it can on all. A collective."""
+    with world(ranks, ranks.world_size) as place:
+        reason = ""
+        try:
+            load_deepspeed(place.device.type)
+        except ConfigError as error:
+            reason = error.why or error.what
+        return next(filter(None, runtime.gather_text(reason)), None)
 
 
 # ------------------------------------------------------------------------------------------- without a launcher

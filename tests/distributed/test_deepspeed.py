@@ -89,11 +89,17 @@ LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
 STAGES = (0, 1, 2)
 PARITY = [Cell(world, ep, stage, acc) for world, ep in LAYOUTS for stage in STAGES for acc in (1, 2)]
 PARITY += [Cell(2, 2, stage, 2, buckets=200) for stage in (1, 2)]
-WAYS = (("auto", "hierarchical"), ("padded", "flat"), ("padded", "hierarchical"))
 PARITY += [
-    Cell(4, 4, stage, 2, dispatcher=dispatcher, exchange=exchange)
+    Cell(world, ep, stage, acc, dispatcher="padded")
+    for world, ep in LAYOUTS
     for stage in STAGES
-    for dispatcher, exchange in WAYS
+    for acc in (1, 2)
+]
+PARITY += [  # of two ranks each, so only here do the ranks that share the experts have more than one node
+    Cell(4, 4, stage, acc, dispatcher=dispatcher, exchange="hierarchical")
+    for stage in STAGES
+    for acc in (1, 2)
+    for dispatcher in ("auto", "padded")
 ]
 PARITY += [Cell(2, 2, stage, 2, recompute=kind) for stage in STAGES for kind in ("selective", "full")]
 PARITY += [Cell(2, 2, stage, 2, recompute="full", compiled=True) for stage in STAGES]

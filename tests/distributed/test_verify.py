@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,6 +30,10 @@ PLANTED = {
     "expert moments lost on a resize": "resize",
 }
 """Some of the faults and what must see them; the slow test plants all of them."""
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(
+    not HAS_DEEPSPEED, reason="deepspeed is not installed; make test-slow does it"
+)
 
 
 def _prove(rank: int, names: Sequence[str | None]) -> list[dict[str, Any]]:
@@ -107,7 +112,8 @@ def test_a_rank_that_fails_takes_the_others_with_it() -> None:
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "EPMOE_FAULT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG.parents[1])}
+    path = [str(CONFIG.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
@@ -122,10 +128,47 @@ def test_the_command_proves_the_quickstart(tmp_path: Path) -> None:
     done = run_verify("--ranks", "2", "--json", str(tmp_path / "verdict.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "proven: " in done.stdout
+    assert "  none " not in done.stdout, "an item had nothing to test"
     report = json.loads((tmp_path / "verdict.json").read_text())
     layouts = {(row["world_size"], row["ep_size"]) for row in report["rows"]}
     assert report["ok"]
     assert layouts == {(1, 1), (2, 1), (2, 2)}  # those of four ranks: test_matrix
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@needs_deepspeed
+def test_the_command_proves_deepspeed_where_the_configuration_asks_for_it(tmp_path: Path) -> None:
+    done = run_verify("--ranks", "2", "--json", str(tmp_path / "verdict.json"), "parallel.engine=deepspeed")
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "verdict.json").read_text())
+    rows = [row for row in report["rows"] if row["settings"]["parallel.engine"] == "deepspeed"]
+    found = {(row["world_size"], row["ep_size"], row["settings"]["parallel.zero_stage"]) for row in rows}
+    assert found == {(*layout, stage) for layout in ((1, 1), (2, 1), (2, 2)) for stage in (0, 1, 2)}
+    assert {row["scenario"] for row in rows} == {"parity", "half_empty", "overflow"}
+    assert max(float(row[kind]["error"]) for row in rows for kind in ("dense", "expert")) <= 1e-5
+    assert "not deepspeed" not in done.stdout
+    assert "resize (2, 2) -> (2,2) deepspeed" in done.stderr
+
+
+MISSING = """
+import sys
+sys.modules["deepspeed"] = None
+from epmoe.cli import main
+sys.argv[1:] = ["verify", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_that_deepspeed_is_missing_is_said_before_and_after(tmp_path: Path) -> None:
+    (tmp_path / "missing.py").write_text(MISSING)
+    done = run_python(str(tmp_path / "missing.py"), str(CONFIG), "--ranks", "2", "parallel.engine=deepspeed")
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, _, after = done.stdout.partition("cells, worst of all ranks")
+    assert "engine: deepspeed cannot run here: ModuleNotFoundError" in before
+    assert "nothing is said of engine: deepspeed" in after
+    assert "not deepspeed, which this configuration asks for" in after
 
 
 PLANT = """
@@ -162,4 +205,9 @@ def test_every_known_fault_is_found(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     trials = json.loads((tmp_path / "trials.json").read_text())
     assert [trial["fault"] for trial in trials] == ["the code as it is", *(fault.name for fault in FAULTS)]
-    assert all(trial["caught_by"] for trial in trials[1:])
+    for trial, fault in zip(trials[1:], FAULTS, strict=True):
+        if fault.engine == "deepspeed" and not HAS_DEEPSPEED:
+            assert "ModuleNotFoundError" in trial["absent"]
+        else:
+            assert trial["caught_by"]
+            assert fault.engine == "native" or fault.engine in trial["first"]["where"]

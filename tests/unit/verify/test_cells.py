@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from epmoe.cli import main
-from epmoe.config import Config, MoEConfig
+from epmoe.config import Config, MoEConfig, ParallelConfig
 from epmoe.config_file import load_config
 from epmoe.errors import ConfigError
 from epmoe.verify.cells import (
     PLAIN,
     Cell,
+    Plan,
     axes,
     cell_config,
     covering,
@@ -76,6 +77,46 @@ def test_what_does_not_exist_is_listed_with_its_reason():
     assert "no shared experts" in reasons
     assert "hierarchical is flat" in reasons
     assert min(left_out.values()) > 0
+
+
+def with_deepspeed(engine: str) -> Subject:
+    config = Config(moe=MoEConfig(shared_experts=1), parallel=ParallelConfig(engine=engine))  # type: ignore[arg-type]
+    return replace(make_subject(config, 4, "small", ranks_per_node=2), no_deepspeed=None)
+
+
+def of_deepspeed(plan: Plan, scenario: str = "parity") -> list[Cell]:
+    return [c for c in plan.cells if c.engine == "deepspeed" and c.scenario == scenario]
+
+
+def test_what_asks_for_deepspeed_is_covered_with_it():
+    plan = make_plan(with_deepspeed("deepspeed"), full=False, precisions=("fp64", "fp32"))
+    cells = of_deepspeed(plan)
+    stages = {((c.world_size, c.ep_size), dict(c.settings)["parallel.zero_stage"]) for c in cells}
+    assert stages == set(itertools.product(layouts(subject(4)), (0, 1, 2)))
+    assert {c.precision for c in cells} == {"fp32"}
+    assert of_deepspeed(plan, "half_empty")[1].how == "deepspeed, zero_stage 1"
+    assert len(of_deepspeed(plan, "overflow")) == 5
+    assert any("deepspeed knows no train.precision=fp64" in reason for reason in plan.left_out)
+
+
+def test_what_does_not_ask_for_deepspeed_gets_two_cells_of_it_and_all_in_the_whole_matrix():
+    one = with_deepspeed("native")
+    first, second = of_deepspeed(make_plan(one, full=False, precisions=("fp64", "fp32")))
+    everything = make_plan(one, full=True, precisions=("fp64", "fp32"))
+    assert {first, second} < set(of_deepspeed(everything))
+    same = {key for key, _ in set(first.settings) & set(second.settings)}
+    assert same == {"parallel.engine", "parallel.fsdp_shard"}
+    assert (first.world_size, first.ep_size) != (second.world_size, second.ep_size)
+    assert first.accumulation != second.accumulation
+    assert of_deepspeed(everything, "half_empty")
+
+
+def test_without_deepspeed_its_cells_are_left_out_by_name():
+    one = replace(with_deepspeed("deepspeed"), no_deepspeed="it is not installed")
+    plan = make_plan(one, full=False, precisions=("fp64", "fp32"))
+    assert not of_deepspeed(plan)
+    assert not of_deepspeed(plan, "half_empty")
+    assert plan.left_out["engine: deepspeed cannot run here: it is not installed"] > 0
 
 
 def test_hierarchical_exists_where_an_ep_group_spans_nodes():
