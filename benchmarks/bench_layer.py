@@ -225,7 +225,7 @@ def run_case(
         ours.step_from_reset,
         moe_labels(layer),
         MOE_RULES,
-        repeats=3 if pairs > 3 else 1,
+        repeats=min(pairs, 15),
         device=device,
         prepare=ours.reset,
     )

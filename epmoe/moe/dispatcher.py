@@ -46,13 +46,14 @@ class Dispatcher(Protocol):
 
 
 def _weights(routing: Routing, plan: DispatchPlan) -> Tensor:
-    """Combine weight of each row that is sent, 0 for unfilled ones -> ``[N, 1]``."""
-    # permute, not indexing: the latter's backward is not repeatable with several threads.
-    return permute(routing.weight_A.unsqueeze(1), plan.assignment_N)
+    """Combine weight of each row that is sent, 0 for unfilled ones -> ``[N]``."""
+    if all(part.rows_per_expert is None for part in plan.parts):  # no unfilled ones, and no assignment comes twice
+        return routing.weight_A.index_select(0, plan.assignment_N)
+    return permute(routing.weight_A.unsqueeze(1), plan.assignment_N).squeeze(1)
 
 
 def _sum(rows_ND: Tensor, routing: Routing, plan: DispatchPlan, weigh_rows: bool) -> Tensor:
-    weight_N = None if weigh_rows else _weights(routing, plan)[:, 0]
+    weight_N = None if weigh_rows else _weights(routing, plan)
     return combine(rows_ND, weight_N, plan.token_N, routing.valid_T.shape[0])
 
 
@@ -79,7 +80,7 @@ class LocalDispatcher:
         batch = ExpertBatch(
             rows_RD=permute(x_TD, plan.token_N),
             tokens_per_expert_L=plan.tokens_per_expert_E,
-            weight_R=_weights(routing, plan)[:, 0] if self.weigh_rows else None,
+            weight_R=_weights(routing, plan) if self.weigh_rows else None,
         )
         return batch, plan
 
@@ -123,7 +124,7 @@ class AllToAllDispatcher:
             counts_SWL = exchange_counts(self.exchange, slots.tokens_per_expert_E)
             plan = plan_exchange(routing, slots, counts_SWL, self.spread)  # the one device-to-host copy
         rows_ND = permute(x_TD, plan.token_N)
-        weight_N1 = _weights(routing, plan) if self.weigh_rows else None
+        weight_N1 = _weights(routing, plan).unsqueeze(1) if self.weigh_rows else None
         return to_experts(self.exchange, rows_ND, weight_N1, plan.parts, overlap=self.overlap), plan
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
@@ -177,7 +178,7 @@ class PaddedDispatcher:
                 routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
             )
             plan = replace(plan, parts=self.parts(num_experts, plan.token_N))
-        weight_N1 = _weights(routing, plan) if self.weigh_rows else None
+        weight_N1 = _weights(routing, plan).unsqueeze(1) if self.weigh_rows else None
         return self.send_blocks(permute(x_TD, plan.token_N), plan.parts, weight_N1), plan
 
     def combine(self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
