@@ -20,10 +20,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -162,7 +163,7 @@ def compile_cuda(folder: Path, *more: str) -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Adds the CUDA kernels to the extension where they are wanted."""
+    """Adds the CUDA kernels to the extension where they are wanted; compiles the other sources at the same time."""
 
     def build_extension(self, ext: Extension) -> None:
         reason = "EPMOE_CUDA=0" if os.environ.get("EPMOE_CUDA") == "0" else missing_cuda()
@@ -177,7 +178,15 @@ class BuildKernels(build_ext):
                 reason = f"nvcc failed with {error.returncode}"
         if reason is not None:
             print(f"epmoe: CUDA kernels are not built: {reason}", file=sys.stderr)
-        super().build_extension(ext)
+        compile_in_turn = self.compiler.compile
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def compile_at_once(sources: list[str], **options: Any) -> list[str]:
+                objects = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [made for of_one in objects for made in of_one]
+
+            self.compiler.compile = compile_at_once
+            super().build_extension(ext)
 
 
 class CheckCuda(Command):

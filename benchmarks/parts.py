@@ -6,6 +6,7 @@ the backward pass follows by the sequence numbers autograd gives to nodes, so no
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -80,7 +81,7 @@ def part_times(
         activities.append(ProfilerActivity.CUDA)
     prepare()
     step()
-    with labelled(labels), _profile(activities=activities) as profiler:
+    with labelled(labels), _profile(activities=activities) as profiler, _no_collection():
         for _ in range(repeats):
             prepare()
             with record_function(_PREFIX + REST):
@@ -97,6 +98,17 @@ def part_times(
 def _profile(**options: Any) -> profile:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start and stop is told on stderr
     return profile(**options)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector does not run: what it does would count as the part that happens to allocate."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

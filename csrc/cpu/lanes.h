@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <functional>
 
-// Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere. Sanitizers,
+// which would have to be there before the loader, see the default alone.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define EPMOE_VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define EPMOE_VECTOR_CLONES
