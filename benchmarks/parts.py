@@ -6,10 +6,11 @@ the backward pass follows by the sequence numbers autograd gives to nodes, so no
 
 from __future__ import annotations
 
-import gc
 import json
 import os
+import statistics
 import tempfile
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ def part_times(
     device: torch.device,
     prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Seconds per step in every part; what no label covers is ``rest``. On CUDA, time of the device's kernels.
+    """Seconds per step in every part, median; what no label covers is ``rest``. On CUDA, time of the device's kernels.
 
     Args:
         prepare: Runs before every step and is not counted.
@@ -81,34 +82,25 @@ def part_times(
         activities.append(ProfilerActivity.CUDA)
     prepare()
     step()
-    with labelled(labels), _profile(activities=activities) as profiler, _no_collection():
+    with labelled(labels), _profile(activities=activities) as profiler:
         for _ in range(repeats):
             prepare()
             with record_function(_PREFIX + REST):
                 step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event, part in classified(profiler.events(), rules):
+    pairs = classified(profiler.events(), rules)
+    begins = [event.time_range.start for event, _ in pairs if event.name == _PREFIX + REST]
+    times = {part: [0.0] * repeats for _, part in pairs}
+    for event, part in pairs:
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        times[part] = times.get(part, 0.0) + spent / 1e6 / repeats
-    return times
+        times[part][bisect(begins, event.time_range.start) - 1] += spent / 1e6
+    return {part: statistics.median(seconds) for part, seconds in times.items()}
 
 
 def _profile(**options: Any) -> profile:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start and stop is told on stderr
     return profile(**options)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector does not run: what it does would count as the part that happens to allocate."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextmanager
