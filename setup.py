@@ -86,6 +86,11 @@ def defines() -> list[tuple[str, str]]:
     return [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
 
 
+def usable_cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ---------------------------------------------------------------------------------------------- CUDA
 def nvcc() -> Path | None:
     """The CUDA compiler of CUDA_HOME or, without that variable, of the path."""
@@ -151,7 +156,7 @@ def compile_cuda(folder: Path, *more: str) -> list[str]:
         targets += ["-gencode", f"arch=compute_{number},code={code}"]
     subprocess.run(
         [
-            *(str(nvcc()), "-c", *CUDA_COMPILE, *more, *targets, "--threads", str(os.cpu_count())),
+            *(str(nvcc()), "-c", *CUDA_COMPILE, *more, *targets, "--threads", str(usable_cores())),
             *("-Icsrc", "-isystem", str(torch_folder() / "include")),
             *(f"-D{name}={value}" for name, value in defines()),
             *("--output-directory", str(folder)),
@@ -163,7 +168,7 @@ def compile_cuda(folder: Path, *more: str) -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Adds the CUDA kernels to the extension where they are wanted; compiles the other sources at the same time."""
+    """Adds the CUDA kernels to the extension where they are wanted; compiles the C++ sources side by side."""
 
     def build_extension(self, ext: Extension) -> None:
         reason = "EPMOE_CUDA=0" if os.environ.get("EPMOE_CUDA") == "0" else missing_cuda()
@@ -179,7 +184,7 @@ class BuildKernels(build_ext):
         if reason is not None:
             print(f"epmoe: CUDA kernels are not built: {reason}", file=sys.stderr)
         compile_in_turn = self.compiler.compile
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
 
             def compile_at_once(sources: list[str], **options: Any) -> list[str]:
                 objects = pool.map(lambda source: compile_in_turn([source], **options), sources)

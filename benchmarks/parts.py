@@ -94,7 +94,8 @@ def part_times(
     times = {part: [0.0] * repeats for _, part in pairs}
     for event, part in pairs:
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        times[part][bisect(begins, event.time_range.start) - 1] += spent / 1e6
+        if number := bisect(begins, event.time_range.start):  # 0: of ``prepare``
+            times[part][number - 1] += spent / 1e6
     return {part: statistics.median(seconds) for part, seconds in times.items()}
 
 

@@ -68,6 +68,8 @@ class RouterOptions(Section):
     """Whether every token goes to every expert, so that top_k is their number."""
     no_gate_noise: ClassVar[str | None] = None
     """Why ``smoothing.gate`` is not for this family; None if it is."""
+    ignores_input: ClassVar[bool] = False
+    """Whether the family decides without a look at the tokens' vectors."""
     balance_count: ClassVar[Literal["top1", "all"]] = "all"
     """Which choices the balance loss counts with ``moe.balance_count: auto``."""
     smooth_load: ClassVar[bool] = False
@@ -119,11 +121,16 @@ class RouterOptions(Section):
         return self
 
     @model_validator(mode="after")
-    def _logits_for_noise(self) -> Self:
+    def _noise_is_seen(self) -> Self:
         if self.no_gate_noise and self.smoothing is not None and self.smoothing.gate != "none":
             raise ValueError(
                 f"smoothing.gate={self.smoothing.gate} adds noise to a token's logits, and {self.no_gate_noise}; "
                 f"leave it out, or use it with router: topk"
+            )
+        if self.ignores_input and self.smoothing is not None and self.smoothing.reroute:
+            raise ValueError(
+                "smoothing.reroute=True means nothing here: this router does not look at its input, so every copy goes "
+                "where the input goes; set it to false, or use it with router: topk"
             )
         return self
 
@@ -160,16 +167,6 @@ class RouterOptions(Section):
     def for_vocabulary(self, vocab_size: int) -> Self:
         """The options with what they leave to the model's vocabulary filled in."""
         return self
-
-
-REROUTE: Meaning = {
-    "smoothing": (
-        lambda own: not own.smoothing.reroute,
-        "this router does not look at its input, so every copy goes where the input goes",
-        "set reroute: false",
-    ),
-}
-"""For routers that do not look at their input."""
 
 
 class Top2Options(RouterOptions):
@@ -386,7 +383,7 @@ class DeepSeekOptions(RouterOptions):
         "group_score": (
             lambda own: own.group_limit < own.num_groups,
             "no group is left out",
-            "set groups_kept below num_groups",
+            "set num_groups, and groups_kept below it",
         ),
         "bias_steps": (lambda own: bool(own.bias_rate), "no bias moves", "set bias_rate above 0"),
     }
@@ -501,9 +498,9 @@ class HashOptions(RouterOptions):
     default_losses: ClassVar[Mapping[str, float] | None] = {}
     no_losses: ClassVar[str | None] = "it has no weights that a loss could train"
     no_gate_noise: ClassVar[str | None] = "a table has none"
+    ignores_input: ClassVar[bool] = True
     without: ClassVar[tuple[str, ...]] = ("jitter",)
     meaning: ClassVar[Meaning] = {
-        **REROUTE,
         "vocab_size": (
             lambda own: own.table != "mod",
             "the table mod has no entries",
@@ -558,7 +555,7 @@ class TaskOptions(Top2Options):
 
     no_gate_noise: ClassVar[str | None] = "these are the task's, which no token changes"
     without: ClassVar[tuple[str, ...]] = ("jitter",)
-    meaning: ClassVar[Meaning] = {**Top2Options.meaning, **REROUTE}
+    ignores_input: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _default_is_a_task(self) -> Self:

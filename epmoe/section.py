@@ -12,7 +12,7 @@ Meaning = Mapping[str, tuple[Callable[[Any], bool], str, str]]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen; an unknown key is an error, and so is a value without effect."""
+    """Base of every section: frozen; an unknown key is an error, and so is a value without effect by ``meaning``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-// Sums in a fixed number of partial sums: they vectorise, and give the same bits whatever the width of the vectors.
+// Sums and maxima in a fixed number of partial ones: they vectorise, and give the same bits whatever the width of the vectors.
 // And how many rows are worth a thread.
 #pragma once
 

@@ -145,12 +145,12 @@ template <class Scalar>
       bool valid,                                                                     \
       double draw,                                                                    \
       const RouteOptions& options,                                                    \
-      Scratch<Scalar>& scratch,                                                    \
+      Scratch<Scalar>& scratch,                                                       \
       Scalar* probs,                                                                  \
       int64_t* ids,                                                                   \
       Scalar* weights,                                                                \
       bool* active) {                                                                 \
-    route_row_of(logits, valid, draw, options, scratch, probs, ids, weights, active);   \
+    route_row_of(logits, valid, draw, options, scratch, probs, ids, weights, active); \
   }
 EPMOE_ROUTE_ROW(float)
 EPMOE_ROUTE_ROW(double)

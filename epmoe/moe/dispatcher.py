@@ -47,9 +47,8 @@ class Dispatcher(Protocol):
 
 def _weights(routing: Routing, plan: DispatchPlan) -> Tensor:
     """Combine weight of each row that is sent, 0 for unfilled ones -> ``[N]``."""
-    if all(
-        part.rows_per_expert is None for part in plan.parts
-    ):  # no unfilled ones, and no assignment comes twice
+    if all(part.rows_per_expert is None for part in plan.parts):
+        # No unfilled rows, and no assignment twice.
         return routing.weight_A.index_select(0, plan.assignment_N)
     return permute(routing.weight_A.unsqueeze(1), plan.assignment_N).squeeze(1)
 

@@ -230,7 +230,8 @@ class _Project(torch.autograd.Function):
         [d_out_TX] = grads
         x_TD, weight_XD, *masks = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        for broken_T1 in masks:
+        if masks:
+            [broken_T1] = masks
             d_out_TX = d_out_TX.masked_fill(broken_T1, 0.0)
             if needs_weight:
                 # Not only the gradient is 0 there: 0 * NaN would spoil that of the weight.

@@ -45,8 +45,8 @@ PLAIN: dict[str, Value] = {
 """How one process computes what all are compared with."""
 OF_ONE_ENGINE = {"parallel.fsdp_shard": "fsdp", "parallel.zero_stage": "deepspeed"}
 """Keys that mean nothing to the other engines."""
-FEW = 2
-"""Cells of DeepSpeed for a configuration with another engine."""
+FEW_OF_DEEPSPEED = 2
+"""Cells of it for a configuration with another engine."""
 DEEPSPEED_EDGES: tuple[Scenario, ...] = ("half_empty", "overflow")
 """Its scenarios: what may leave it without a gradient."""
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -246,7 +246,7 @@ def make_plan(subject: Subject, *, full: bool, precisions: Sequence[Literal["fp6
             left_out[reason] = left_out.get(reason, 0) + 1
         else:
             possible.append(cell)
-    chosen = possible if full else _few(subject, possible)
+    chosen = possible if full else _covering_set(subject, possible)
     scenarios = []
     for cell in (*_scenarios(subject), *_edges_of_deepspeed(subject, full=full)):
         if reason := problem(subject, cell):
@@ -332,13 +332,13 @@ def usable_cells(
     return [cell for cell in cells if problem(subject, cell) is None] or cells
 
 
-def _few(subject: Subject, possible: Sequence[Cell]) -> list[Cell]:
-    """A covering set; of DeepSpeed ``FEW`` cells, unlike each other, where the configuration has another engine."""
+def _covering_set(subject: Subject, possible: Sequence[Cell]) -> list[Cell]:
+    """A covering set; where the configuration has another engine, ``FEW_OF_DEEPSPEED`` of it, unlike each other."""
     if subject.engine == "deepspeed":
         return covering(possible)
     others = [cell for cell in possible if cell.engine != "deepspeed"]
     largest_first = [cell for cell in reversed(possible) if cell.engine == "deepspeed"]
-    return covering(others) + covering(largest_first)[:FEW]
+    return covering(others) + covering(largest_first)[:FEW_OF_DEEPSPEED]
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:

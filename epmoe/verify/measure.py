@@ -140,7 +140,7 @@ def measure(
                 parts = named_parts(trainer, trainer.engine.weights())
                 weights = {name: copy_of(part) for name, part in parts.items()}
         end = dict(counter)
-    # DeepSpeed hands out copies of its gradients, and only before an update: nothing can be written into them.
+    # DeepSpeed hands out copies of its gradients (ZeRO 1, 2), and only before an update: not to be written into.
     known, clipped = (None, None) if cell.engine == "deepspeed" else probe_norm(trainer.engine)
     sums = [result.sums for result in results]
     tokens = [max(result.num_tokens, 1) for result in results]

@@ -60,7 +60,7 @@ def plan_for_faults(subject: Subject) -> Plan:
             cells.append(replace(cell, accumulation=accumulation))
     by_engine: dict[object, list[Cell]] = {}
     for cell in usable_cells(subject, size, ep_size):
-        by_engine.setdefault(dict(cell.settings)["parallel.engine"], []).append(cell)
+        by_engine.setdefault(cell.engine, []).append(cell)
     cells.append(by_engine.pop(PLAIN["parallel.engine"])[-1])
     cells += [plainest for plainest, *_ in by_engine.values()]
     cells += [cell for cell in deepspeed_cells(subject, size, ep_size)[-1:] if problem(subject, cell) is None]

@@ -90,7 +90,7 @@ def _prove(
         proof.notes.append(f"nothing is said of engine: deepspeed, of which no cell was run{reason}")
     with world(ranks, subject.world_size) as place:
         require_equal("choice of data", str(proof.seed))
-        for cell in resize_cells(subject, *max(layouts(subject)), plan):
+        for cell in resize_cells(subject, *max(layouts(subject)), cells):
             folder = Path(gather_text(make_folder() if place.rank == 0 else "")[0])
             mesh = mesh_of(cell, subject, place, {})
             proof.checkpoints[cell.precision] = write(cell, subject, place, mesh, proof.seed, folder)
@@ -115,7 +115,7 @@ def _prove(
                 progress(cell.label, time.monotonic() - begun, not comparison.violations)
             for world_size, ep_size in layouts(subject):
                 if world_size == size > 1:
-                    for cell in resize_cells(subject, size, ep_size, plan):
+                    for cell in resize_cells(subject, size, ep_size, cells):
                         mesh = mesh_of(cell, subject, place, meshes)
                         _read(proof, cell, subject, place, mesh, progress)
             if size == sizes[-1]:
@@ -151,14 +151,14 @@ def mesh_of(cell: Cell, subject: Subject, place: Runtime, made: dict[str, Expert
     return made[key]
 
 
-def resize_cells(subject: Subject, world_size: int, ep_size: int, plan: Plan) -> list[Cell]:
+def resize_cells(subject: Subject, world_size: int, ep_size: int, cells: Sequence[Cell]) -> list[Cell]:
     """How a layout writes or reads checkpoints: one in float64, where engines take turns over the layouts; and one in
-    float32 by DeepSpeed, where its stages do, if it is in the plan."""
+    float32 by DeepSpeed, where its stages do, if it is among the cells."""
     by_engine = {cell.engine: cell for cell in reversed(usable_cells(subject, world_size, ep_size))}
     engines = sorted(by_engine, key=str, reverse=True)
     number = layouts(subject).index((world_size, ep_size))
     chosen = [by_engine[engines[number % len(engines)]]]
-    if any(cell.engine == "deepspeed" for cell in plan.cells):
+    if any(cell.engine == "deepspeed" for cell in cells):
         stages = deepspeed_cells(subject, world_size, ep_size)
         chosen.append(stages[number % len(stages)])
     return chosen

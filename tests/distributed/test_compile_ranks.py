@@ -4,6 +4,7 @@ run whose configuration asks for it.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from epmoe.models.compile import compile_blocks
 from epmoe.models.decoder import Decoder
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
+from epmoe.train import run
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, attempt, history, make_config
@@ -55,10 +57,18 @@ def test_two_ranks_with_compiled_blocks(tmp_path: Path) -> None:
         assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_is_compiled_when_its_configuration_says_so(base: Path) -> None:
-    """By inductor, a whole block with its experts."""
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.long)],
+)
+def test_a_run_is_compiled_when_its_configuration_says_so(
+    base: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole block with its experts."""
+    monkeypatch.setattr(
+        run, "compile_blocks", partial(compile_blocks, backend=backend)
+    )  # inductor is the default
     short = ["train.steps=3", "checkpoint.every=0", "train.sample.tokens=0", "model.num_layers=1", "moe.every=1",
              "moe.dispatcher=padded"]  # fmt: skip
     losses = []

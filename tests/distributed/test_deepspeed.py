@@ -60,7 +60,7 @@ class Cell:
     optimizer: str = "sgd"
     precision: str = "fp32"
     router: str = "gshard_top2"
-    steps: int = 4
+    steps: int = 2
     buckets: int | None = None
     """Elements of a gradient bucket, if not the usual number."""
     dispatcher: str = "auto"
@@ -104,13 +104,17 @@ PARITY += [  # of two ranks each, so only here do the ranks that share the exper
 PARITY += [Cell(2, 2, stage, 2, recompute=kind) for stage in STAGES for kind in ("selective", "full")]
 PARITY += [Cell(2, 2, stage, 2, recompute="full", compiled=True) for stage in STAGES]
 ADAM = [
-    Cell(2, 2, stage, 2, "adamw", precision) for precision in ("fp32", "bf16_autocast") for stage in STAGES
+    Cell(2, 2, stage, 2, "adamw", precision, steps=4)
+    for precision in ("fp32", "bf16_autocast")
+    for stage in STAGES
 ]
-HALF = [Cell(2, 2, stage, 2, "adamw", "bf16_params") for stage in (1, 2)]
+HALF = [Cell(2, 2, stage, 2, "adamw", "bf16_params", steps=4) for stage in (1, 2)]
 HASH = [Cell(2, 2, stage, router="hash", steps=30) for stage in STAGES]
-POISONED = [Cell(2, 2, stage, 2, poisoned=1) for stage in (None, 0, 1, 2)]
+POISONED = [Cell(2, 2, stage, 2, poisoned=1, steps=4) for stage in (None, 0, 1, 2)]
 NATIVE = [Cell(), Cell(router="hash", steps=30)]
-NATIVE += [Cell(2, 2, None, 2, "adamw", precision) for precision in ("fp32", "bf16_autocast", "bf16_params")]
+NATIVE += [
+    Cell(2, 2, None, 2, "adamw", precision, steps=4) for precision in ("fp32", "bf16_autocast", "bf16_params")
+]
 CELLS = [*NATIVE, *PARITY, *ADAM, *HALF, *HASH, *POISONED]
 
 

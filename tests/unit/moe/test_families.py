@@ -206,8 +206,6 @@ WITHOUT_EFFECT: list[tuple[type[Section], dict, dict]] = [
     (DeepSeekOptions, {"bias_steps": 9, "bias_rate": 0.0}, {"bias_rate": 0.1}),
     (HashOptions, {"vocab_size": 9}, {"table": "random"}),
     (HashOptions, {"priority": "batch_prioritized"}, {"priority": "random"}),
-    (HashOptions, {"smoothing": {"draws": 2, "reroute": True}}, {"smoothing": {"draws": 2}}),
-    (TaskOptions, {"smoothing": {"draws": 2, "reroute": True}}, {"smoothing": {"draws": 2}}),
     (EddOptions, {"similarity": "rbf", "alpha": 0.0}, {"alpha": 0.1}),
     (EddOptions, {"temperature": 1.0, "alpha": 1.0}, {"alpha": 0.9}),
 ]
@@ -221,6 +219,13 @@ def test_an_option_without_effect_is_refused(section, options, fix):
         section(**options)
     section(**{**options, **fix})
     section(**{**options, name: section.model_fields[name].default})
+
+
+@pytest.mark.parametrize("section", [HashOptions, TaskOptions])
+def test_a_router_that_ignores_its_input_cannot_route_copies_of_it(section):
+    with pytest.raises(ValueError, match=r"smoothing\.reroute=True means nothing here"):
+        section(smoothing={"draws": 2, "reroute": True})
+    section(smoothing={"draws": 2})
 
 
 def test_every_such_option_is_tried_and_every_default_may_be_written_out():

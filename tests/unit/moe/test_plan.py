@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epmoe.moe.plan import expert_capacity, expert_major_order, plan_exchange, plan_local, plan_slots
+from epmoe.moe.plan import Spread, expert_capacity, expert_major_order, plan_exchange, plan_local, plan_slots
 from epmoe.ops import DROPLESS
 from tests.oracle import cases
 from tests.oracle.capacity import capacity
@@ -117,6 +119,35 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
         for row in back:
             received_back[row[1]].append(row)
     assert received_back == sent
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_parts"), [(1, 1), (2, 1), (2, 2), (2, 3), (5, 2), (1, 4), (10, 3)]
+)
+@pytest.mark.parametrize("capacity", [DROPLESS, 0, 2])
+def test_rows_leave_part_by_part_rank_by_rank(num_ranks, num_parts, capacity):
+    experts, num_local, group_size = 10, 10 // num_ranks, 12
+    logits, valid = cases.logits_and_valid("broken", 36, experts)
+    routed = route(config("top2", num_experts=experts), logits, valid)
+    slots = plan_slots(
+        routed,
+        num_experts=experts,
+        group_size=group_size,
+        capacity=capacity,
+        spread=Spread(num_ranks=num_ranks, num_parts=num_parts),
+    )
+    edges = [part * num_local // num_parts for part in range(num_parts + 1)]
+    order = [
+        rank * num_local + local
+        for first, end in pairwise(edges)
+        for rank in range(num_ranks)
+        for local in range(first, end)
+    ]
+    kept = [a for a, slot in enumerate(slots.slot_A.tolist()) if slot >= 0]
+    expert, token = routed.expert_A.tolist(), routed.token_A.tolist()
+    kept.sort(key=lambda a: (order.index(expert[a]), token[a] // group_size, a))
+    assert slots.order_A.tolist() == kept + [-1] * (len(expert) - len(kept))
+    assert slots.tokens_per_expert_E.tolist() == [sum(expert[a] == e for a in kept) for e in range(experts)]
 
 
 def test_order_of_no_rows():
