@@ -24,7 +24,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, attempt, history, make_config
 
 WHOLE, PARTS = "2 whole block(s)", "the dense parts of 2"
-CELLS = {"padded": WHOLE, "overlap_padded": PARTS, "fsdp": PARTS, "fsdp_full": PARTS}
+CELLS = {"padded": WHOLE, "overlap_padded": PARTS, "fsdp_full": PARTS}
 """What is trained, and what of it is compiled."""
 
 
