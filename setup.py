@@ -228,7 +228,11 @@ def native_extension() -> Extension:
         depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix not in ("", ".cpp")),
         include_dirs=["csrc"],
         define_macros=[*defines(), ("EPMOE_TORCH_VERSION", f'"{torch_version()}"')],
-        extra_compile_args=[*COMPILE, "-isystem", str(torch / "include")],
+        # What CXXFLAGS says comes last, and so is stronger.
+        extra_compile_args=[
+            *(*COMPILE, "-isystem", str(torch / "include")),
+            *shlex.split(os.environ.get("CXXFLAGS", "")),
+        ],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu"],
         language="c++",

@@ -245,7 +245,7 @@ CELLS = [
     (world, ep, "gshard_top2", precision, accumulation)
     for world, eps in LAYOUTS.items()
     for ep in eps
-    for precision, accumulation in (("fp32", 1), ("fp32", 2), ("fp64", 2))
+    for precision, accumulation in (("fp32", 1), ("fp64", 2))
 ]
 CELLS += [(1, 1, "gshard_top2", "fp64", 1), (4, 2, "gshard_top2", "fp64", 1)]
 CELLS += [

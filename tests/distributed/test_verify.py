@@ -31,9 +31,6 @@ PLANTED = {
 }
 """Some of the faults and what must see them; the slow test plants all of them."""
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(
-    not HAS_DEEPSPEED, reason="deepspeed is not installed; make test-slow does it"
-)
 
 
 def _prove(rank: int, names: Sequence[str | None]) -> list[dict[str, Any]]:
@@ -125,30 +122,32 @@ def run_verify(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_command_proves_the_quickstart(tmp_path: Path) -> None:
-    done = run_verify("--ranks", "2", "--json", str(tmp_path / "verdict.json"))
+    """With DeepSpeed, where it is installed, as the engine that the configuration asks for."""
+    asked = ["parallel.engine=deepspeed"] if HAS_DEEPSPEED else []
+    done = run_verify("--ranks", "2", "--json", str(tmp_path / "verdict.json"), *asked)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "proven: " in done.stdout
     assert "  none " not in done.stdout, "an item had nothing to test"
     report = json.loads((tmp_path / "verdict.json").read_text())
-    layouts = {(row["world_size"], row["ep_size"]) for row in report["rows"]}
     assert report["ok"]
-    assert layouts == {(1, 1), (2, 1), (2, 2)}  # those of four ranks: test_matrix
+    found: dict[str, set[tuple[int, int]]] = {}
+    for row in report["rows"]:
+        found.setdefault(row["settings"]["parallel.engine"], set()).add((row["world_size"], row["ep_size"]))
+    every = {(1, 1), (2, 1), (2, 2)}  # those of four ranks: test_matrix
+    engines = ("native", "fsdp", "deepspeed") if HAS_DEEPSPEED else ("native", "fsdp")
+    assert found == dict.fromkeys(engines, every)
+    if HAS_DEEPSPEED:
+        check_deepspeed(report["rows"])
+        assert "not deepspeed" not in done.stdout
+        assert "resize (2, 2) -> (2,2) deepspeed" in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@needs_deepspeed
-def test_the_command_proves_deepspeed_where_the_configuration_asks_for_it(tmp_path: Path) -> None:
-    done = run_verify("--ranks", "2", "--json", str(tmp_path / "verdict.json"), "parallel.engine=deepspeed")
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads((tmp_path / "verdict.json").read_text())
-    rows = [row for row in report["rows"] if row["settings"]["parallel.engine"] == "deepspeed"]
+def check_deepspeed(all_rows: list[dict[str, Any]]) -> None:
+    rows = [row for row in all_rows if row["settings"]["parallel.engine"] == "deepspeed"]
     found = {(row["world_size"], row["ep_size"], row["settings"]["parallel.zero_stage"]) for row in rows}
     assert found == {(*layout, stage) for layout in ((1, 1), (2, 1), (2, 2)) for stage in (0, 1, 2)}
     assert {row["scenario"] for row in rows} == {"parity", "half_empty", "overflow"}
     assert max(float(row[kind]["error"]) for row in rows for kind in ("dense", "expert")) <= 1e-5
-    assert "not deepspeed" not in done.stdout
-    assert "resize (2, 2) -> (2,2) deepspeed" in done.stderr
 
 
 SHORT = """

@@ -92,11 +92,11 @@ def library(name: str) -> str:
 
 def build(sanitizer: Sanitizer, folder: Path) -> None:
     """The package with a sanitised epmoe._C in ``folder``/lib."""
-    flags = [*sanitizer.flags, "-fno-omit-frame-pointer"]
+    flags = [*sanitizer.flags, "-fno-omit-frame-pointer", "-O1"]
     objects = []
     for source in sanitizer.sources:
         objects.append(str(folder / source.replace(".cpp", ".o")))
-        command = [CXX, "-std=c++20", "-O1", "-fPIC", *flags, "-c", str(HERE / source), "-o", objects[-1]]
+        command = [CXX, "-std=c++20", "-fPIC", *flags, "-c", str(HERE / source), "-o", objects[-1]]
         finish(run(command, {}), f"{source} does not compile")
     command = [sys.executable, "setup.py", "--quiet", "build"]
     command += ["--build-base", str(folder / "build"), "--build-lib", str(folder / "lib")]
