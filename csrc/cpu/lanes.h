@@ -1,5 +1,5 @@
-// Sums and maxima in a fixed number of partial ones: they vectorise, and give the same bits whatever the width of the vectors.
-// And how many rows are worth a thread.
+// Sums and maxima in a fixed number of partial ones: they vectorise, and give the same bits whatever the width of the
+// vectors. And how many rows are worth a thread.
 #pragma once
 
 #include <cstdint>
