@@ -1,163 +1,192 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <type_traits>
-#include <vector>
 
 #include "lanes.h"
 #include "operators.h"
+#include "pack.h"
+#include "rows.h"
 #include "stream.h"
 
 namespace epmoe::cpu {
 namespace {
 
-// Which rows belong to each token, in row order. With it every sum has one owner: no atomics, and the same bits
-// for any number of threads.
-struct RowsByToken {
-  std::vector<int64_t> start_T1;
-  std::vector<int64_t> row_N;
-
-  RowsByToken(const int64_t* token, int64_t num_rows, int64_t num_tokens)
-      : start_T1(static_cast<size_t>(num_tokens) + 1), row_N(static_cast<size_t>(num_rows)) {
-    // Unfilled rows are counted in the first place, which is reset afterwards.
-    for (int64_t n = 0; n < num_rows; ++n) {
-      ++start_T1[token[n] + 1];
-    }
-    start_T1[0] = 0;
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      start_T1[t + 1] += start_T1[t];
-    }
-    std::vector<int64_t> next_T(start_T1.begin(), start_T1.end() - 1);
-    for (int64_t n = 0; n < num_rows; ++n) {
-      if (token[n] != kUnfilled) {
-        row_N[next_T[token[n]]++] = n;
+// The weighted sum of a token's rows, `kPacks` packs of columns at a time, from `column` on as far as whole ones fit.
+template <int kBytes, int kPacks, bool kStream, class Scalar>
+[[gnu::always_inline]] inline void sum_columns(
+    const RowsByToken& by_token,
+    int64_t first,
+    const Scalar* rows,
+    const compute_t<Scalar>* weight,
+    int64_t width,
+    int64_t& column,
+    Scalar* y) {
+  using Numbers = Pack<Scalar, kBytes>;
+  constexpr int64_t kColumns = kPacks * Numbers::kCount;
+  for (; column + kColumns <= width; column += kColumns) {
+    Numbers sum[kPacks];
+    for (int64_t n = first; n != RowsByToken::kEnd; n = by_token.after(n)) {
+      const Scalar* row = rows + n * width + column;
+      const compute_t<Scalar> factor = weight == nullptr ? 1 : weight[n];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPacks; ++i) {
+        Numbers numbers;
+        numbers.load(row + i * Numbers::kCount);
+        sum[i].add_product(numbers, factor);
       }
     }
-  }
-};
-
-constexpr int64_t kBlock = 32;  // columns summed at a time, in registers
-
-// The weighted sum of a token's rows, for a block of columns whose number the compiler knows or not.
-template <bool kStream, class Scalar, class Count>
-[[gnu::always_inline]] inline void sum_block(
-    const Scalar* rows,
-    const compute_t<Scalar>* weight,
-    const int64_t* first,
-    const int64_t* last,
-    int64_t width,
-    Count columns,
-    Scalar* y) {
-  using Wide = compute_t<Scalar>;
-  Wide sum[kBlock] = {};
-  for (const int64_t* row = first; row != last; ++row) {
-    const Scalar* source = rows + *row * width;
-    const Wide factor = weight == nullptr ? Wide{1} : weight[*row];
-#pragma omp simd
-    for (int64_t d = 0; d < columns; ++d) {
-      sum[d] += static_cast<Wide>(source[d]) * factor;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPacks; ++i) {
+      sum[i].template store<kStream>(y + column + i * Numbers::kCount);
     }
   }
-  Block<kStream, Scalar, kBlock> result(y);
-#pragma omp simd
-  for (int64_t d = 0; d < columns; ++d) {
-    store(result.at[d], sum[d]);
-  }
-  result.write(columns);
 }
 
-template <bool kStream, class Scalar>
+template <int kBytes, bool kStream, class Scalar>
 [[gnu::always_inline]] inline void sum_rows_of(
+    const RowsByToken& by_token,
+    int64_t begin,
+    int64_t end,
     const Scalar* rows,
     const compute_t<Scalar>* weight,
-    const int64_t* first,
-    const int64_t* last,
     int64_t width,
-    Scalar* y) {
-  const int64_t whole = width - width % kBlock;
-  for (int64_t column = 0; column < whole; column += kBlock) {
-    sum_block<kStream>(rows + column, weight, first, last, width, std::integral_constant<int64_t, kBlock>{}, y + column);
-  }
-  if (whole < width) {
-    sum_block<kStream>(rows + whole, weight, first, last, width, width - whole, y + whole);
+    Scalar* y_TD) {
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = by_token.first(t);
+    Scalar* y = y_TD + t * width;
+    int64_t column = 0;
+    sum_columns<kBytes, 4, kStream>(by_token, first, rows, weight, width, column, y);
+    sum_columns<kBytes, 1, kStream>(by_token, first, rows, weight, width, column, y);
+    for (; column < width; ++column) {
+      compute_t<Scalar> sum = 0;
+      for (int64_t n = first; n != RowsByToken::kEnd; n = by_token.after(n)) {
+        sum += static_cast<compute_t<Scalar>>(rows[n * width + column]) * (weight == nullptr ? 1 : weight[n]);
+      }
+      store(y[column], sum);
+    }
   }
 }
 
 // d_row = factor * d_y; returns the scalar product of d_y and row.
-template <bool kStream, class Scalar>
-[[gnu::always_inline]] inline compute_t<Scalar> scale_and_dot_of(
+template <int kBytes, bool kStream, class Scalar>
+[[gnu::always_inline]] inline compute_t<Scalar> scale_and_dot(
     const Scalar* d_y, const Scalar* row, compute_t<Scalar> factor, int64_t width, Scalar* d_row) {
-  using Wide = compute_t<Scalar>;
-  Lanes<Wide, kRowLanes> dot;
-  const auto block = [&](int64_t first, auto columns) __attribute__((always_inline)) {
-    Block<kStream, Scalar, kRowLanes> scaled(d_row + first);
-#pragma omp simd
-    for (int64_t lane = 0; lane < columns; ++lane) {
-      const Wide upstream = static_cast<Wide>(d_y[first + lane]);
-      store(scaled.at[lane], upstream * factor);
-      dot.partial[lane] += upstream * static_cast<Wide>(row[first + lane]);
+  using Numbers = Pack<Scalar, kBytes>;
+  constexpr int kPacks = kRowLanes / Numbers::kCount;
+  Numbers sum[kPacks];
+  int64_t column = 0;
+  for (; column + kRowLanes <= width; column += kRowLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kPacks; ++i) {
+      const int64_t at = column + i * Numbers::kCount;
+      Numbers upstream, numbers;
+      upstream.load(d_y + at);
+      numbers.load(row + at);
+      sum[i].add_product(upstream, numbers);
+      upstream.scale(factor);
+      upstream.template store<kStream>(d_row + at);
     }
-    scaled.write(columns);
-  };
-  const int64_t whole = width - width % kRowLanes;
-  for (int64_t first = 0; first < whole; first += kRowLanes) {
-    block(first, std::integral_constant<int64_t, kRowLanes>{});
   }
-  if (whole < width) {
-    block(whole, width - whole);
+  Lanes<compute_t<Scalar>, kRowLanes> dot;
+#pragma GCC unroll 16
+  for (int i = 0; i < kPacks; ++i) {
+    sum[i].template spill<kRowLanes>(dot.partial, i);
   }
-  return dot.total();
+  compute_t<Scalar> rest = 0;
+  for (; column < width; ++column) {
+    const auto upstream = static_cast<compute_t<Scalar>>(d_y[column]);
+    rest += upstream * static_cast<compute_t<Scalar>>(row[column]);
+    store(d_row[column], upstream * factor);
+  }
+  return dot.total() + rest;
 }
 
-#define EPMOE_ROW_LOOPS(Scalar)                                              \
-  EPMOE_VECTOR_CLONES void sum_rows(                                         \
-      const Scalar* rows,                                                    \
-      const compute_t<Scalar>* weight,                                       \
-      const int64_t* first,                                                  \
-      const int64_t* last,                                                   \
-      int64_t width,                                                         \
-      bool stream,                                                           \
-      Scalar* y) {                                                           \
-    stream ? sum_rows_of<true>(rows, weight, first, last, width, y)          \
-           : sum_rows_of<false>(rows, weight, first, last, width, y);        \
-  }                                                                          \
-  EPMOE_VECTOR_CLONES compute_t<Scalar> scale_and_dot(                       \
-      const Scalar* d_y,                                                     \
-      const Scalar* row,                                                     \
-      compute_t<Scalar> factor,                                              \
-      int64_t width,                                                         \
-      bool stream,                                                           \
-      Scalar* d_row) {                                                       \
-    return stream ? scale_and_dot_of<true>(d_y, row, factor, width, d_row)   \
-                  : scale_and_dot_of<false>(d_y, row, factor, width, d_row); \
+// Begins to load a row that is wanted soon: rows lie anywhere, and the processor foresees only what comes in order.
+template <bool kWrite, class Scalar>
+[[gnu::always_inline]] inline void prefetch([[maybe_unused]] const Scalar* row, [[maybe_unused]] int64_t width) {
+#if defined(__GNUC__)
+  constexpr int64_t kLine = 64 / sizeof(Scalar);
+  for (int64_t column = 0; column < width; column += kLine) {
+    __builtin_prefetch(row + column, kWrite);
   }
-EPMOE_ROW_LOOPS(float)
-EPMOE_ROW_LOOPS(double)
-EPMOE_ROW_LOOPS(BFloat16)
-EPMOE_ROW_LOOPS(Half)
+#endif
+}
+
+template <int kBytes, bool kStream, class Scalar>
+[[gnu::always_inline]] inline void scale_rows_of(
+    const RowsByToken& by_token,
+    int64_t begin,
+    int64_t end,
+    const Scalar* d_y,
+    const Scalar* rows,
+    const compute_t<Scalar>* weight,
+    int64_t width,
+    Scalar* d_rows,
+    compute_t<Scalar>* d_weight) {
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t n = by_token.first(t); n != RowsByToken::kEnd; n = by_token.after(n)) {
+      const int64_t at = n * width, next = by_token.following(t, n, end);
+      if (next != RowsByToken::kEnd) {
+        prefetch<false>(rows + next * width, width);
+        if (!kStream) {
+          prefetch<true>(d_rows + next * width, width);
+        }
+      }
+      d_weight[n] = scale_and_dot<kBytes, kStream>(d_y + t * width, rows + at, weight[n], width, d_rows + at);
+    }
+  }
+}
+
+#define EPMOE_ROW_LOOPS(attribute, bytes, Scalar)                                                               \
+  attribute void sum_rows(                                                                                      \
+      const RowsByToken& by_token,                                                                              \
+      int64_t begin,                                                                                            \
+      int64_t end,                                                                                              \
+      const Scalar* rows,                                                                                       \
+      const compute_t<Scalar>* weight,                                                                          \
+      int64_t width,                                                                                            \
+      bool stream,                                                                                              \
+      Scalar* y) {                                                                                              \
+    stream ? sum_rows_of<bytes, true>(by_token, begin, end, rows, weight, width, y)                             \
+           : sum_rows_of<bytes, false>(by_token, begin, end, rows, weight, width, y);                           \
+  }                                                                                                             \
+  attribute void scale_rows(                                                                                    \
+      const RowsByToken& by_token,                                                                              \
+      int64_t begin,                                                                                            \
+      int64_t end,                                                                                              \
+      const Scalar* d_y,                                                                                        \
+      const Scalar* rows,                                                                                       \
+      const compute_t<Scalar>* weight,                                                                          \
+      int64_t width,                                                                                            \
+      bool stream,                                                                                              \
+      Scalar* d_rows,                                                                                           \
+      compute_t<Scalar>* d_weight) {                                                                            \
+    stream ? scale_rows_of<bytes, true>(by_token, begin, end, d_y, rows, weight, width, d_rows, d_weight)       \
+           : scale_rows_of<bytes, false>(by_token, begin, end, d_y, rows, weight, width, d_rows, d_weight);     \
+  }
+EPMOE_VECTOR_WIDTHS(EPMOE_ROW_LOOPS, float)
+EPMOE_VECTOR_WIDTHS(EPMOE_ROW_LOOPS, double)
+EPMOE_VECTOR_WIDTHS(EPMOE_ROW_LOOPS, BFloat16)
+EPMOE_VECTOR_WIDTHS(EPMOE_ROW_LOOPS, Half)
 
 }  // namespace
 
 Tensor combine(
     const Tensor& rows_in, const std::optional<Tensor>& weight_in, const Tensor& token_in, int64_t num_tokens) {
   const Combine given(DeviceType::CPU, rows_in, weight_in, token_in, num_tokens);
-  check_indices("combine", given.token_N, num_tokens, "token", kUnfilled);
   if (given.y_TD.numel() == 0) {
+    check_indices("combine", given.token_N, num_tokens, "token", kUnfilled);
     return given.y_TD;
   }
+  const RowsByToken by_token("combine", given.token_N, num_tokens);
   const int64_t width = given.width;
-  const RowsByToken by_token(given.token_N.const_data_ptr<int64_t>(), given.num_rows, num_tokens);
   for_floating(given.rows_ND.scalar_type(), [&]<class Scalar>() {
     const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
     const auto* weight = given.weight_N.has_value() ? given.weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
     Scalar* y = given.y_TD.mutable_data_ptr<Scalar>();
-    const bool stream = streams(given.y_TD.numel() * static_cast<int64_t>(sizeof(Scalar)));
-    const int64_t* start = by_token.start_T1.data();
-    const int64_t* row_of = by_token.row_N.data();
-    torch::stable::parallel_for(0, num_tokens, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        sum_rows(rows, weight, row_of + start[t], row_of + start[t + 1], width, stream, y + t * width);
-      }
+    const bool stream = streams(y, width * sizeof(Scalar), given.num_rows + num_tokens);
+    by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
+      sum_rows(by_token, begin, end, rows, weight, width, stream, y);
       fence(stream);
     });
   });
@@ -167,38 +196,28 @@ Tensor combine(
 std::tuple<Tensor, Tensor> combine_backward(
     const Tensor& d_y_in, const Tensor& rows_in, const Tensor& weight_in, const Tensor& token_in) {
   CombineBackward given(DeviceType::CPU, d_y_in, rows_in, weight_in, token_in);
-  check_indices("combine_backward", given.token_N, given.num_tokens, "token", kUnfilled);
   if (given.d_rows_ND.numel() == 0) {  // there may be rows without columns, of any number of tokens
+    check_indices("combine_backward", given.token_N, given.num_tokens, "token", kUnfilled);
     torch::stable::zero_(given.d_weight_N);
     return {given.d_rows_ND, torch::stable::to(given.d_weight_N, weight_in.scalar_type())};
   }
+  const RowsByToken by_token("combine_backward", given.token_N, given.num_tokens);
   const int64_t width = given.width;
-  const int64_t* token = given.token_N.const_data_ptr<int64_t>();
-  // With lists of rows a token's d_y is read once and then from the cache.
-  const RowsByToken by_token(token, given.num_rows, given.num_tokens);
   for_floating(given.rows_ND.scalar_type(), [&]<class Scalar>() {
     const Scalar* d_y = given.d_y_TD.const_data_ptr<Scalar>();
     const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
     const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
     Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
     auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
-    const bool stream = streams(given.d_rows_ND.numel() * static_cast<int64_t>(sizeof(Scalar)));
-    const int64_t* start = by_token.start_T1.data();
-    const int64_t* row_of = by_token.row_N.data();
-    torch::stable::parallel_for(0, given.num_tokens, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t i = start[begin]; i < start[end]; ++i) {
-        const int64_t n = row_of[i];
-        const int64_t at = n * width;
-        d_weight[n] = scale_and_dot(d_y + token[n] * width, rows + at, weight[n], width, stream, d_rows + at);
-      }
+    const bool stream = streams(d_rows, width * sizeof(Scalar), given.num_tokens + 2 * given.num_rows);
+    by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
+      scale_rows(by_token, begin, end, d_y, rows, weight, width, stream, d_rows, d_weight);
       fence(stream);
     });
-    for (int64_t n = 0; n < given.num_rows; ++n) {
-      if (token[n] == kUnfilled) {
-        std::fill_n(d_rows + n * width, width, Scalar(0));
-        d_weight[n] = 0;
-      }
-    }
+    by_token.for_unfilled(width, [&](int64_t n) {
+      std::fill_n(d_rows + n * width, width, Scalar(0));
+      d_weight[n] = 0;
+    });
   });
   return {given.d_rows_ND, torch::stable::to(given.d_weight_N, weight_in.scalar_type())};
 }

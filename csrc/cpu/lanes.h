@@ -9,8 +9,10 @@
 // which would have to be there before the loader, see the default alone.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define EPMOE_HAS_VECTOR_CLONES 1
 #define EPMOE_VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
+#define EPMOE_HAS_VECTOR_CLONES 0
 #define EPMOE_VECTOR_CLONES
 #endif
 
@@ -31,7 +33,9 @@ struct Lanes {
 
   template <class Join = std::plus<Scalar>>
   Scalar total(const Join& join = {}) {
+#pragma GCC unroll 8
     for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
       for (int64_t lane = 0; lane < half; ++lane) {
         partial[lane] = join(partial[lane], partial[lane + half]);
       }

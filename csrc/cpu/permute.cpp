@@ -2,59 +2,75 @@
 
 #include <cstring>
 
-#include "lanes.h"
 #include "operators.h"
+#include "pack.h"
+#include "rows.h"
 #include "stream.h"
 
 namespace epmoe::cpu {
 namespace {
 
-constexpr int64_t kAhead = 2;  // rows
-
-// Begins to load a row that is wanted soon, or its first part: rows lie anywhere, and the processor prefetchs only what
-// comes in order.
-inline void prefetch(const void* row, size_t bytes) {
-#if defined(__GNUC__)
-  constexpr size_t kLine = 64, kMost = 16 * kLine;
-  for (size_t at = 0; at < bytes && at < kMost; at += kLine) {
-    __builtin_prefetch(static_cast<const char*>(row) + at);
+// Of `bytes` each. A token's own row is read from memory once, however many rows it becomes.
+template <int kBytes>
+[[gnu::always_inline]] inline void copy_rows_of(
+    const RowsByToken& by_token, int64_t begin, int64_t end, const char* x, int64_t bytes, bool stream, char* rows) {
+  using Vector [[gnu::vector_size(kBytes)]] = char;
+  constexpr int kVectors = 4;
+  constexpr int64_t kBlock = kVectors * kBytes;
+  for (int64_t t = begin; t < end; ++t) {
+    const char* from = x + t * bytes;
+    for (int64_t n = by_token.first(t); n != RowsByToken::kEnd; n = by_token.after(n)) {
+      char* to = rows + n * bytes;
+      int64_t at = 0;
+      for (; !stream && at + kBlock <= bytes; at += kBlock) {
+        Vector block[kVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+          std::memcpy(&block[i], from + at + i * kBytes, kBytes);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+          std::memcpy(to + at + i * kBytes, &block[i], kBytes);
+        }
+      }
+      put(stream, to + at, from + at, static_cast<size_t>(bytes - at));
+    }
   }
-#endif
 }
+
+#define EPMOE_COPY_ROWS(attribute, vector_bytes, Byte)                        \
+  attribute void copy_rows(                                                   \
+      const RowsByToken& by_token,                                            \
+      int64_t begin,                                                          \
+      int64_t end,                                                            \
+      const Byte* x,                                                          \
+      int64_t bytes,                                                          \
+      bool stream,                                                            \
+      Byte* rows) {                                                           \
+    copy_rows_of<vector_bytes>(by_token, begin, end, x, bytes, stream, rows); \
+  }
+EPMOE_VECTOR_WIDTHS(EPMOE_COPY_ROWS, char)
 
 }  // namespace
 
 // Whatever the dtype, a row is bytes; the bit pattern of zero is zero.
 Tensor permute(const Tensor& x_in, const Tensor& token_in) {
   const Permute given(DeviceType::CPU, x_in, token_in);
-  check_indices("permute", given.token_N, given.num_tokens, "token", kUnfilled);
   if (given.rows_ND.numel() == 0) {
+    check_indices("permute", given.token_N, given.num_tokens, "token", kUnfilled);
     return given.rows_ND;
   }
-  for_floating(given.x_TD.scalar_type(), [&]<class Scalar>() {
-    const int64_t width = given.width;
-    const int64_t* token = given.token_N.const_data_ptr<int64_t>();
-    const size_t bytes = static_cast<size_t>(width) * sizeof(Scalar);
-    const Scalar* x = given.x_TD.const_data_ptr<Scalar>();
-    Scalar* rows = given.rows_ND.mutable_data_ptr<Scalar>();
-    const bool stream = streams(given.num_rows * static_cast<int64_t>(bytes));
-    torch::stable::parallel_for(0, given.num_rows, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        void* row = rows + n * width;
-        if (n + kAhead < end && token[n + kAhead] != kUnfilled) {
-          prefetch(x + token[n + kAhead] * width, bytes);
-        }
-        if (token[n] == kUnfilled) {
-          std::memset(row, 0, bytes);
-        } else if (stream) {
-          put(row, x + token[n] * width, bytes);
-        } else {
-          std::memcpy(row, x + token[n] * width, bytes);
-        }
-      }
-      fence(stream);
-    });
+  const RowsByToken by_token("permute", given.token_N, given.num_tokens);
+  const int64_t width = given.width;
+  const int64_t bytes = width * static_cast<int64_t>(given.x_TD.element_size());
+  const auto* x = static_cast<const char*>(given.x_TD.const_data_ptr());
+  auto* rows = static_cast<char*>(given.rows_ND.mutable_data_ptr());
+  const bool stream = streams(rows, bytes, given.num_tokens + given.num_rows);
+  by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
+    copy_rows(by_token, begin, end, x, bytes, stream, rows);
+    fence(stream);
   });
+  by_token.for_unfilled(width, [&](int64_t n) { std::memset(rows + n * bytes, 0, static_cast<size_t>(bytes)); });
   return given.rows_ND;
 }
 

@@ -13,54 +13,33 @@
 
 namespace epmoe::cpu {
 
-// Whether a result of so many bytes will have left the caches before anybody reads it. Measured, not asked for: virtual
-// machines tell the size of a cache that many share.
-inline bool streams([[maybe_unused]] int64_t bytes) {
-  [[maybe_unused]] constexpr int64_t kKept = int64_t{16} << 20;
+// Whether the rows of a result are put past the caches: those that are read and written do not fit them, and every row
+// is aligned. Measured, not asked for: virtual machines tell the size of a cache that many share.
+inline bool streams(
+    [[maybe_unused]] const void* result, [[maybe_unused]] int64_t row_bytes, [[maybe_unused]] int64_t rows_moved) {
 #if defined(__SSE2__)
-  return bytes >= kKept;
+  constexpr int64_t kKept = int64_t{24} << 20, kAligned = sizeof(__m128i);
+  return rows_moved >= kKept / row_bytes && row_bytes % kAligned == 0 &&
+      reinterpret_cast<uintptr_t>(result) % kAligned == 0;
 #else
   return false;
 #endif
 }
 
-// Copies past the caches to where nothing overlaps, if the place is aligned for it. No sanitizer watches those stores,
-// tests compare what they wrote. Call `fence` when a thread has put all of its own.
-[[gnu::always_inline]] inline void put(void* to, const void* from, size_t bytes) {
+// Copies to where nothing overlaps; past the caches if rows stream. No sanitizer watches those stores, tests compare
+// what they wrote. Call `fence` when a thread has put all of its own.
+[[gnu::always_inline]] inline void put([[maybe_unused]] bool stream, void* to, const void* from, size_t bytes) {
 #if defined(__SSE2__)
-  constexpr size_t kVector = sizeof(__m128i);
-  auto* target = static_cast<char*>(to);
-  const auto* source = static_cast<const char*>(from);
-  if ((reinterpret_cast<uintptr_t>(target) | bytes) % kVector == 0) {
-    for (size_t at = 0; at < bytes; at += kVector) {
-      const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), value);
+  if (stream) {
+    for (size_t at = 0; at < bytes; at += sizeof(__m128i)) {
+      const auto value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + at));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + at), value);
     }
     return;
   }
 #endif
   std::memcpy(to, from, bytes);
 }
-
-// Where a block of a result is computed: in its place, or beside it to be put past the caches.
-template <bool kStream, class Scalar, int64_t kSize>
-struct Block {
-  Scalar* at;
-
-  explicit Block(Scalar* place) : at(place) {}
-  void write(int64_t) {}
-};
-
-template <class Scalar, int64_t kSize>
-struct Block<true, Scalar, kSize> {
-  alignas(64) Scalar at[kSize];
-  Scalar* place;
-
-  explicit Block(Scalar* to) : place(to) {}
-  [[gnu::always_inline]] void write(int64_t count) {
-    put(place, at, static_cast<size_t>(count) * sizeof(Scalar));
-  }
-};
 
 // Makes what a thread has put visible to the others.
 inline void fence([[maybe_unused]] bool stream) {

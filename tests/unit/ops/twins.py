@@ -155,6 +155,7 @@ def row_cases(seed=0):
     yield 6, 33, torch.tensor([5, -1, 0, 5, 2, -1])  # two that belong to nobody
     yield 2, 64, torch.tensor([1] * 50)
     yield 300, 100, randint(seed, 300, 700)
+    yield 40, 300, randint(seed, 40, 90)
 
 
 def long_row_cases():
@@ -209,10 +210,11 @@ def check_combine_backward(call: Call, tokens, width, token_N, dtype, weight_dty
 def check_special_numbers(call: Call, dtype):
     """NaN, infinities, overflow and underflow of the 16-bit types round as torch rounds them."""
     special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-7, 6e-8, 1e-40, 65504.0, 65520.0, 3.39e38, 1.0]
-    rows_ND = torch.tensor(special * 3, dtype=torch.float64).view(3, -1).to(dtype)
+    rows_ND = torch.tensor(special * 75, dtype=torch.float64).view(3, -1).to(dtype)
     token_N = torch.tensor([0, 1, 1])
-    for weight in (1.0, 1.00390625, -3.1, torch.inf):
-        arguments = (rows_ND, torch.full((3,), weight), token_N, 2)
+    most_nan = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)  # adding to its bits overflows
+    for weight in (*torch.tensor([1.0, 1.00390625, -3.1, torch.inf]), most_nan):
+        arguments = (rows_ND, weight.repeat(3), token_N, 2)
         assert_same_bits(call("combine", *arguments), reference.combine(*arguments))
 
 
