@@ -66,13 +66,23 @@ def start(arguments: argparse.Namespace) -> torch.device:
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc hand freed memory out again instead of returning large blocks to the system -> whether it could.
+    """Lets glibc hand freed memory out again instead of returning it to the system, and asks for large pages for what
+    the heap grows into -> whether it could.
 
-    Otherwise every large result is new pages, and the first touch of a page costs several times the write.
+    Otherwise every large result is new pages, and the first touch of a page costs several times the write; or it comes
+    to lie on small pages that something smaller has touched before, where every row that is gathered misses the TLB.
     """
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+    mmap_max, trim_threshold, large_pages = -4, -1, 14  # M_MMAP_MAX, M_TRIM_THRESHOLD, MADV_HUGEPAGE
+    libc, page, heap = ctypes.CDLL(None), 2**21, 2**30
+    mallopt = getattr(libc, "mallopt", lambda option, value: False)
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2 * heap - 1)):
+        return False
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(heap))  # untouched, it takes no memory
+    aligned = ctypes.c_void_p(-(-(block or 0) // page) * page)
+    advised = block and libc.madvise(aligned, ctypes.c_size_t(heap - page), large_pages) == 0
+    libc.free(ctypes.c_void_p(block))
+    return bool(advised)
 
 
 def progress() -> Progress:
