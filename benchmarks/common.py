@@ -66,8 +66,8 @@ def start(arguments: argparse.Namespace) -> torch.device:
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc hand freed memory out again instead of returning it to the system, and asks for large pages for what
-    the heap grows into -> whether it could.
+    """Lets glibc hand freed memory out again instead of returning it to the system -> whether it could; and asks for
+    large pages for the next GiB of the heap.
 
     Otherwise every large result is new pages, and the first touch of a page costs several times the write; or it comes
     to lie on small pages that something smaller has touched before, where every row that is gathered misses the TLB.
@@ -75,14 +75,14 @@ def keep_freed_memory() -> bool:
     mmap_max, trim_threshold, large_pages = -4, -1, 14  # M_MMAP_MAX, M_TRIM_THRESHOLD, MADV_HUGEPAGE
     libc, page, heap = ctypes.CDLL(None), 2**21, 2**30
     mallopt = getattr(libc, "mallopt", lambda option, value: False)
-    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2 * heap - 1)):
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
         return False
     libc.malloc.restype = ctypes.c_void_p
     block = libc.malloc(ctypes.c_size_t(heap))  # untouched, it takes no memory
-    aligned = ctypes.c_void_p(-(-(block or 0) // page) * page)
-    advised = block and libc.madvise(aligned, ctypes.c_size_t(heap - page), large_pages) == 0
-    libc.free(ctypes.c_void_p(block))
-    return bool(advised)
+    if block:
+        libc.madvise(ctypes.c_void_p(-(-block // page) * page), ctypes.c_size_t(heap - page), large_pages)
+        libc.free(ctypes.c_void_p(block))
+    return True
 
 
 def progress() -> Progress:

@@ -11,7 +11,8 @@
 namespace epmoe::cpu {
 namespace {
 
-// The weighted sum of a token's rows, `kPacks` packs of columns at a time, from `column` on as far as whole ones fit.
+// The weighted sum of a token's rows, `kPacks` packs of columns at a time, from `column` on as far as whole ones fit,
+// which moves it.
 template <int kBytes, int kPacks, bool kStream, class Scalar>
 [[gnu::always_inline]] inline void sum_columns(
     const RowsByToken& by_token,
@@ -57,6 +58,7 @@ template <int kBytes, bool kStream, class Scalar>
     int64_t column = 0;
     sum_columns<kBytes, 4, kStream>(by_token, first, rows, weight, width, column, y);
     sum_columns<kBytes, 1, kStream>(by_token, first, rows, weight, width, column, y);
+    sum_columns<16, 1, kStream>(by_token, first, rows, weight, width, column, y);
     for (; column < width; ++column) {
       compute_t<Scalar> sum = 0;
       for (int64_t n = first; n != RowsByToken::kEnd; n = by_token.after(n)) {
@@ -101,15 +103,14 @@ template <int kBytes, bool kStream, class Scalar>
   return dot.total() + rest;
 }
 
-// Begins to load a row that is wanted soon: rows lie anywhere, and the processor foresees only what comes in order.
-template <bool kWrite, class Scalar>
-[[gnu::always_inline]] inline void prefetch([[maybe_unused]] const Scalar* row, [[maybe_unused]] int64_t width) {
-#if defined(__GNUC__)
-  constexpr int64_t kLine = 64 / sizeof(Scalar);
-  for (int64_t column = 0; column < width; column += kLine) {
-    __builtin_prefetch(row + column, kWrite);
+// Begins to load a row that is wanted soon, or its first part: rows lie anywhere, and the processor foresees only what
+// comes in order.
+template <class Scalar>
+[[gnu::always_inline]] inline void prefetch(const Scalar* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(Scalar), kMost = 64 * kLine;
+  for (int64_t column = 0; column < std::min(width, kMost); column += kLine) {
+    __builtin_prefetch(row + column);
   }
-#endif
 }
 
 template <int kBytes, bool kStream, class Scalar>
@@ -127,9 +128,9 @@ template <int kBytes, bool kStream, class Scalar>
     for (int64_t n = by_token.first(t); n != RowsByToken::kEnd; n = by_token.after(n)) {
       const int64_t at = n * width, next = by_token.following(t, n, end);
       if (next != RowsByToken::kEnd) {
-        prefetch<false>(rows + next * width, width);
+        prefetch(rows + next * width, width);
         if (!kStream) {
-          prefetch<true>(d_rows + next * width, width);
+          prefetch(d_rows + next * width, width);
         }
       }
       d_weight[n] = scale_and_dot<kBytes, kStream>(d_y + t * width, rows + at, weight[n], width, d_rows + at);
@@ -184,7 +185,7 @@ Tensor combine(
     const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
     const auto* weight = given.weight_N.has_value() ? given.weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
     Scalar* y = given.y_TD.mutable_data_ptr<Scalar>();
-    const bool stream = streams(y, width * sizeof(Scalar), given.num_rows + num_tokens);
+    const bool stream = streams(y, width * static_cast<int64_t>(sizeof(Scalar)), given.num_rows + num_tokens);
     by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
       sum_rows(by_token, begin, end, rows, weight, width, stream, y);
       fence(stream);
@@ -209,7 +210,8 @@ std::tuple<Tensor, Tensor> combine_backward(
     const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
     Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
     auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
-    const bool stream = streams(d_rows, width * sizeof(Scalar), given.num_tokens + 2 * given.num_rows);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(Scalar));
+    const bool stream = streams(d_rows, row_bytes, given.num_tokens + 2 * given.num_rows);
     by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
       scale_rows(by_token, begin, end, d_y, rows, weight, width, stream, d_rows, d_weight);
       fence(stream);

@@ -142,8 +142,8 @@ struct Scratch {
 };
 
 // Calls body(expert, thread) for every expert. Small blocks are shared out among the threads, one GEMM on one core, as
-// a batched GEMM would; an expert with a large share of the rows gets all threads for itself, one after the other. Which
-// is which follows from the counts and the number of threads, so that equal calls give equal bits; which thread
+// a batched GEMM would; an expert with a large share of the rows gets all threads for itself, one after the other.
+// Which is which follows from the counts and the number of threads, so that equal calls give equal bits; which thread
 // computes a small block does not matter for them.
 template <class Body>
 void for_experts(const Blocks& blocks, const Body& body) {

@@ -5,15 +5,30 @@
 #include <cstdint>
 #include <functional>
 
-// Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere. Sanitizers,
-// which would have to be there before the loader, see the default alone.
+// Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere. Flags that
+// name a processor are taken at their word. Sanitizers, who would have to be there before the loader, see one version.
+//
+// EPMOE_VECTOR_WIDTHS does so for functions that want to know the width: DEFINE(attribute, bytes, ...) defines the one
+// for vector registers of so many bytes.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define EPMOE_HAS_VECTOR_CLONES 1
+    !defined(__AVX__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define EPMOE_VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define EPMOE_VECTOR_WIDTHS(DEFINE, ...)                                           \
+  DEFINE(__attribute__((target("default"))), 16 __VA_OPT__(, ) __VA_ARGS__)        \
+  DEFINE(__attribute__((target("arch=x86-64-v3"))), 32 __VA_OPT__(, ) __VA_ARGS__) \
+  DEFINE(__attribute__((target("arch=x86-64-v4"))), 64 __VA_OPT__(, ) __VA_ARGS__)
 #else
-#define EPMOE_HAS_VECTOR_CLONES 0
 #define EPMOE_VECTOR_CLONES
+#if !defined(EPMOE_VECTOR_BYTES)
+#if defined(__AVX512F__)
+#define EPMOE_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define EPMOE_VECTOR_BYTES 32
+#else
+#define EPMOE_VECTOR_BYTES 16
+#endif
+#endif
+#define EPMOE_VECTOR_WIDTHS(DEFINE, ...) DEFINE(, EPMOE_VECTOR_BYTES __VA_OPT__(, ) __VA_ARGS__)
 #endif
 
 namespace epmoe::cpu {
@@ -33,7 +48,7 @@ struct Lanes {
 
   template <class Join = std::plus<Scalar>>
   Scalar total(const Join& join = {}) {
-#pragma GCC unroll 8
+#pragma GCC unroll 8  // else the partial sums would go through memory
     for (int64_t half = kLanes / 2; half > 0; half /= 2) {
 #pragma GCC unroll 16
       for (int64_t lane = 0; lane < half; ++lane) {

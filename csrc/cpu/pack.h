@@ -13,22 +13,13 @@
 #include "lanes.h"
 #include "stream.h"
 
-// DEFINE(attribute, bytes of a vector register, ...) defines a function; the loader picks one of its versions.
-#if EPMOE_HAS_VECTOR_CLONES
-#define EPMOE_VECTOR_WIDTHS(DEFINE, ...)                             \
-  DEFINE(__attribute__((target("default"))), 16, __VA_ARGS__)        \
-  DEFINE(__attribute__((target("arch=x86-64-v3"))), 32, __VA_ARGS__) \
-  DEFINE(__attribute__((target("arch=x86-64-v4"))), 64, __VA_ARGS__)
-#else
-#define EPMOE_VECTOR_WIDTHS(DEFINE, ...) DEFINE(, 16, __VA_ARGS__)
-#endif
-
 namespace epmoe::cpu {
 
-// Of 16-bit numbers there are twice as many, in two registers: those of even columns and of odd ones, which is how
-// they come apart without a shuffle.
+// Of 16-bit numbers there are twice as many, in two registers: those of even columns and those of odd ones. That is how
+// bfloat16 comes apart without a shuffle; float16, which is rare on CPUs, is converted number by number.
 template <class Scalar, int kBytes>
 struct Pack {
+  static_assert(kBytes % 16 == 0);  // as `put` wants it
   using Wide = compute_t<Scalar>;
   static constexpr int64_t kCount = kBytes / sizeof(Scalar);
   static constexpr int64_t kParts = sizeof(Wide) / sizeof(Scalar);

@@ -1,16 +1,18 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstring>
 
+#include "lanes.h"
 #include "operators.h"
-#include "pack.h"
 #include "rows.h"
 #include "stream.h"
 
 namespace epmoe::cpu {
 namespace {
 
-// Of `bytes` each. A token's own row is read from memory once, however many rows it becomes.
+// Copies each token's row, of `bytes` bytes, to all its places: it is read from memory once. In blocks of vectors, as
+// rows are too short for memcpy to be at its best.
 template <int kBytes>
 [[gnu::always_inline]] inline void copy_rows_of(
     const RowsByToken& by_token, int64_t begin, int64_t end, const char* x, int64_t bytes, bool stream, char* rows) {
@@ -38,18 +40,18 @@ template <int kBytes>
   }
 }
 
-#define EPMOE_COPY_ROWS(attribute, vector_bytes, Byte)                        \
+#define EPMOE_COPY_ROWS(attribute, vector_bytes)                              \
   attribute void copy_rows(                                                   \
       const RowsByToken& by_token,                                            \
       int64_t begin,                                                          \
       int64_t end,                                                            \
-      const Byte* x,                                                          \
+      const char* x,                                                          \
       int64_t bytes,                                                          \
       bool stream,                                                            \
-      Byte* rows) {                                                           \
+      char* rows) {                                                           \
     copy_rows_of<vector_bytes>(by_token, begin, end, x, bytes, stream, rows); \
   }
-EPMOE_VECTOR_WIDTHS(EPMOE_COPY_ROWS, char)
+EPMOE_VECTOR_WIDTHS(EPMOE_COPY_ROWS)
 
 }  // namespace
 
@@ -65,7 +67,7 @@ Tensor permute(const Tensor& x_in, const Tensor& token_in) {
   const int64_t bytes = width * static_cast<int64_t>(given.x_TD.element_size());
   const auto* x = static_cast<const char*>(given.x_TD.const_data_ptr());
   auto* rows = static_cast<char*>(given.rows_ND.mutable_data_ptr());
-  const bool stream = streams(rows, bytes, given.num_tokens + given.num_rows);
+  const bool stream = streams(rows, bytes, std::min(given.num_tokens, given.num_rows) + given.num_rows);
   by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
     copy_rows(by_token, begin, end, x, bytes, stream, rows);
     fence(stream);

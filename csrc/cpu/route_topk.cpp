@@ -51,6 +51,9 @@ template <class Scalar>
 // Where the value is found first.
 template <class Scalar>
 [[gnu::always_inline]] inline int64_t place_of(Scalar value, const Scalar* values, int64_t count) {
+  if (count > std::numeric_limits<int32_t>::max()) [[unlikely]] {
+    return std::find(values, values + count, value) - values;
+  }
   int32_t place = std::numeric_limits<int32_t>::max();
 #pragma omp simd reduction(min : place)
   for (int32_t i = 0; i < static_cast<int32_t>(count); ++i) {

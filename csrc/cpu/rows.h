@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <memory>
 
-#include "kernels.h"
+#include "checks.h"
 #include "lanes.h"
 
 namespace epmoe::cpu {
 
 // Lists of rows, in row order. With them every sum has one owner: no atomics, and the same bits for any number of
-// threads; and what a token has alone is read once.
+// threads; and what belongs to the token itself is read from memory once.
 class RowsByToken {
  public:
   static constexpr int64_t kEnd = -1;
@@ -29,7 +29,7 @@ class RowsByToken {
         continue;
       }
       if (t < 0 || t >= num_tokens) [[unlikely]] {
-        check_indices(op, token_N, num_tokens, "token", kUnfilled);  // names the first one that is out of range
+        check_indices(op, token_N, num_tokens, "token", kUnfilled);  // throws, and names the first one
       }
       next_N_[n] = first_T_[t];
       first_T_[t] = n;
@@ -46,13 +46,16 @@ class RowsByToken {
 
   // The row that comes after row n of token t on a walk over the tokens before `end`; kEnd if the next token has none.
   int64_t following(int64_t t, int64_t n, int64_t end) const {
-    return next_N_[n] != kEnd ? next_N_[n] : t + 1 < end ? first_T_[t + 1] : kEnd;
+    if (next_N_[n] != kEnd) {
+      return next_N_[n];
+    }
+    return t + 1 < end ? first_T_[t + 1] : kEnd;
   }
 
   // Calls body(begin, end) for ranges of tokens, on all threads.
   template <class Body>
   void for_tokens(int64_t width, const Body& body) const {
-    torch::stable::parallel_for(0, num_tokens_, grain(width), body);
+    torch::stable::parallel_for(0, num_tokens_, grain(width * (num_rows_ / std::max<int64_t>(num_tokens_, 1) + 1)), body);
   }
 
   // Calls zero(n) for every row that belongs to no token, on all threads.

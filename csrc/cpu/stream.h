@@ -1,4 +1,4 @@
-// Results that are too large for the caches, written past them by non-temporal (streaming) stores.
+// Results of operators that move more than the caches hold, written past them by non-temporal (streaming) stores.
 //
 // An ordinary store first reads the line that it will overwrite, so a large copy moves half as much again as it must.
 #pragma once
@@ -19,15 +19,16 @@ inline bool streams(
     [[maybe_unused]] const void* result, [[maybe_unused]] int64_t row_bytes, [[maybe_unused]] int64_t rows_moved) {
 #if defined(__SSE2__)
   constexpr int64_t kKept = int64_t{24} << 20, kAligned = sizeof(__m128i);
-  return rows_moved >= kKept / row_bytes && row_bytes % kAligned == 0 &&
+  return rows_moved * row_bytes >= kKept && row_bytes % kAligned == 0 &&
       reinterpret_cast<uintptr_t>(result) % kAligned == 0;
 #else
   return false;
 #endif
 }
 
-// Copies to where nothing overlaps; past the caches if rows stream. No sanitizer watches those stores, tests compare
-// what they wrote. Call `fence` when a thread has put all of its own.
+// Copies to where nothing overlaps; past the caches if rows stream, and then to an aligned place, whole vectors of 16
+// bytes. No sanitizer watches those stores, tests compare what they wrote. Call `fence` when a thread has put all its
+// own.
 [[gnu::always_inline]] inline void put([[maybe_unused]] bool stream, void* to, const void* from, size_t bytes) {
 #if defined(__SSE2__)
   if (stream) {

@@ -31,24 +31,38 @@ struct Stray {
   int64_t weight_bytes = 0;
 };
 
-__device__ inline void zero_bytes(char* begin, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    begin[i] = 0;
+// By all lanes of a warp.
+__device__ inline void zero_bytes(char* begin, int64_t count, int lane) {
+  using Vector = Pack<int32_t, kVectorBytes / sizeof(int32_t)>;
+  const bool in_vectors = (reinterpret_cast<uintptr_t>(begin) | static_cast<uintptr_t>(count)) % kVectorBytes == 0;
+  const int64_t size = in_vectors ? kVectorBytes : 1;
+  for (int64_t at = lane * size; at < count; at += kWarp * size) {
+    if (in_vectors) {
+      *reinterpret_cast<Vector*>(begin + at) = Vector{};
+    } else {
+      begin[at] = 0;
+    }
   }
 }
 
 static __global__ void list_rows_kernel(RowLists lists, Stray stray) {
+  const int lane = lane_id();
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; n < lists.num_rows; n += stride) {
-    const int64_t t = lists.token_N[n];
-    if (t < 0 || t >= lists.num_tokens) {
-      zero_bytes(stray.row_N + n * stray.row_bytes, stray.row_bytes);
-      zero_bytes(stray.weight_N + n * stray.weight_bytes, stray.weight_bytes);
-      continue;
+  for (int64_t base = int64_t{blockIdx.x} * blockDim.x + threadIdx.x - lane; base < lists.num_rows; base += stride) {
+    const int64_t n = base + lane;
+    const int64_t t = n < lists.num_rows ? lists.token_N[n] : 0;
+    const bool known = t >= 0 && t < lists.num_tokens;
+    if (n < lists.num_rows && known) {
+      const unsigned long long place = atomicAdd(lists.count_T + t, 1ull);
+      if (place < kListed) {
+        lists.row_TX[t * kListed + static_cast<int64_t>(place)] = n;
+      }
     }
-    const unsigned long long place = atomicAdd(lists.count_T + t, 1ull);
-    if (place < kListed) {
-      lists.row_TX[t * kListed + static_cast<int64_t>(place)] = n;
+    unsigned strays = __ballot_sync(kAllLanes, n < lists.num_rows && !known);
+    for (; strays != 0; strays &= strays - 1) {
+      const int64_t row = base + __ffs(static_cast<int>(strays)) - 1;
+      zero_bytes(stray.row_N + row * stray.row_bytes, stray.row_bytes, lane);
+      zero_bytes(stray.weight_N + row * stray.weight_bytes, stray.weight_bytes, lane);
     }
   }
 }

@@ -92,7 +92,9 @@ def test_combine_backward_equals_the_reference(dtype, weight_dtype):
 
 
 @needs_native
-@pytest.mark.parametrize("width", [1024, 1021], ids=["whole vectors", "rows that begin anywhere"])
+@pytest.mark.parametrize(
+    "width", [1024, 1000, 1021], ids=["whole vectors", "aligned rows", "rows that begin anywhere"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_too_large_for_the_caches(dtype, width):
     """They are written past them, where 24 MiB and more are read and written."""

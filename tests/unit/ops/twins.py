@@ -95,7 +95,7 @@ def check_draws(call: Call, count, part=0):
     seed, layer = (part - 76) * (2**56 + 12345), (40000 + part * 429) % 2**16
     sample_T, position_T = randint(part, 2**40, count), randint(part + 1, 2**32, count)
     counters, valid = (sample_T, position_T), torch.ones(count, dtype=torch.bool)
-    draw_T = philox.uniform(seed, philox.SECOND_EXPERT, layer, *counters, 1)[:, 0].double()
+    draw_T = reference.uniform(*counters, seed, philox.SECOND_EXPERT, layer, 1, 0)[:, 0].double()
     for step in (2.0**-25, -(2.0**-25)):
         threshold_T = (draw_T + step).clamp_min(2.0**-30)
         logits = torch.stack((torch.zeros_like(draw_T), -(2 / threshold_T - 1).log()), dim=1)
