@@ -1,13 +1,13 @@
 """Every operator, native and reference, against plain PyTorch and against what the machine can move.
 
-    python benchmarks/bench_ops.py [--rounds 7] [--sweeps base E]
+    python benchmarks/bench_ops.py [--rounds 15] [--sweeps base E]
 
 The bound of routing and row operators is the time of a copy, in the same turn, of as many bytes as the operator has to
 read and write once (rows, weights and indices): into memory that exists (``copy``), and into memory that is asked for
-(``clone``), as every operator does for its result. Freed memory is kept in the process, because the first touch of a
-new page costs more than any operator; ``--new-pages`` shows what that makes of the times. The bound of the experts is
-balanced ``bmm`` of equal arithmetic, with the activation between. All contenders are compared with the reference before
-they are timed. On CUDA, times are those of graph replays.
+(``clone``), as every operator does for its result. Freed memory is kept in the process, on large pages, because the
+first touch of a new page costs more than any operator; ``--new-pages`` shows what that makes of the times. The bound of
+the experts is balanced ``bmm`` of equal arithmetic, with the activation between. All contenders are compared with the
+reference before they are timed. On CUDA, times are those of graph replays.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def picture(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
 def main() -> None:
     """Runs the benchmark."""
     parser = arguments_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each contender; default 7")
+    parser.add_argument("--rounds", type=int, default=None, help="samples of each contender; default 15")
     parser.add_argument(
         "--sweeps", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them; default all"
     )
@@ -255,7 +255,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = start(arguments)
     kept = not arguments.new_pages and keep_freed_memory()
-    rounds = arguments.rounds or (2 if arguments.quick else 7)
+    rounds = arguments.rounds or (2 if arguments.quick else 15)
     facts = where(device)
     rows, lines = [], []
     cases = [case for case in plan(device, arguments.quick) if case[0] in arguments.sweeps]

@@ -36,6 +36,8 @@ from epmoe.train.run_folder import hardware, software_versions
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("deepspeed", "transformers", "sonic-moe", "scattermoe", "transformer-engine")
 """Distributions whose versions belong to a result."""
+CHANGED = ("--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+"""Words of ``git status``: what is not committed, but for the results of other benchmarks."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -255,7 +257,8 @@ def where(device: torch.device) -> dict[str, Any]:
         "hardware": {key: value for key, value in hardware().items() if key != "host"},
         "versions": versions,
         "commit": _git("rev-parse", "HEAD"),
-        "changed_files": len((_git("status", "--porcelain", "--untracked-files=no") or "").splitlines()),
+        "changed_files": len((_git("status", *CHANGED) or "").splitlines()),
+        "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "command": sys.argv,
     }
 

@@ -1,4 +1,4 @@
-"""What a layer keeps for the backward pass, counted byte by byte with saved-tensor hooks."""
+"""What a layer keeps for the backward pass, counted byte by byte with saved-tensor hooks; and its largest tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from epmoe.comm.exchange import flat
 from epmoe.moe.build import DISPATCHERS
@@ -82,3 +84,42 @@ def test_bytes_per_row(name, activation, dtype, one_rank_group):
             f"{name} {save} {activation} {dtype}, D={D} F={F}: {total / rows:.2f} bytes per row, wanted {per_row}"
         )
         assert per_row * rows <= total <= per_row * rows + 8 * (E + 1)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest memory that an operator returns a tensor of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return results
+
+
+def largest_bytes(dispatcher, save, num_tokens, num_experts) -> int:
+    """In forward and backward of a layer whose every token takes two experts."""
+    moe = config("top2", num_experts=num_experts, capacity_factor=1.0, dispatcher=dispatcher, save=save)
+    layer = make_layer(moe, d_model=8, d_ff=16).float()
+    x_BSD = torch.randn(1, num_tokens, 8, requires_grad=True)
+    with LargestTensor() as largest:
+        y_BSD, report = layer(x_BSD, TokenContext())
+        (y_BSD.sum() + sum(report.losses.values())).backward()
+    return largest.bytes
+
+
+@pytest.mark.parametrize("save", ["output", "hidden"])
+@pytest.mark.parametrize("dispatcher", ["local", "padded"])
+def test_no_tensor_grows_with_more_than_the_tokens(dispatcher, save):
+    """A tensor of tokens times experts times slots would be four times as large for twice the tokens, and of tokens
+    times experts times a width twice as large for twice the experts."""
+    tokens, experts = 1024, 8
+    largest = largest_bytes(dispatcher, save, tokens, experts)
+    hidden_bytes = tokens * 2 * 2 * 16 * 4  # K rows of gate and up inputs
+    assert largest <= 1.3 * hidden_bytes
+    assert largest_bytes(dispatcher, save, 2 * tokens, experts) <= 2.1 * largest
+    assert largest_bytes(dispatcher, save, tokens, 2 * experts) <= 1.1 * largest
