@@ -6,8 +6,8 @@ Chosen by what is known without asking the device, and never by trying at run ti
     CUDA, bf16, widths multiples of 8           torch grouped_mm    (reads the counts on the device)
     everything else, float64 on CUDA too        one mm for each expert
 
-On the CPU the fused kernel takes the place of all three. ``benchmarks/bench_ops.py`` times it beside ``bmm`` and
-grouped_mm, for 8 to 512 experts; it is the fastest of them at every shape there.
+On the CPU the fused kernel takes the place of all three: ``benchmarks/bench_ops.py`` times it beside the loop and
+grouped_mm, for 8 to 512 experts, and it is the fastest at every shape.
 """
 
 from __future__ import annotations

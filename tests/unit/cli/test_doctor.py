@@ -13,6 +13,7 @@ from epmoe.cli import doctor as module
 from epmoe.cli.doctor import apex_finding, doctor, examine, flash_finding
 from epmoe.errors import ConfigError
 from epmoe.observe.record import LayerHealth, StepRecord, record_to_json
+from epmoe.ops import native, registration
 from tests.unit.packages import Packages, pretend
 
 
@@ -41,6 +42,16 @@ def test_a_look_that_fails_is_a_finding_and_the_exit_code_is_1(
         doctor(None, json=False)
     assert caught.value.exit_code == 1
     assert "2 problem(s)" in capsys.readouterr().out
+
+
+def test_without_the_extension_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("EPMOE_KERNELS", raising=False)
+    monkeypatch.setattr(native, "find_spec", lambda name: None)
+    monkeypatch.setattr(registration, "_STATUS", native.load_kernels())
+    [finding] = module._kernels()
+    assert finding.value.startswith("reference: epmoe._C is not built: it needs torch and a C++ compiler")
+    assert "make build" in finding.value
+    assert "\n" not in finding.value
 
 
 IMPORTED = "raise SystemExit('it was imported')"
