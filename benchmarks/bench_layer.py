@@ -1,6 +1,7 @@
 """Forward and backward of a mixture-of-experts layer against its bound and against other people's layers.
 
     python benchmarks/bench_layer.py [--experts 8 64 256] [--activation swiglu gelu] [--pairs 15]
+    python benchmarks/bench_layer.py --sweep --experts 64 --peers     # one size at a time, ours and the bound alone
     pip install --no-build-isolation -e '.[bench]'      # the peers; without them the rest runs
 
 The bound is one autograd function with a hand-written backward: balanced ``bmm`` over the same stacked weights, the
@@ -14,7 +15,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,7 @@ def shapes(arguments: Any, device: torch.device) -> list[LayerShape]:
             )
         )
         sizes = [(T, D, F, num_experts) for num_experts in arguments.experts or (8, 64, 256)]
-    return [
+    rows = [
         LayerShape(
             num_tokens=T,
             d_model=D,
@@ -90,6 +91,18 @@ def shapes(arguments: Any, device: torch.device) -> list[LayerShape]:
         for T, D, F, E in sizes
         for activation in arguments.activation
     ]
+    return list(dict.fromkeys(other for shape in rows for other in around(shape))) if arguments.sweep else rows
+
+
+def around(shape: LayerShape) -> list[LayerShape]:
+    """One size at a time smaller and larger; experts from 8 to 512, choices from 1 to 4."""
+    sizes = {
+        "num_experts": (8, shape.num_experts, 512),
+        "num_tokens": (shape.num_tokens // 4, 4 * shape.num_tokens),
+        "top_k": (1, 4),
+        "d_model": (shape.d_model // 2, 2 * shape.d_model),
+    }
+    return [replace(shape, **{name: size}) for name, values in sizes.items() for size in values]
 
 
 def build_contenders(
@@ -315,6 +328,7 @@ def main() -> None:
     parser.add_argument("--d-ff", type=int, default=None)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None)
+    parser.add_argument("--sweep", action="store_true", help="each shape, and one of its sizes at a time")
     parser.add_argument("--pairs", type=int, default=None, help="timed rounds; default 15")
     parser.add_argument("--peers", nargs="*", choices=tuple(BUILDERS), default=list(BUILDERS))
     parser.add_argument(

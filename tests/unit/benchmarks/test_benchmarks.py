@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +211,21 @@ def test_gradients_of_the_denominator(activation: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(out_ECD, leaves, d_out_ECD), torch.autograd.grad(expected_ECD, leaves, d_out_ECD)
     )
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_sweep_changes_one_size_at_a_time() -> None:
+    from bench_layer import around
+    from layers import LayerShape
+
+    shape = LayerShape(
+        num_tokens=16, d_model=8, d_ff=8, num_experts=4, top_k=2, activation="gelu", dtype=torch.float32
+    )
+    sizes = asdict(shape)
+    changed = [{name for name, size in asdict(other).items() if size != sizes[name]} for other in around(shape)]
+    assert changed.count(set()) == 1
+    assert all(len(names) <= 1 for names in changed)
+    assert set.union(*changed) == {"num_experts", "num_tokens", "top_k", "d_model"}
 
 
 @pytest.mark.usefixtures("bench")
