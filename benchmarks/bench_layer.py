@@ -91,7 +91,9 @@ def shapes(arguments: Any, device: torch.device) -> list[LayerShape]:
         for T, D, F, E in sizes
         for activation in arguments.activation
     ]
-    return list(dict.fromkeys(other for shape in rows for other in around(shape))) if arguments.sweep else rows
+    return (
+        list(dict.fromkeys(other for shape in rows for other in around(shape))) if arguments.sweep else rows
+    )
 
 
 def around(shape: LayerShape) -> list[LayerShape]:

@@ -222,7 +222,9 @@ def test_a_sweep_changes_one_size_at_a_time() -> None:
         num_tokens=16, d_model=8, d_ff=8, num_experts=4, top_k=2, activation="gelu", dtype=torch.float32
     )
     sizes = asdict(shape)
-    changed = [{name for name, size in asdict(other).items() if size != sizes[name]} for other in around(shape)]
+    changed = [
+        {name for name, size in asdict(other).items() if size != sizes[name]} for other in around(shape)
+    ]
     assert changed.count(set()) == 1
     assert all(len(names) <= 1 for names in changed)
     assert set.union(*changed) == {"num_experts", "num_tokens", "top_k", "d_model"}
