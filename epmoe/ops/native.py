@@ -20,7 +20,7 @@ def load_kernels() -> tuple[str, str]:
     The operators must be defined before. Where there are no native kernels the reference serves.
 
     Raises:
-        ConfigError: ``EPMOE_KERNELS`` asks for something else than there is.
+        ConfigError: ``EPMOE_KERNELS`` asks for something else than there is, or torch is too old for what was built.
     """
     wanted = env.kernels()
     if wanted not in ("auto", "reference"):
@@ -39,7 +39,11 @@ def load_kernels() -> tuple[str, str]:
         )
     # The binary must not even be opened by an older torch: what it calls is not there.
     if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
-        return "reference", f"epmoe._C needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}"
+        raise ConfigError(
+            f"epmoe._C needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}",
+            why=f"it is compiled for the stable ABI of torch {OLDEST_TORCH}, which an older one does not have",
+            fix="install a newer torch, or EPMOE_KERNELS=reference for plain PyTorch",
+        )
     try:
         extension = import_module("epmoe._C")
     except ImportError as error:

@@ -172,7 +172,6 @@ def test_kernels_that_do_not_exist_are_refused(monkeypatch):
     ("found", "running", "reason"),
     [
         (None, "2.13.0", "is not built"),
-        ("a file", "2.10.1+cpu", "needs torch 2.11 or newer, this is 2.10.1"),
         ("a file", "2.13.0", "cannot be loaded into torch 2.13.0: undefined symbol"),
     ],
 )
@@ -187,6 +186,17 @@ def test_what_cannot_be_loaded_is_told(monkeypatch, found, running, reason):
     name, told = native.load_kernels()
     assert name == "reference"
     assert reason in told
+
+
+def test_an_older_torch_is_refused_before_the_extension_is_opened(monkeypatch):
+    monkeypatch.delenv("EPMOE_KERNELS", raising=False)
+    monkeypatch.setattr(native, "find_spec", lambda _: "a file")
+    monkeypatch.setattr(native, "import_module", lambda _: pytest.fail("it was opened"))
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    with pytest.raises(ConfigError, match=r"epmoe\._C needs torch 2\.11 or newer, this is 2\.10\.1\+cpu"):
+        native.load_kernels()
+    monkeypatch.setenv("EPMOE_KERNELS", "reference")
+    assert native.load_kernels()[0] == "reference"
 
 
 @needs_native
