@@ -186,17 +186,21 @@ def test_a_second_backward_pass_gives_the_same_bits():
 def test_opcheck(per_expert, weighted):
     counts = [1, 3] if per_expert is None else [per_expert] * 2
     tensors = leaves(make(counts, "swiglu", weighted=weighted), (True,) * 4)
+    blocks = (torch.tensor(counts), per_expert)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.library.opcheck(
             torch.ops.epmoe.expert_ffn.default,
-            (*tensors, torch.tensor(counts), per_expert, "swiglu"),
-            test_utils=[
-                "test_schema",
-                "test_autograd_registration",
-                "test_faketensor",
-                "test_aot_dispatch_static",
-            ],
+            (*tensors, *blocks, "swiglu"),
+            test_utils=[*checks, "test_aot_dispatch_static"],
+        )
+        plain = [None if t is None else t.detach() for t in tensors]
+        y, hidden = torch.ops.epmoe.expert_ffn(*plain, *blocks, "swiglu")
+        torch.library.opcheck(
+            torch.ops.epmoe.expert_ffn_backward.default,
+            (torch.randn_like(y), *plain, *blocks, hidden, "swiglu", True, True, True),
+            test_utils=checks,
         )
 
 
