@@ -185,7 +185,7 @@ Tensor combine(
     const Scalar* rows = given.rows_ND.const_data_ptr<Scalar>();
     const auto* weight = given.weight_N.has_value() ? given.weight_N->const_data_ptr<compute_t<Scalar>>() : nullptr;
     Scalar* y = given.y_TD.mutable_data_ptr<Scalar>();
-    const bool stream = streams(y, width * static_cast<int64_t>(sizeof(Scalar)), given.num_rows + num_tokens);
+    const bool stream = streams(given.y_TD, given.num_rows + num_tokens);
     by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
       sum_rows(by_token, begin, end, rows, weight, width, stream, y);
       fence(stream);
@@ -210,8 +210,7 @@ std::tuple<Tensor, Tensor> combine_backward(
     const auto* weight = given.weight_N.const_data_ptr<compute_t<Scalar>>();
     Scalar* d_rows = given.d_rows_ND.mutable_data_ptr<Scalar>();
     auto* d_weight = given.d_weight_N.mutable_data_ptr<compute_t<Scalar>>();
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(Scalar));
-    const bool stream = streams(d_rows, row_bytes, given.num_tokens + 2 * given.num_rows);
+    const bool stream = streams(given.d_rows_ND, given.num_tokens + 2 * given.num_rows);
     by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
       scale_rows(by_token, begin, end, d_y, rows, weight, width, stream, d_rows, d_weight);
       fence(stream);

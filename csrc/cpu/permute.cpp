@@ -67,7 +67,7 @@ Tensor permute(const Tensor& x_in, const Tensor& token_in) {
   const int64_t bytes = width * static_cast<int64_t>(given.x_TD.element_size());
   const auto* x = static_cast<const char*>(given.x_TD.const_data_ptr());
   auto* rows = static_cast<char*>(given.rows_ND.mutable_data_ptr());
-  const bool stream = streams(rows, bytes, std::min(given.num_tokens, given.num_rows) + given.num_rows);
+  const bool stream = streams(given.rows_ND, std::min(given.num_tokens, given.num_rows) + given.num_rows);
   by_token.for_tokens(width, [&](int64_t begin, int64_t end) {
     copy_rows(by_token, begin, end, x, bytes, stream, rows);
     fence(stream);

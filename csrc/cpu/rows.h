@@ -55,7 +55,8 @@ class RowsByToken {
   // Calls body(begin, end) for ranges of tokens, on all threads.
   template <class Body>
   void for_tokens(int64_t width, const Body& body) const {
-    torch::stable::parallel_for(0, num_tokens_, grain(width * (num_rows_ / std::max<int64_t>(num_tokens_, 1) + 1)), body);
+    const int64_t rows_per_token = num_rows_ / std::max<int64_t>(num_tokens_, 1) + 1;
+    torch::stable::parallel_for(0, num_tokens_, grain(width * rows_per_token), body);
   }
 
   // Calls zero(n) for every row that belongs to no token, on all threads.

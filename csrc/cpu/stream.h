@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "checks.h"
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -15,12 +17,12 @@ namespace epmoe::cpu {
 
 // Whether the rows of a result are put past the caches: those that are read and written do not fit them, and every row
 // is aligned. Measured, not asked for: virtual machines tell the size of a cache that many share.
-inline bool streams(
-    [[maybe_unused]] const void* result, [[maybe_unused]] int64_t row_bytes, [[maybe_unused]] int64_t rows_moved) {
+inline bool streams([[maybe_unused]] const Tensor& rows_ND, [[maybe_unused]] int64_t rows_moved) {
 #if defined(__SSE2__)
   constexpr int64_t kKept = int64_t{24} << 20, kAligned = sizeof(__m128i);
+  const int64_t row_bytes = rows_ND.size(1) * static_cast<int64_t>(rows_ND.element_size());
   return rows_moved * row_bytes >= kKept && row_bytes % kAligned == 0 &&
-      reinterpret_cast<uintptr_t>(result) % kAligned == 0;
+      reinterpret_cast<uintptr_t>(rows_ND.const_data_ptr()) % kAligned == 0;
 #else
   return false;
 #endif

@@ -7,7 +7,7 @@ Chosen by what is known without asking the device, and never by trying at run ti
     everything else, float64 on CUDA too        one mm for each expert
 
 On the CPU the fused kernel takes the place of all three: ``benchmarks/bench_ops.py`` times it beside the loop and
-grouped_mm, for 8 to 512 experts, and it is the fastest at every shape.
+grouped_mm, for 8 to 512 experts. It is the fastest but for one forward pass, of 8 experts, within 2%.
 """
 
 from __future__ import annotations

@@ -66,9 +66,8 @@ def test_a_run_is_compiled_when_its_configuration_says_so(
     base: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole block with its experts."""
-    monkeypatch.setattr(
-        run, "compile_blocks", partial(compile_blocks, backend=backend)
-    )  # inductor is the default
+    # Inductor is the default.
+    monkeypatch.setattr(run, "compile_blocks", partial(compile_blocks, backend=backend))
     short = ["train.steps=3", "checkpoint.every=0", "train.sample.tokens=0", "model.num_layers=1", "moe.every=1",
              "moe.dispatcher=padded"]  # fmt: skip
     losses = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -15,13 +14,13 @@ pytest.importorskip("pydantic", reason="configurations need pydantic")
 from epmoe.config import MoEConfig
 from epmoe.moe.build import build_moe_layer
 from epmoe.types import TokenContext
+from tests.unit.ops.twins import SEED, randn
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU", allow_module_level=True)
 if "CUDA" not in ops.kernel_status()[1]:
     pytest.skip(f"no CUDA kernels: {ops.kernel_status()[1]}", allow_module_level=True)
 
-SEED = int(os.environ.get("EPMOE_TEST_SEED", "0"))
 both_saves = pytest.mark.parametrize("save", ["output", "hidden"])
 
 
@@ -39,8 +38,7 @@ def make_layer(save, dtype=torch.float32):
 
 
 def make_tokens(number, device, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(SEED + number)
-    x_BSD = torch.randn(4, 32, 64, generator=generator, dtype=dtype)
+    x_BSD = randn(number, 4, 32, 64, dtype=dtype)
     return x_BSD.to(device), TokenContext(sample_B=torch.arange(4, device=device))
 
 
