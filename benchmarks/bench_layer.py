@@ -24,7 +24,6 @@ from common import (
     DTYPES,
     Spread,
     arguments_parser,
-    keep_freed_memory,
     paired,
     poisoned,
     progress,
@@ -333,12 +332,8 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="each shape, and one of its sizes at a time")
     parser.add_argument("--pairs", type=int, default=None, help="timed rounds; default 15")
     parser.add_argument("--peers", nargs="*", choices=tuple(BUILDERS), default=list(BUILDERS))
-    parser.add_argument(
-        "--keep-memory", action="store_true", help="CPU: freed memory stays in the process: fewer page faults"
-    )
     arguments = parser.parse_args()
     device = start(arguments)
-    kept = arguments.keep_memory and keep_freed_memory()
     pairs = arguments.pairs or (2 if arguments.quick else 15)
     facts = where(device)
     cases, labels = [], []
@@ -349,7 +344,7 @@ def main() -> None:
             cases.append(case)
             labels.append(shape.name())
             gc.collect()
-    result = {"benchmark": "layer", "pairs": pairs, "freed_memory_kept": kept, "cases": cases, **facts}
+    result = {"benchmark": "layer", "pairs": pairs, "cases": cases, **facts}
     write_results("layer", result, picture(cases, labels, facts), device=device, arguments=arguments)
 
 

@@ -20,7 +20,6 @@ import torch
 from common import (
     arguments_parser,
     interleave,
-    keep_freed_memory,
     paired,
     poisoned,
     progress,
@@ -249,12 +248,8 @@ def main() -> None:
     parser.add_argument(
         "--sweeps", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them; default all"
     )
-    parser.add_argument(
-        "--new-pages", action="store_true", help="CPU: let freed memory go back to the system"
-    )
     arguments = parser.parse_args()
     device = start(arguments)
-    kept = not arguments.new_pages and keep_freed_memory()
     rounds = arguments.rounds or (2 if arguments.quick else 15)
     facts = where(device)
     rows, lines = [], []
@@ -275,7 +270,7 @@ def main() -> None:
     missing = {name: why for row in rows for name, why in row["unavailable"].items()}
     for name, why in missing.items():
         print(f"- not here: {name}: {why}")
-    result = {"benchmark": "ops", "rounds": rounds, "freed_memory_kept": kept, "rows": rows, **facts}
+    result = {"benchmark": "ops", "rounds": rounds, "rows": rows, **facts}
     write_results("ops", result, picture(rows, facts), device=device, arguments=arguments)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
 import os
@@ -30,6 +29,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from epmoe import env
 from epmoe.ops import kernel_status
 from epmoe.train.run_folder import hardware, software_versions
 
@@ -57,34 +57,16 @@ def arguments_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def start(arguments: argparse.Namespace) -> torch.device:
-    """Seeds, sets the threads and chooses the device."""
+    """Seeds, sets the threads, chooses the device, and keeps freed memory as a training process does."""
     torch.manual_seed(0)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     name = arguments.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        env.keep_freed_memory()
     return torch.device(name)
-
-
-def keep_freed_memory() -> bool:
-    """Lets glibc hand freed memory out again instead of returning it to the system -> whether it could; and asks for
-    large pages for the next GiB of the heap.
-
-    Otherwise every large result is new pages, and the first touch of a page costs several times the write; or it comes
-    to lie on small pages that something smaller has touched before, where every row that is gathered misses the TLB.
-    """
-    mmap_max, trim_threshold, large_pages = -4, -1, 14  # M_MMAP_MAX, M_TRIM_THRESHOLD, MADV_HUGEPAGE
-    libc, page, heap = ctypes.CDLL(None), 2**21, 2**30
-    mallopt = getattr(libc, "mallopt", lambda option, value: False)
-    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
-        return False
-    libc.malloc.restype = ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(heap))  # untouched, it takes no memory
-    if block:
-        libc.madvise(ctypes.c_void_p(-(-block // page) * page), ctypes.c_size_t(heap - page), large_pages)
-        libc.free(ctypes.c_void_p(block))
-    return True
 
 
 def progress() -> Progress:
@@ -259,6 +241,7 @@ def where(device: torch.device) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": len((_git("status", *CHANGED) or "").splitlines()),
         "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "freed_memory_kept": device.type == "cpu" and env.keep_freed_memory(),  # asked again, for the answer
         "command": sys.argv,
     }
 

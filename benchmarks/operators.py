@@ -137,19 +137,11 @@ def route_topk_backward(inputs: Inputs) -> OpCase:
         d_logits_TE = torch._softmax_backward_data(inputs.d_probs_TE, probs_TE, -1, dtype)
         return d_logits_TE.scatter_add_(1, id_TK, d_chosen_TK)
 
-    values = (
-        inputs.d_probs_TE,
-        inputs.d_weights_TK,
-        probs_TE,
-        id_TK,
-        chosen_TK,
-        active_TK,
-        True,
-    )
+    values = (inputs.d_probs_TE, inputs.d_weights_TK, probs_TE, id_TK, active_TK, True)
     return OpCase(
         name="route_topk backward",
         contenders={**twins("route_topk_backward", *values), "backwards of softmax, topk": torch_backward},
-        bound_bytes=3 * inputs.logits_TE.nbytes + shape.num_tokens * shape.top_k * (INDEX_BYTES + 4 + 4 + 1),
+        bound_bytes=3 * inputs.logits_TE.nbytes + shape.num_tokens * shape.top_k * (INDEX_BYTES + 4 + 1),
     )
 
 

@@ -124,7 +124,7 @@ struct RouteTopk {
 };
 
 struct RouteTopkBackward {
-  Tensor d_probs_TE, d_weights_TK, probs_TE, ids_TK, chosen_TK, active_TK;
+  Tensor d_probs_TE, d_weights_TK, probs_TE, ids_TK, active_TK;
   RouteOptions options;
   Tensor d_logits_TE;
 
@@ -134,7 +134,6 @@ struct RouteTopkBackward {
       const Tensor& d_weights_in,
       const Tensor& probs_in,
       const Tensor& topk_ids_in,
-      const Tensor& chosen_logits_in,
       const Tensor& active_in,
       bool normalize) {
     const Check check("route_topk_backward", device, probs_in);
@@ -146,7 +145,6 @@ struct RouteTopkBackward {
     const int64_t top_k = ids_TK.size(1);
     d_probs_TE = check.of(dtype, d_probs_in, "d_probs", {num_tokens, num_experts});
     d_weights_TK = check.of(dtype, d_weights_in, "d_weights", {num_tokens, top_k});
-    chosen_TK = check.of(dtype, chosen_logits_in, "chosen_logits", {num_tokens, top_k});
     active_TK = check.of(ScalarType::Bool, active_in, "active", {num_tokens, top_k});
     check.at_least(1, top_k, "top_k");
     options = {num_experts, top_k, normalize, SecondPolicy::all, 0.0};

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "exp.h"
@@ -27,48 +29,66 @@ template <class Scalar>
   return finite != 0 && broken == 0;
 }
 
+constexpr int64_t kWidest = 64;  // bytes of a vector register
+
 // What a row needs besides its results.
 template <class Scalar>
 struct Scratch {
-  std::vector<Scalar> left_E;
+  std::vector<Scalar> left_E;  // whole vectors; what no logit fills stays NaN
   std::vector<int64_t> order_E;
 
-  explicit Scratch(int64_t num_experts) : left_E(num_experts), order_E(num_experts) {}
+  explicit Scratch(int64_t num_experts)
+      : left_E(num_experts + kWidest / sizeof(Scalar), std::numeric_limits<Scalar>::quiet_NaN()),
+        order_E(num_experts) {}
 };
 
-// The largest number that is not NaN; -inf if there is none.
-template <class Scalar>
-[[gnu::always_inline]] inline Scalar largest_of(const Scalar* values, int64_t count) {
-  Lanes<Scalar, kRouterLanes> lanes;
-  std::fill_n(lanes.partial, kRouterLanes, -std::numeric_limits<Scalar>::infinity());
-  const auto larger = [](Scalar a, Scalar b) __attribute__((always_inline)) { return a > b ? a : b; };
-  for_lanes<kRouterLanes>(count, [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
-    lanes.partial[lane] = larger(values[i], lanes.partial[lane]);
-  });
-  return lanes.total(larger);
-}
-
-// Where the value is found first.
-template <class Scalar>
-[[gnu::always_inline]] inline int64_t place_of(Scalar value, const Scalar* values, int64_t count) {
-  if (count > std::numeric_limits<int32_t>::max()) [[unlikely]] {
-    return std::find(values, values + count, value) - values;
+// Where the largest number is found first; NaN is passed over. One pass without branches: every lane of a vector keeps
+// the largest of its own. Reads a whole vector at the end. Compilers take a vector apart where comparisons are joined.
+template <int kBytes, class Scalar>
+[[gnu::always_inline]] inline int64_t place_of_largest(const Scalar* values, int64_t count) {
+  using Place = std::conditional_t<sizeof(Scalar) == 4, int32_t, int64_t>;
+  using Values [[gnu::vector_size(kBytes)]] = Scalar;
+  using Places [[gnu::vector_size(kBytes)]] = Place;
+  constexpr Place kLanes = kBytes / sizeof(Scalar);
+  constexpr Scalar kLowest = -std::numeric_limits<Scalar>::infinity();
+  Places lane;
+  for (Place i = 0; i < kLanes; ++i) {
+    lane[i] = i;
   }
-  int32_t place = std::numeric_limits<int32_t>::max();
-#pragma omp simd reduction(min : place)
-  for (int32_t i = 0; i < static_cast<int32_t>(count); ++i) {
-    const int32_t here = values[i] == value ? i : std::numeric_limits<int32_t>::max();
-    place = here < place ? here : place;
+  Values largest = Values{} + kLowest;
+  Places place = Places{} + std::numeric_limits<Place>::max();
+  Places here = lane;
+  for (int64_t i = 0; i < count; i += kLanes, here += kLanes) {
+    Values value;
+    std::memcpy(&value, values + i, kBytes);
+    const Places better = value > largest;
+    largest = better ? value : largest;
+    place = better ? here : place;
   }
-  return place;
+  Values over_all = largest;
+#pragma GCC unroll 4
+  for (Place half = kLanes / 2; half > 0; half /= 2) {
+    const Values other = __builtin_shuffle(over_all, lane ^ half);
+    over_all = other > over_all ? other : over_all;
+  }
+  if (over_all[0] == kLowest) [[unlikely]] {  // nothing is better than nothing
+    return std::find(values, values + count, kLowest) - values;
+  }
+  place = largest == over_all ? place : Places{} + std::numeric_limits<Place>::max();
+#pragma GCC unroll 4
+  for (Place half = kLanes / 2; half > 0; half /= 2) {
+    const Places other = __builtin_shuffle(place, lane ^ half);
+    place = other < place ? other : place;
+  }
+  return place[0];
 }
 
 // The experts of the largest logits in falling order; of equal ones the lowest expert first.
-template <class Scalar>
+template <int kBytes, class Scalar>
 [[gnu::always_inline]] inline void choose(
     const Scalar* logits, int64_t num_experts, int64_t top_k, Scratch<Scalar>& scratch, int64_t* ids) {
   constexpr int64_t kMostRounds = 8;
-  if (top_k > kMostRounds) {
+  if (top_k > kMostRounds || num_experts > std::numeric_limits<int32_t>::max()) {
     std::vector<int64_t>& order = scratch.order_E;
     std::iota(order.begin(), order.end(), int64_t{0});
     std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](int64_t a, int64_t b) {
@@ -77,12 +97,11 @@ template <class Scalar>
     std::copy_n(order.begin(), top_k, ids);
     return;
   }
-  // A look at all of them for every choice has no branches to mispredict.
   Scalar* left = scratch.left_E.data();
   std::copy_n(logits, num_experts, left);
   for (int64_t k = 0; k < top_k; ++k) {
-    ids[k] = place_of(largest_of(left, num_experts), left, num_experts);
-    left[ids[k]] = std::numeric_limits<Scalar>::quiet_NaN();  // equal to nothing, larger than nothing
+    ids[k] = place_of_largest<kBytes>(left, num_experts);
+    left[ids[k]] = std::numeric_limits<Scalar>::quiet_NaN();
   }
 }
 
@@ -102,7 +121,7 @@ template <class Scalar>
   }
 }
 
-template <class Scalar>
+template <int kBytes, class Scalar>
 [[gnu::always_inline]] inline void route_row_of(
     const Scalar* logits,
     bool valid,
@@ -124,7 +143,7 @@ template <class Scalar>
     }
     return;
   }
-  choose(logits, num_experts, top_k, scratch, ids);
+  choose<kBytes>(logits, num_experts, top_k, scratch, ids);
   const Scalar largest = logits[ids[0]];
   softmax(logits, largest, num_experts, probs);
   for (int64_t k = 0; k < top_k; ++k) {
@@ -142,21 +161,21 @@ template <class Scalar>
   }
 }
 
-#define EPMOE_ROUTE_ROW(Scalar)                                                       \
-  EPMOE_VECTOR_CLONES void route_row(                                                 \
-      const Scalar* logits,                                                           \
-      bool valid,                                                                     \
-      double draw,                                                                    \
-      const RouteOptions& options,                                                    \
-      Scratch<Scalar>& scratch,                                                       \
-      Scalar* probs,                                                                  \
-      int64_t* ids,                                                                   \
-      Scalar* weights,                                                                \
-      bool* active) {                                                                 \
-    route_row_of(logits, valid, draw, options, scratch, probs, ids, weights, active); \
+#define EPMOE_ROUTE_ROW(TARGET, kBytes, Scalar)                                               \
+  TARGET void route_row(                                                                      \
+      const Scalar* logits,                                                                   \
+      bool valid,                                                                             \
+      double draw,                                                                            \
+      const RouteOptions& options,                                                            \
+      Scratch<Scalar>& scratch,                                                               \
+      Scalar* probs,                                                                          \
+      int64_t* ids,                                                                           \
+      Scalar* weights,                                                                        \
+      bool* active) {                                                                         \
+    route_row_of<kBytes>(logits, valid, draw, options, scratch, probs, ids, weights, active); \
   }
-EPMOE_ROUTE_ROW(float)
-EPMOE_ROUTE_ROW(double)
+EPMOE_VECTOR_WIDTHS(EPMOE_ROUTE_ROW, float)
+EPMOE_VECTOR_WIDTHS(EPMOE_ROUTE_ROW, double)
 
 }  // namespace
 
@@ -227,7 +246,6 @@ template <class Scalar>
     const Scalar* d_weights,
     const Scalar* probs,
     const int64_t* ids,
-    const Scalar* chosen,
     const uint8_t* active,
     const RouteOptions& options,
     std::vector<Scalar>& scratch,
@@ -240,7 +258,14 @@ template <class Scalar>
   Scalar more{0};  // what raw weights add to the mean of the gradients of the probabilities
   if (options.normalize) {
     Scalar* share = scratch.data() + top_k;
-    softmax(chosen, *std::max_element(chosen, chosen + top_k), top_k, share);
+    Scalar total{0};
+    for (int64_t k = 0; k < top_k; ++k) {
+      share[k] = probs[ids[k]];
+      total += share[k];
+    }
+    for (int64_t k = 0; k < top_k; ++k) {
+      share[k] = total > 0 ? share[k] / total : Scalar{0};  // 0: a row that was not usable
+    }
     softmax_backward(d_chosen, share, Scalar{0}, top_k, d_chosen);
   } else {
     for (int64_t k = 0; k < top_k; ++k) {
@@ -260,12 +285,11 @@ template <class Scalar>
       const Scalar* d_weights,                                                                             \
       const Scalar* probs,                                                                                 \
       const int64_t* ids,                                                                                  \
-      const Scalar* chosen,                                                                                \
       const uint8_t* active,                                                                               \
       const RouteOptions& options,                                                                         \
       std::vector<Scalar>& scratch,                                                                        \
       Scalar* d_logits) {                                                                                  \
-    route_row_backward_of(d_probs, d_weights, probs, ids, chosen, active, options, scratch, d_logits);     \
+    route_row_backward_of(d_probs, d_weights, probs, ids, active, options, scratch, d_logits);     \
   }
 EPMOE_ROUTE_ROW_BACKWARD(float)
 EPMOE_ROUTE_ROW_BACKWARD(double)
@@ -277,11 +301,10 @@ Tensor route_topk_backward(
     const Tensor& d_weights_in,
     const Tensor& probs_in,
     const Tensor& topk_ids_in,
-    const Tensor& chosen_logits_in,
     const Tensor& active_in,
     bool normalize) {
   const RouteTopkBackward given(
-      DeviceType::CPU, d_probs_in, d_weights_in, probs_in, topk_ids_in, chosen_logits_in, active_in, normalize);
+      DeviceType::CPU, d_probs_in, d_weights_in, probs_in, topk_ids_in, active_in, normalize);
   const int64_t num_experts = given.options.num_experts;
   const int64_t top_k = given.options.top_k;
   check_indices("route_topk_backward", given.ids_TK, num_experts, "topk_ids");
@@ -294,7 +317,6 @@ Tensor route_topk_backward(
     const Scalar* d_weights = given.d_weights_TK.const_data_ptr<Scalar>();
     const Scalar* probs = given.probs_TE.const_data_ptr<Scalar>();
     const int64_t* ids = given.ids_TK.const_data_ptr<int64_t>();
-    const Scalar* chosen = given.chosen_TK.const_data_ptr<Scalar>();
     const uint8_t* active = flags_of(given.active_TK);
     Scalar* d_logits = given.d_logits_TE.mutable_data_ptr<Scalar>();
     torch::stable::parallel_for(0, num_tokens, grain(4 * num_experts), [&](int64_t begin, int64_t end) {
@@ -307,7 +329,6 @@ Tensor route_topk_backward(
             d_weights + pick,
             probs + row,
             ids + pick,
-            chosen + pick,
             active + pick,
             given.options,
             scratch,

@@ -62,11 +62,10 @@ Tensor route_topk_backward(
     const Tensor& d_weights_in,
     const Tensor& probs_in,
     const Tensor& topk_ids_in,
-    const Tensor& chosen_logits_in,
     const Tensor& active_in,
     bool normalize) {
   const RouteTopkBackward given(
-      kDevice, d_probs_in, d_weights_in, probs_in, topk_ids_in, chosen_logits_in, active_in, normalize);
+      kDevice, d_probs_in, d_weights_in, probs_in, topk_ids_in, active_in, normalize);
   const int64_t num_tokens = given.probs_TE.size(0);
   if (num_tokens != 0) {
     const Launcher launch("route_topk_backward", given.probs_TE);
@@ -77,7 +76,6 @@ Tensor route_topk_backward(
           given.d_weights_TK.const_data_ptr<Scalar>(),
           given.probs_TE.const_data_ptr<Scalar>(),
           given.ids_TK.const_data_ptr<int64_t>(),
-          given.chosen_TK.const_data_ptr<Scalar>(),
           given.active_TK.const_data_ptr<bool>(),
           given.d_logits_TE.mutable_data_ptr<Scalar>()};
       launch(

@@ -186,7 +186,6 @@ struct RouteBackwardPointers {
   const Scalar* d_weights_TK;
   const Scalar* probs_TE;
   const int64_t* ids_TK;
-  const Scalar* chosen_TK;
   const bool* active_TK;
   Scalar* d_logits_TE;
 
@@ -194,7 +193,7 @@ struct RouteBackwardPointers {
     const int64_t row = t * options.num_experts;
     const int64_t choice = t * options.top_k;
     return {1, d_probs_TE + row, d_weights_TK + choice, probs_TE + row,
-            ids_TK + choice, chosen_TK + choice, active_TK + choice, d_logits_TE + row};
+            ids_TK + choice, active_TK + choice, d_logits_TE + row};
   }
 };
 
@@ -234,10 +233,11 @@ __device__ void route_row_backward(int lane, const RouteBackwardPointers<Scalar>
   const int64_t num_experts = options.num_experts;
   const int64_t top_k = options.top_k;
   const auto d_kept = [&](int64_t k) { return row.d_weights_TK[k] * static_cast<Scalar>(row.active_TK[k]); };
-  const auto d_raw = [&](int64_t k) {
+  const auto prob = [&](int64_t k) {
     const int64_t id = row.ids_TK[k];
-    return id >= 0 && id < num_experts ? d_kept(k) * row.probs_TE[id] : Scalar{0};
+    return id >= 0 && id < num_experts ? row.probs_TE[id] : Scalar{0};
   };
+  const auto d_raw = [&](int64_t k) { return d_kept(k) * prob(k); };
 
   Scalar mean{0};
   for (int64_t expert = lane; expert < num_experts; expert += kWarp) {
@@ -254,14 +254,11 @@ __device__ void route_row_backward(int lane, const RouteBackwardPointers<Scalar>
     add_chosen(lane, options, row.ids_TK, row.d_logits_TE, d_raw);
     return;
   }
-  Scalar largest = -kInfinity<Scalar>;
-  for (int64_t k = lane; k < top_k; k += kWarp) {
-    largest = row.chosen_TK[k] > largest ? row.chosen_TK[k] : largest;
+  const Scalar total = sum_choices<Scalar>(lane, top_k, prob);
+  if (!(total > Scalar{0})) {  // a row that was not usable
+    return;
   }
-  largest = warp_max(largest);
-  const Scalar total =
-      sum_choices<Scalar>(lane, top_k, [&](int64_t k) { return std::exp(row.chosen_TK[k] - largest); });
-  const auto share = [&](int64_t k) { return std::exp(row.chosen_TK[k] - largest) / total; };
+  const auto share = [&](int64_t k) { return prob(k) / total; };
   const Scalar chosen_mean = sum_choices<Scalar>(lane, top_k, [&](int64_t k) { return d_kept(k) * share(k); });
   add_chosen(lane, options, row.ids_TK, row.d_logits_TE, [&](int64_t k) {
     return share(k) * (d_kept(k) - chosen_mean);

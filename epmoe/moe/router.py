@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from epmoe.config_routers import RouterOptions
 from epmoe.moe.recompute import Remake, Replay, kept, plain
-from epmoe.moe.routers.common import missing_draws
+from epmoe.moe.routers import common
 from epmoe.moe.routers.family import Family, Init, Part, zeros
 from epmoe.moe.smoothing import gate_noise
 from epmoe.ops import DROPLESS, UNFILLED, permute, philox
@@ -194,7 +194,7 @@ class Router(nn.Module):
         if not self.training or options is None or options.gate == "none":
             return logits_TE
         if draws is None:
-            raise missing_draws("smoothing")
+            raise common.missing_draws("smoothing")
         return logits_TE + gate_noise(options, draws, logits_TE.shape[1]).to(logits_TE.dtype)
 
     def _own_copy(self, x_TD: Tensor, draws: Draws | None) -> Tensor:
@@ -204,7 +204,7 @@ class Router(nn.Module):
         if not self.training or eps == 0.0:
             return x_TD
         if draws is None:
-            raise missing_draws("jitter")
+            raise common.missing_draws("jitter")
         u_TD = philox.uniform(
             draws.seed, philox.JITTER, draws.layer, draws.sample_T, draws.position_T, x_TD.shape[1]
         )
@@ -217,7 +217,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_XD: Tensor, broken: float) -> Tensor:
         out_TX = x_TD @ weight_XD.t()
-        if _surely_finite(out_TX):
+        if common.at_hand(out_TX) and math.isfinite(out_TX.sum().item()):
             ctx.save_for_backward(x_TD, weight_XD)
             return out_TX
         # NaN and infinities survive both sums. So does what was finite in x and overflows here.
@@ -240,13 +240,6 @@ class _Project(torch.autograd.Function):
         d_x_TD = d_out_TX @ weight_XD if needs_x else None
         d_weight_XD = d_out_TX.t() @ x_TD if needs_weight else None
         return d_x_TD, d_weight_XD, None
-
-
-def _surely_finite(values: Tensor) -> bool:
-    """Whether a look at the numbers shows that none is NaN or infinite; only where looking makes nobody wait."""
-    if values.device.type != "cpu" or type(values) is not Tensor or torch.compiler.is_compiling():
-        return False  # without numbers (compiled, fake) nothing is known
-    return math.isfinite(values.sum().item())
 
 
 def project(x_TD: Tensor, weight_XD: Tensor, *, broken: float) -> Tensor:

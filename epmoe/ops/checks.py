@@ -148,7 +148,6 @@ def route_topk_backward(
     d_weights_TK: Tensor,
     probs_TE: Tensor,
     topk_ids_TK: Tensor,
-    chosen_logits_TK: Tensor,
     active_TK: Tensor,
 ) -> None:
     """Arguments of ``route_topk_backward``."""
@@ -160,7 +159,6 @@ def route_topk_backward(
     shape_TK = (num_tokens, topk_ids_TK.shape[1])
     check.tensor(d_probs_TE, "d_probs", same, (num_tokens, num_experts))
     check.tensor(d_weights_TK, "d_weights", same, shape_TK)
-    check.tensor(chosen_logits_TK, "chosen_logits", same, shape_TK)
     check.tensor(active_TK, "active", (torch.bool,), shape_TK)
     check.at_least(1, topk_ids_TK.shape[1], "top_k")
 

@@ -103,19 +103,20 @@ def route_topk_backward(
     d_weights_TK: Tensor,
     probs_TE: Tensor,
     topk_ids_TK: Tensor,
-    chosen_logits_TK: Tensor,
     active_TK: Tensor,
     normalize: bool,
 ) -> Tensor:
     """Gradient of ``route_topk`` with respect to the logits; decisions are constants."""
-    checks.route_topk_backward(d_probs_TE, d_weights_TK, probs_TE, topk_ids_TK, chosen_logits_TK, active_TK)
+    checks.route_topk_backward(d_probs_TE, d_weights_TK, probs_TE, topk_ids_TK, active_TK)
     checks.indices("route_topk_backward", topk_ids_TK, probs_TE.shape[1], "topk_ids")
     d_kept_TK = d_weights_TK * active_TK
     d_probs_TE = d_probs_TE if normalize else d_probs_TE.scatter_add(1, topk_ids_TK, d_kept_TK)
     d_logits_TE = probs_TE * (d_probs_TE - (d_probs_TE * probs_TE).sum(-1, keepdim=True))
     if not normalize:
         return d_logits_TE.contiguous()  # whatever the order in memory of the gradients that came
-    share_TK = chosen_logits_TK.softmax(-1)
+    chosen_TK = probs_TE.gather(1, topk_ids_TK)
+    total_T1 = chosen_TK.sum(-1, keepdim=True)  # 0 in a row that was not usable
+    share_TK = chosen_TK / total_T1.where(total_T1 > 0, 1.0)
     d_chosen_TK = share_TK * (d_kept_TK - (d_kept_TK * share_TK).sum(-1, keepdim=True))
     return d_logits_TE.scatter_add(1, topk_ids_TK, d_chosen_TK)
 

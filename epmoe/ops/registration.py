@@ -20,7 +20,7 @@ _SCHEMAS = {
     "route_topk": "(Tensor logits, Tensor valid, Tensor? uniform, Tensor? sample, Tensor? position, int top_k, "
     "bool normalize, str second_policy, float tau, int seed, int layer) -> (Tensor, Tensor, Tensor, Tensor)",
     "route_topk_backward": "(Tensor d_probs, Tensor d_weights, Tensor probs, Tensor topk_ids, "
-    "Tensor chosen_logits, Tensor active, bool normalize) -> Tensor",
+    "Tensor active, bool normalize) -> Tensor",
     "assign_slots": "(Tensor expert, Tensor group, Tensor active, SymInt num_groups, int num_experts, "
     "SymInt capacity) -> (Tensor, Tensor)",
     "permute": "(Tensor x, Tensor token) -> Tensor",
@@ -139,9 +139,7 @@ def _(d_y: Tensor, rows: Tensor, weight: Any, w_in: Tensor, w_out: Tensor, *rest
 # ------------------------------------------------------------------------------------------ autograd
 def _save_route_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     probs_TE, ids_TK, _, active_TK = output
-    # Only the chosen logits are needed, at 0 where the row was not usable (its gradient is masked by active).
-    chosen_TK = inputs[0].gather(1, ids_TK).masked_fill(~active_TK[:, :1], 0.0)
-    ctx.save_for_backward(probs_TE, ids_TK, chosen_TK, active_TK)
+    ctx.save_for_backward(probs_TE, ids_TK, active_TK)
     ctx.normalize = inputs[6]
     ctx.mark_non_differentiable(ids_TK, active_TK)
     ctx.set_materialize_grads(True)

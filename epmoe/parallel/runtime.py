@@ -54,7 +54,8 @@ class Runtime:
 def start(device: str, timeout_s: float) -> Runtime:
     """Joins the job a launcher describes, or makes one of a single rank when there is no launcher.
 
-    A process group that is already initialised is adopted. Sets the number of threads of this process.
+    A process group that is already initialised is adopted. Sets the number of threads of this process
+    and, on a CPU, lets it keep the memory that it frees.
 
     Args:
         device: ``cpu`` | ``cuda`` | ``auto``.
@@ -68,6 +69,8 @@ def start(device: str, timeout_s: float) -> Runtime:
     if not env.threads_chosen():
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // env.local_world_size()))
+    if place.type == "cpu":
+        env.keep_freed_memory()
     adopted = dist.is_initialized()
     if adopted and "gloo" not in dist.get_backend_config():
         raise ConfigError(

@@ -182,8 +182,7 @@ class Trip:
         rows = ops.permute(self.x, self.token)
         y = ops.combine(rows, weights.reshape(-1), self.token, 500)
         backward = torch.ops.epmoe.combine_backward(y, rows, weights.reshape(-1), self.token)
-        chosen = self.logits.gather(1, ids)
-        d_logits = torch.ops.epmoe.route_topk_backward(probs, weights, probs, ids, chosen, active, True)
+        d_logits = torch.ops.epmoe.route_topk_backward(probs, weights, probs, ids, active, True)
         return [*routed, slot, demand, rows, y, *backward, d_logits]
 
 

@@ -117,6 +117,11 @@ def choose(
     return Choices(probs_TE=probs_TE, ids_TK=ids_TK, weights_TK=weights_TK, active_TK=active_TK)
 
 
+def at_hand(values: Tensor) -> bool:
+    """Whether a look at the numbers makes nobody wait: they are in host memory. Compiled and fake tensors have none."""
+    return values.device.type == "cpu" and type(values) is Tensor and not torch.compiler.is_compiling()
+
+
 def count_broken(valid_T: Tensor, usable_T: Tensor, logits_TE: Tensor) -> Tensor:
     """Real tokens that cannot be routed -> int64 scalar; all -inf says that no expert is available, not that any is
     broken."""
@@ -195,7 +200,11 @@ def as_routing(
     active_TK = choices.active_TK
     num_tokens, width = active_TK.shape
     usable_T = active_TK[:, 0] if usable_T is None else usable_T
-    unusable_T = ~usable_T
+    if at_hand(usable_T) and usable_T.all():  # the usual case: nothing to mask or to count
+        nonfinite_tokens = torch.zeros((), dtype=torch.int64)
+    else:
+        nonfinite_tokens = count_broken(inputs.valid_T, usable_T, logits_TE)
+        logits_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
     token_T = torch.arange(num_tokens, device=active_TK.device)
     choice_TK = torch.arange(width, device=active_TK.device).expand(num_tokens, width)
     order_T = token_order(inputs, options, choices.probs_TE)
@@ -212,9 +221,9 @@ def as_routing(
         active_A=listed(active_TK),
         choice_A=listed(choice_TK),
         probs_TE=choices.probs_TE,
-        logits_TE=logits_TE.masked_fill(unusable_T.unsqueeze(1), 0.0),
+        logits_TE=logits_TE,
         valid_T=usable_T,
-        nonfinite_tokens=count_broken(inputs.valid_T, usable_T, logits_TE),
+        nonfinite_tokens=nonfinite_tokens,
         load_E=load_E,
         importance_E=importance_E,
         threshold_E=threshold_E,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from epmoe.comm.exchange import flat
-from epmoe.moe import router
 from epmoe.moe.build import DISPATCHERS
+from epmoe.moe.routers import common
 from epmoe.types import TokenContext
 from tests.unit.moe.helpers import config, context, make_layer, tokens
 
@@ -26,7 +26,7 @@ class HostCopies(TorchFunctionMode):
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(router, "_surely_finite", lambda values: False)  # as on a device
+        self.patch.setattr(common, "at_hand", lambda values: False)  # as on a device
         return super().__enter__()
 
     def __exit__(self, *error):

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from epmoe.comm.exchange import flat
-from epmoe.moe import router
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.dispatcher import AllToAllDispatcher
+from epmoe.moe.routers import common
 from epmoe.types import TokenContext
 from tests.unit.moe.helpers import (
     EVERY,
@@ -376,15 +376,17 @@ def test_strided_input():
     assert torch.equal(layer(flipped)[0], layer(x_BSD)[0])
 
 
+@pytest.mark.parametrize("padding", ["none", "some"])
 @pytest.mark.parametrize("name", SOME)
-def test_masking_where_nothing_is_broken_changes_no_bit(name, monkeypatch):
-    def gradients():
+def test_masking_where_nothing_is_broken_changes_no_bit(name, padding, monkeypatch):
+    def results():
         layer, x_BSD = make_layer(config(name, num_experts=4)), tokens(2, 6).requires_grad_()
-        y_BSD, report = layer(x_BSD, context(x_BSD, "some"))
+        y_BSD, report = layer(x_BSD, context(x_BSD, padding))
         (y_BSD.square().sum() + sum(report.losses.values())).backward()
-        return [x_BSD.grad, *(parameter.grad for parameter in layer.parameters())]
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        return [y_BSD, x_BSD.grad, *gradients, *report.losses.values(), *report.metrics.values()]
 
-    looked = gradients()
-    monkeypatch.setattr(router, "_surely_finite", lambda values: False)  # as on a device
-    for ours, theirs in zip(looked, gradients(), strict=True):
+    looked = results()
+    monkeypatch.setattr(common, "at_hand", lambda values: False)  # as on a device
+    for ours, theirs in zip(looked, results(), strict=True):
         assert torch.equal(ours, theirs)

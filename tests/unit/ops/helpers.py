@@ -65,7 +65,6 @@ def small(name):
             "d_weights": randn(2, 4, 2),
             "probs": randn(3, 4, 3).softmax(-1),
             "topk_ids": torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1]]),
-            "chosen_logits": randn(4, 4, 2),
             "active": torch.ones(4, 2, dtype=torch.bool),
             "normalize": True,
         },
