@@ -81,6 +81,11 @@ def plan(device: torch.device, quick: bool) -> Plan:
         *(("T", replace(rows, num_tokens=T), ROUTING + ROWS) for T in tokens),
         *(("K", replace(rows, top_k=K), ROUTING + ROWS) for K in (1, 4, 8)),
         *(("D", replace(rows, d_model=D), ROWS) for D in widths),
+        *(
+            ("T", replace(product, num_tokens=T), EXPERTS)
+            for T in (product.num_tokens // 8, 4 * product.num_tokens)
+        ),
+        *(("D", replace(product, d_model=D, d_ff=2 * D), EXPERTS) for D in (128, 512)),
     ]
 
 

@@ -3,9 +3,10 @@
     python benchmarks/bench_step.py [--config configs/quickstart.yaml] [--pairs 15]
     torchrun --nproc-per-node 2 benchmarks/bench_step.py ...
 
-Both models are trained in turns, one optimizer step each, on the same samples; so whatever else the machine does
-falls on both. Then a few steps of each run under the profiler for the share of every part of a step. Prints medians,
-spread and shares, and writes them as JSON with hardware, versions, commit and command, and a picture.
+The dense model is the bound: the same arithmetic for every token, nothing routed, nothing moved. Both models are
+trained in turns, one optimizer step each, on the same samples; so whatever else the machine does falls on both. Then a
+few steps of each run under the profiler for the share of every part of a step and the memory of its tensors. Prints
+medians, spread and shares, and writes them as JSON with hardware, versions, commit and command, and a picture.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common import arguments_parser, table, where, write_results
 from parts import (
     ACTIVATION,
     ANY,
+    EXCHANGE,
     GEMM,
     LOSSES,
     MOE_RULES,
@@ -30,6 +32,7 @@ from parts import (
     Label,
     moe_labels,
     part_times,
+    peak_bytes,
 )
 from plot import Bar, bar_chart
 
@@ -57,6 +60,7 @@ ATTENTION, DENSE, OPTIMIZER, GRADIENTS, DATA = (
 PARTS = (
     ROUTING,
     MOVES,
+    EXCHANGE,
     GEMM,
     ACTIVATION,
     LOSSES,
@@ -125,7 +129,7 @@ def timed_step(trainer: Trainer) -> float:
     return time.perf_counter() - start
 
 
-def describe(name: str, config: Config, trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
+def describe(name: str, config: Config, trainer: Trainer, seconds: list[float], peak: int) -> dict[str, Any]:
     """One row of the table."""
     vocab_size = trainer.model.vocab_size
     counts = count_parameters(config.model, config.moe, vocab_size)
@@ -142,6 +146,7 @@ def describe(name: str, config: Config, trainer: Trainer, seconds: list[float]) 
         "gflops": tokens * flops / median / 1e9,
         "median_s": median,
         "quartiles_s": [quartiles[0], quartiles[2]],
+        "peak_bytes": peak,
     }
 
 
@@ -173,9 +178,13 @@ def main() -> None:
         if place.rank == 0:
             print(f"\rpair {pair + 1} of {pairs + 3}", end="", file=sys.stderr, flush=True)
     times = {name: shares(trainer, min(pairs, 5)) for name, (_, trainer) in models.items()}
+    peaks = {name: peak_bytes(trainer.step, place.device) for name, (_, trainer) in models.items()}
     if place.rank == 0:
         print(file=sys.stderr)
-        rows = [describe(name, config, trainer, seconds[name]) for name, (config, trainer) in models.items()]
+        rows = [
+            describe(name, config, trainer, seconds[name], peaks[name])
+            for name, (config, trainer) in models.items()
+        ]
         for row in rows:
             total = sum(times[row["model"]].values())
             row["shares"] = {part: spent / total for part, spent in times[row["model"]].items()}
@@ -198,14 +207,17 @@ def tiny(config: Config, world_size: int) -> Config:
 
 def report(rows: list[dict[str, Any]], ratio: float, place: runtime.Runtime) -> None:
     """Prints the tables."""
-    print("| model | parameters | active | MFLOP/token | tokens/s | GFLOP/s | step, median (quartiles) |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| model | parameters | active | MFLOP/token | tokens/s | GFLOP/s | step, median (quartiles) | peak, MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["quartiles_s"]
         print(
             f"| {row['model']} | {row['parameters']:,} | {row['active']:,} | {row['mflop_per_token']:.1f} | "
             f"{row['tokens_per_second']:,.0f} | {row['gflops']:.1f} | "
-            f"{row['median_s'] * 1e3:.0f} ms ({low * 1e3:.0f} to {high * 1e3:.0f}) |"
+            f"{row['median_s'] * 1e3:.0f} ms ({low * 1e3:.0f} to {high * 1e3:.0f}) | "
+            f"{row['peak_bytes'] / 2**20:.0f} |"
         )
     print(
         f"sparse runs at {ratio:.0%} of the speed of dense (median of paired steps), {place.world_size} rank(s)"

@@ -169,7 +169,8 @@ def test(shell: Shell) -> Iterator[Row]:
         yield shell.row("compute-sanitizer", "not on PATH, not run")
         return
     watched = ("--error-exitcode", "99", "--target-processes", "all", "--report-api-errors", "no")
-    short = ("tests/gpu/test_kernels.py", "-k", "strides or ties or gradients", "-o", "timeout=0")
+    selection = "strides or ties or gradients or uniform or activations or (slots and random)"  # every kernel
+    short = ("tests/gpu/test_kernels.py", "-k", selection, "-o", "timeout=0")
     # Without torch's pools every tensor is an allocation of its own, whose end the sanitizer knows.
     _, seconds = shell.run(sanitizer, *watched, *PYTHON, *pytest, *short, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     yield shell.row("compute-sanitizer, short selection", "no errors", seconds, bar="no errors", passed=True)

@@ -22,12 +22,14 @@ from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from epmoe.moe import dispatcher
 from epmoe.moe.layer import MoELayer
 
 REST = "rest"
-ROUTING, MOVES, GEMM, ACTIVATION, LOSSES = (
+ROUTING, MOVES, EXCHANGE, GEMM, ACTIVATION, LOSSES = (
     "routing",
     "row moves",
+    "exchange and waiting for it",
     "expert GEMM",
     "expert activation",
     "router losses and metrics",
@@ -39,16 +41,19 @@ _OUTSIDE = ""
 ANY = "*"
 
 Label = tuple[object, str, str]
-"""Object, name of its method, part."""
+"""Object (or module), name of its method, part."""
 Rules = Mapping[tuple[str, str], str]
 """(part or ANY, operator) -> a finer part for that operator and all it calls."""
 
 _GEMMS = ("aten::mm", "aten::bmm", "aten::_grouped_mm")
 """Inside the experts' operator. Where threads share the experts out, the profiler sees those of the thread that called:
 what it waits for the others counts as activation."""
+_TRIPS = tuple(f"{name}{way}" for name in ("_Travel", "_Depart", "_Arrive") for way in ("", "Backward"))
+"""Rows between ranks, forward and backward."""
 MOE_RULES: Rules = {
     **{(ANY, f"epmoe::{name}"): MOVES for name in ("permute", "combine", "combine_backward")},
     **{(ACTIVATION, name): GEMM for name in _GEMMS},
+    **{(ANY, name): EXCHANGE for name in _TRIPS},
 }
 
 
@@ -58,6 +63,7 @@ def moe_labels(layer: MoELayer) -> list[Label]:
         (layer.router, "forward", ROUTING),
         (layer.dispatcher, "dispatch", ROUTING),  # planning; the rows in it are told apart by MOE_RULES
         (layer.dispatcher, "combine", MOVES),
+        (dispatcher, "exchange_counts", EXCHANGE),
         (layer.experts, "forward", ACTIVATION),
         (layer, "report", LOSSES),
     ]
@@ -107,14 +113,18 @@ def _profile(**options: Any) -> profile:
 @contextmanager
 def labelled(labels: Sequence[Label]) -> Iterator[None]:
     """Names the parts of everything that happens inside these methods."""
+    own = []
     try:
         for target, method, part in labels:
-            if method not in vars(target):
-                setattr(target, method, _inside(getattr(target, method), part))
+            own.append((target, method, vars(target).get(method)))
+            setattr(target, method, _inside(getattr(target, method), part))
         yield
     finally:
-        for target, method, _ in labels:
-            vars(target).pop(method, None)  # the class's own method shows again
+        for target, method, before in reversed(own):
+            if before is None:
+                delattr(target, method)  # the class's own method shows again
+            else:
+                setattr(target, method, before)
 
 
 def _inside(function: Callable[..., Any], part: str) -> Callable[..., Any]:

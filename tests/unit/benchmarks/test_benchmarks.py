@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from epmoe.comm.exchange import flat
 from epmoe.config import Config, DataConfig, MoEConfig, router_classes
+from epmoe.moe import dispatcher
+from epmoe.moe.dispatcher import AllToAllDispatcher
+from tests.unit.moe.helpers import config, make_layer, tokens
 
 FOLDER = Path(__file__).parents[3] / "benchmarks"
 RUN_ALL = """
@@ -294,6 +299,24 @@ def test_a_backward_pass_belongs_to_the_parts_of_its_forward_pass() -> None:
     # Between the two, time belongs to neither.
     assert {part for event, part in classified(profiler.events(), {}) if "gelu" in event.name} == set()
     assert "run" not in vars(first)
+
+
+@pytest.mark.usefixtures("bench")
+def test_exchanges_are_a_part_of_their_own(one_rank_group: dist.ProcessGroup) -> None:
+    """Counts of two layers' dispatchers, and rows there and back in both passes."""
+    from parts import EXCHANGE, MOE_RULES, classified, labelled, moe_labels
+    from torch.profiler import ProfilerActivity, profile
+
+    layer = make_layer(config("top2", num_experts=4))
+    x_BSD = tokens(2, 6).requires_grad_()
+    before = vars(dispatcher)["exchange_counts"]
+    layer.dispatcher = AllToAllDispatcher(flat(one_rank_group))
+    with labelled(moe_labels(layer) * 2), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        layer(x_BSD)[0].sum().backward()
+    parts = [part for event, part in classified(profiler.events(), MOE_RULES) if "alltoall" in event.name]
+    assert len(parts) >= 5
+    assert set(parts) == {EXCHANGE}
+    assert vars(dispatcher)["exchange_counts"] is before
 
 
 @pytest.mark.usefixtures("bench")

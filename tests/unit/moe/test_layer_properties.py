@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -301,14 +300,6 @@ def test_large_float32_logits_do_not_overflow():
     assert all(loss.isfinite() for loss in report.losses.values())
     y_BSD.sum().backward()
     assert layer.router.weight.grad.isfinite().all()
-
-
-@pytest.fixture
-def one_rank_group(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def test_all_to_all_over_one_rank_equals_local(one_rank_group):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,14 +17,6 @@ from tests.unit.moe.helpers import config, make_layer
 D, F, E, TOKENS = 64, 32, 4, 60
 INDEX_BYTES = {"local": 2 * 8, "padded": 2 * 8, "all_to_all": 4 * 8}
 """Per row: the token and the assignment it is, and between ranks the two orders it travels in."""
-
-
-@pytest.fixture(scope="module")
-def one_rank_group(tmp_path_factory):
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 class Saved:
