@@ -5,7 +5,7 @@
 The bound of routing and row operators is the time of a copy, in the same turn, of as many bytes as the operator has to
 read and write once (rows, weights and indices): into memory that exists (``copy``), and into memory that is asked for
 (``clone``), as every operator does for its result. Freed memory is kept in the process, on large pages, because the
-first touch of a new page costs more than any operator; ``--new-pages`` shows what that makes of the times. The bound of
+first touch of a new page costs more than any operator (``MALLOC_TRIM_THRESHOLD_=131072`` shows how much). The bound of
 the experts is balanced ``bmm`` of equal arithmetic, with the activation between. All contenders are compared with the
 reference before they are timed. On CUDA, times are those of graph replays.
 """

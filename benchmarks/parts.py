@@ -113,14 +113,14 @@ def _profile(**options: Any) -> profile:
 @contextmanager
 def labelled(labels: Sequence[Label]) -> Iterator[None]:
     """Names the parts of everything that happens inside these methods."""
-    own = []
+    once = {(id(target), method): (target, method, part) for target, method, part in labels}
+    own = [(target, method, vars(target).get(method)) for target, method, _ in once.values()]
     try:
-        for target, method, part in labels:
-            own.append((target, method, vars(target).get(method)))
+        for target, method, part in once.values():
             setattr(target, method, _inside(getattr(target, method), part))
         yield
     finally:
-        for target, method, before in reversed(own):
+        for target, method, before in own:
             if before is None:
                 delattr(target, method)  # the class's own method shows again
             else:

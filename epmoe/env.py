@@ -83,16 +83,15 @@ def keep_freed_memory() -> bool:
 
     Otherwise a step takes its large tensors from the system every time, which clears them page by page: on a CPU a
     tenth of the step. What the process had at its peak stays with it, in pages of 2 MiB if those are wanted. Nothing is
-    changed where the environment configures glibc's allocator, nor where there is another C library.
+    changed where the environment configures glibc's allocator, nor where there is another C library; an allocator that
+    was loaded before glibc's goes on as it is.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc." in tunables or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     libc, page, heap = ctypes.CDLL(None), 2**21, 2**30
     mmap_max, trim_threshold, huge_pages = -4, -1, 14  # M_MMAP_MAX, M_TRIM_THRESHOLD, MADV_HUGEPAGE
-    if not hasattr(libc, "mallopt") or not (
-        libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1)
-    ):
+    if not hasattr(libc, "mallopt") or not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
         return False
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         libc.malloc.restype = ctypes.c_void_p

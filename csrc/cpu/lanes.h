@@ -1,9 +1,8 @@
-// Sums and maxima in a fixed number of partial ones: they vectorise, and give the same bits whatever the width of the
-// vectors. And how many rows are worth a thread.
+// Sums in a fixed number of partial ones: they vectorise, and give the same bits whatever the width of the vectors. And
+// how many rows are worth a thread.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 // Compiles a function for several x86-64 generations; the loader picks one. The default must run anywhere. Flags that
 // name a processor are taken at their word. Sanitizers, who would have to be there before the loader, see one version.
@@ -46,13 +45,12 @@ template <class Scalar, int64_t kLanes>
 struct Lanes {
   Scalar partial[kLanes] = {};
 
-  template <class Join = std::plus<Scalar>>
-  Scalar total(const Join& join = {}) {
+  Scalar total() {
 #pragma GCC unroll 8  // else the partial sums would go through memory
     for (int64_t half = kLanes / 2; half > 0; half /= 2) {
 #pragma GCC unroll 16
       for (int64_t lane = 0; lane < half; ++lane) {
-        partial[lane] = join(partial[lane], partial[lane + half]);
+        partial[lane] += partial[lane + half];
       }
     }
     return partial[0];

@@ -51,13 +51,13 @@ template <int kBytes, class Scalar>
   using Places [[gnu::vector_size(kBytes)]] = Place;
   constexpr Place kLanes = kBytes / sizeof(Scalar);
   constexpr Scalar kLowest = -std::numeric_limits<Scalar>::infinity();
-  Places lane;
+  constexpr Place kNowhere = std::numeric_limits<Place>::max();
+  Places here;
   for (Place i = 0; i < kLanes; ++i) {
-    lane[i] = i;
+    here[i] = i;
   }
   Values largest = Values{} + kLowest;
-  Places place = Places{} + std::numeric_limits<Place>::max();
-  Places here = lane;
+  Places place = Places{} + kNowhere;
   for (int64_t i = 0; i < count; i += kLanes, here += kLanes) {
     Values value;
     std::memcpy(&value, values + i, kBytes);
@@ -65,22 +65,21 @@ template <int kBytes, class Scalar>
     largest = better ? value : largest;
     place = better ? here : place;
   }
-  Values over_all = largest;
-#pragma GCC unroll 4
-  for (Place half = kLanes / 2; half > 0; half /= 2) {
-    const Values other = __builtin_shuffle(over_all, lane ^ half);
-    over_all = other > over_all ? other : over_all;
+  Scalar most = kLowest;
+#pragma omp simd reduction(max : most)
+  for (Place i = 0; i < kLanes; ++i) {
+    most = largest[i] > most ? largest[i] : most;
   }
-  if (over_all[0] == kLowest) [[unlikely]] {  // nothing is better than nothing
+  if (most == kLowest) [[unlikely]] {  // nothing is better than nothing
     return std::find(values, values + count, kLowest) - values;
   }
-  place = largest == over_all ? place : Places{} + std::numeric_limits<Place>::max();
-#pragma GCC unroll 4
-  for (Place half = kLanes / 2; half > 0; half /= 2) {
-    const Places other = __builtin_shuffle(place, lane ^ half);
-    place = other < place ? other : place;
+  place = largest == Values{} + most ? place : Places{} + kNowhere;
+  Place first = kNowhere;
+#pragma omp simd reduction(min : first)
+  for (Place i = 0; i < kLanes; ++i) {
+    first = place[i] < first ? place[i] : first;
   }
-  return place[0];
+  return first;
 }
 
 // The experts of the largest logits in falling order; of equal ones the lowest expert first.
@@ -289,7 +288,7 @@ template <class Scalar>
       const RouteOptions& options,                                                                         \
       std::vector<Scalar>& scratch,                                                                        \
       Scalar* d_logits) {                                                                                  \
-    route_row_backward_of(d_probs, d_weights, probs, ids, active, options, scratch, d_logits);     \
+    route_row_backward_of(d_probs, d_weights, probs, ids, active, options, scratch, d_logits);             \
   }
 EPMOE_ROUTE_ROW_BACKWARD(float)
 EPMOE_ROUTE_ROW_BACKWARD(double)

@@ -255,10 +255,8 @@ __device__ void route_row_backward(int lane, const RouteBackwardPointers<Scalar>
     return;
   }
   const Scalar total = sum_choices<Scalar>(lane, top_k, prob);
-  if (!(total > Scalar{0})) {  // a row that was not usable
-    return;
-  }
-  const auto share = [&](int64_t k) { return prob(k) / total; };
+  // The total is 0 in a row that was not usable.
+  const auto share = [&](int64_t k) { return total > Scalar{0} ? prob(k) / total : Scalar{0}; };
   const Scalar chosen_mean = sum_choices<Scalar>(lane, top_k, [&](int64_t k) { return d_kept(k) * share(k); });
   add_chosen(lane, options, row.ids_TK, row.d_logits_TE, [&](int64_t k) {
     return share(k) * (d_kept(k) - chosen_mean);

@@ -25,13 +25,4 @@ __device__ Scalar warp_sum(Scalar value) {
   return value;
 }
 
-template <class Scalar>
-__device__ Scalar warp_max(Scalar value) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const Scalar other = __shfl_xor_sync(kAllLanes, value, step);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
 }  // namespace epmoe::cuda

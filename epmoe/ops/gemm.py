@@ -20,7 +20,7 @@ On the CPU the fused kernel takes the place of all three. Their times relative t
     2048  64   512  1024  fp32     0.97  1.01    1.55  1.45    1.55  1.38
     2048  64   256  1024  bf16     0.85  0.96    1.31  1.59    1.06  1.20
 
-It is never slower by more than what differs from run to run but for 8 experts forward, and bf16 where blocks are equal.
+Below 1 is faster than the fused kernel: grouped_mm with 8 experts, forward; and bmm, forward, where blocks are equal.
 """
 
 from __future__ import annotations

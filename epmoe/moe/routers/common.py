@@ -201,7 +201,7 @@ def as_routing(
     num_tokens, width = active_TK.shape
     usable_T = active_TK[:, 0] if usable_T is None else usable_T
     if at_hand(usable_T) and usable_T.all():  # the usual case: nothing to mask or to count
-        nonfinite_tokens = torch.zeros((), dtype=torch.int64)
+        nonfinite_tokens = torch.zeros((), dtype=torch.int64, device=usable_T.device)
     else:
         nonfinite_tokens = count_broken(inputs.valid_T, usable_T, logits_TE)
         logits_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)

@@ -303,7 +303,7 @@ def test_a_backward_pass_belongs_to_the_parts_of_its_forward_pass() -> None:
 
 @pytest.mark.usefixtures("bench")
 def test_exchanges_are_a_part_of_their_own(one_rank_group: dist.ProcessGroup) -> None:
-    """Counts of two layers' dispatchers, and rows there and back in both passes."""
+    """Counts, and rows there and back in both passes; labels that are given twice count once."""
     from parts import EXCHANGE, MOE_RULES, classified, labelled, moe_labels
     from torch.profiler import ProfilerActivity, profile
 
