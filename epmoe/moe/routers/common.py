@@ -122,10 +122,15 @@ def at_hand(values: Tensor) -> bool:
     return values.device.type == "cpu" and type(values) is Tensor and not torch.compiler.is_compiling()
 
 
-def count_broken(valid_T: Tensor, usable_T: Tensor, logits_TE: Tensor) -> Tensor:
-    """Real tokens that cannot be routed -> int64 scalar; all -inf says that no expert is available, not that any is
-    broken."""
-    return (valid_T & ~usable_T & (logits_TE.amax(-1) != -torch.inf)).sum()
+def without_unusable(logits_TE: Tensor, valid_T: Tensor, usable_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with 0 in the rows of tokens that are not usable, and how many real tokens are broken (int64 scalar).
+
+    All -inf says that no expert is available, not that any is broken.
+    """
+    if at_hand(usable_T) and usable_T.all():  # the usual case: nothing to mask or to count
+        return logits_TE, torch.zeros((), dtype=torch.int64, device=usable_T.device)
+    broken_T = valid_T & ~usable_T & (logits_TE.amax(-1) != -torch.inf)
+    return logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0), broken_T.sum()
 
 
 def probabilities(logits_TE: Tensor, usable_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,11 +205,7 @@ def as_routing(
     active_TK = choices.active_TK
     num_tokens, width = active_TK.shape
     usable_T = active_TK[:, 0] if usable_T is None else usable_T
-    if at_hand(usable_T) and usable_T.all():  # the usual case: nothing to mask or to count
-        nonfinite_tokens = torch.zeros((), dtype=torch.int64, device=usable_T.device)
-    else:
-        nonfinite_tokens = count_broken(inputs.valid_T, usable_T, logits_TE)
-        logits_TE = logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0)
+    logits_TE, nonfinite_tokens = without_unusable(logits_TE, inputs.valid_T, usable_T)
     token_T = torch.arange(num_tokens, device=active_TK.device)
     choice_TK = torch.arange(width, device=active_TK.device).expand(num_tokens, width)
     order_T = token_order(inputs, options, choices.probs_TE)

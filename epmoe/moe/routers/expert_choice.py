@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from epmoe.config_routers import ExpertChoiceOptions
-from epmoe.moe.routers.common import UNAVAILABLE, count_broken, groups_of, scored
+from epmoe.moe.routers.common import UNAVAILABLE, groups_of, scored, without_unusable
 from epmoe.moe.routers.family import Family
 from epmoe.ops.reference import usable_rows
 from epmoe.types import RouterInputs, Routing
@@ -33,6 +33,7 @@ def route(inputs: RouterInputs, options: ExpertChoiceOptions, top_k: int) -> Rou
     choice_GSE = _rank_among_chosen(logits_TE, chosen_GSE.view_as(logits_TE)).view_as(place_GSE)
     expert_GCE = torch.arange(num_experts, device=logits_TE.device).expand_as(place_GCE)
     token_GCE = place_GCE + first_G.view(-1, 1, 1)
+    logits_TE, nonfinite_tokens = without_unusable(logits_TE, inputs.valid_T, usable_T)
     return Routing(
         token_A=_listed(token_GCE),
         expert_A=_listed(expert_GCE),
@@ -40,9 +41,9 @@ def route(inputs: RouterInputs, options: ExpertChoiceOptions, top_k: int) -> Rou
         active_A=_listed(active_GCE),
         choice_A=_listed(choice_GSE.gather(1, place_GCE)),
         probs_TE=probs_TE,
-        logits_TE=logits_TE.masked_fill(~usable_T.unsqueeze(1), 0.0),
+        logits_TE=logits_TE,
         valid_T=usable_T,
-        nonfinite_tokens=count_broken(inputs.valid_T, usable_T, logits_TE),
+        nonfinite_tokens=nonfinite_tokens,
     )
 
 
