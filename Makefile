@@ -28,7 +28,7 @@ help:
 	@echo "make test-slow   the slow ones, those of the DeepSpeed engine among them"
 	@echo "make test-long   two hundred steps of the quickstart's model in every layout: a quarter of an hour, not in CI"
 	@echo "make sanitize the operator tests on kernels compiled with address, undefined-behaviour and thread sanitizers"
-	@echo "make check   ruff, mypy, import contracts"
+	@echo "make check   ruff, mypy, import contracts, the schema of the CI workflow"
 	@echo "make bench   every benchmark; ARGS=--quick shows in seconds that they run"
 	@echo "make build   compile the native kernels in place, with the torch of PYTHON and no network"
 	@echo "make cuda-check   only compile the CUDA kernels: needs nvcc, neither a GPU nor a torch with CUDA"
@@ -57,6 +57,7 @@ check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yaml
 
 bench: $(READY)
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; THP_MEM_ALLOC_ENABLE=$${THP_MEM_ALLOC_ENABLE:-1} PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) "$$script" $(ARGS); done

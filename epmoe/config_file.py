@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from epmoe import env
 from epmoe.config import (
     BPE_ENTRIES_BELOW,
     Config,
@@ -60,8 +61,8 @@ def _checked(document: Document, overrides: Sequence[str]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML text that ``load_config`` reads back to an equal value."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """The configuration as YAML text that ``load_config`` reads back to an equal value, but for masked secrets."""
+    return dump_yaml(env.masked(config.model_dump(mode="json")))
 
 
 def check_layout(config: Config, world_size: int) -> None:

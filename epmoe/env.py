@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 
 def rank() -> int:
@@ -127,19 +128,40 @@ RECORDED = (
     "WORLD_SIZE",
     "LOCAL_",
 )
-SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+SECRET = re.compile(r"key|token|secret|passw|pwd|credential|jwt|auth|sig|cookie", re.IGNORECASE)
+"""Variables whose names contain one of these are masked, a few harmless ones among them."""
+_NAME = r"(?<![a-z0-9])(?:[\w-]*[_-])?"
+_VALUE = r"\s*[\"']?(?:(?:bearer|basic)\s+)?)[^\s&;,\"']+"
+ASSIGNED = re.compile(
+    rf"(?i)({_NAME}(?:(?:api|access)?key|(?<!eos_)token|secret|passw\w*|pwd|credentials?|jwt|auth|authorization|sig|"
+    rf"signature|cookie)[\"']?\s*={_VALUE}"
+)
+"""``api_key=...`` and ``...&sig=...``; not ``data.eos_token=...``, which is a setting."""
+HEADER = re.compile(
+    rf"(?i)({_NAME}(?:(?:api|access)[_-]?key|[_-]token|secret|passw\w*|jwt|authorization|signature|cookie)[\"']?\s*:{_VALUE}"
+)
+"""``Authorization: Bearer ...`` and ``"password": "..."``."""
 
 
 def recorded() -> dict[str, str]:
-    """The variables a run's description may hold: a fixed list of prefixes, secrets replaced."""
+    """The variables a run's description may hold: a fixed list of prefixes, secrets masked."""
     kept = {name: value for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)}
     return {name: "<redacted>" if SECRET.search(name) else redact(value) for name, value in kept.items()}
 
 
 def redact(text: str) -> str:
-    """Hides user and password of URLs, and the value of ``...token=`` and the like."""
+    """Hides user and password of URLs, and the value of ``...token=``, ``...&sig=``, ``cookie: ...`` and the like."""
     text = re.sub(r"(\w+://)[^/@\s]+@", r"\1<redacted>@", text)
-    return re.sub(r"(?i)(\b(?:\w*_)?(?:api)?(?:key|token|secret|passw\w*)=)[^\s&]+", r"\1<redacted>", text)
+    return HEADER.sub(r"\1<redacted>", ASSIGNED.sub(r"\1<redacted>", text))
+
+
+def masked(value: Any) -> Any:
+    """A tree of dicts and lists, such as a configuration, with ``redact`` applied to every text in it."""
+    if isinstance(value, dict):
+        return {key: masked(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def rendezvous_address() -> str:

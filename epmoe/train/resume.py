@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from epmoe import env
 from epmoe.config import Config
 from epmoe.data.loader import TrainData
 from epmoe.data.prepared import PreparedData
@@ -56,7 +57,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def changed_keys(old: dict[str, Any], new: Config) -> list[str]:
     """``key: old -> new`` for every setting that differs, in the order of the keys."""
-    before, after = flatten(old), flatten(new.model_dump(mode="json"))
+    before, after = flatten(env.masked(old)), flatten(env.masked(new.model_dump(mode="json")))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as report_to_torchrun
 
+from epmoe import env
 from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
 from epmoe.data.loader import TrainData, validation_sets
@@ -325,7 +326,7 @@ class Run:
             step=progress.step,
             tokens=progress.tokens,
             samples=progress.samples,
-            config=self.config.model_dump(mode="json"),
+            config=env.masked(self.config.model_dump(mode="json")),
             data_fingerprint=self.trainer.data.fingerprint,
             tokenizer_hash=self.prepared.tokenizer.sha256,
             trainer={"seconds": self.recorder.seconds, **counters},

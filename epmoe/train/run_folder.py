@@ -169,8 +169,8 @@ def describe_run(run: RunFolder, config: Mapping[str, Any], argv: Sequence[str])
     if not run.is_writer:
         return
     description = {
-        "config": _without_secrets(dict(config)),
-        "argv": [env.redact(argument) for argument in argv],
+        "config": env.masked(dict(config)),
+        "argv": env.masked(list(argv)),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
         "versions": software_versions(),
@@ -251,14 +251,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_secrets(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets(inner) for inner in value]
-    return env.redact(value) if isinstance(value, str) else value
 
 
 # ------------------------------------------------------------------------------------------- restart budget

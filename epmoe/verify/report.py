@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from epmoe import env
 from epmoe.verify.cells import Plan
 from epmoe.verify.compare import ITEMS
 from epmoe.verify.scaling import Subject
@@ -143,7 +144,7 @@ def write_json(path: Path, subject: Subject, plan: Plan, verdict: Verdict) -> No
         "changes": subject.changes,
         "cells_possible": plan.num_possible,
         "left_out": plan.left_out,
-        "config": subject.config.model_dump(mode="json"),
+        "config": env.masked(subject.config.model_dump(mode="json")),
         **found,
     }
     path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False), encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epmoe.config import Config
-from epmoe.config_file import load_config
+from epmoe.config_file import load_config, override_config
 from epmoe.train.run import _finished_at, _is_out_of_memory, _out_of_memory
 from tests.distributed.harness import rank_outcomes
 from tests.distributed.runs import End, attempt, checkpoints, history, make_config, status
@@ -41,6 +41,22 @@ def test_one_process_without_a_launcher(base: Path) -> None:
         *("ckpt", "config.yaml", "metrics.jsonl", "router.svg", "run.json", "run_status.json"),
         *("summary.json", "tensorboard", "tokenizer"),
     }
+
+
+def _with_secrets(rank: int, config: Config) -> list[End]:
+    os.environ["NCCL_AUTH"] = "c4n4ry"
+    return [_alone(rank, override_config(config, [f"train.steps={steps}"])) for steps in (2, 3)]
+
+
+def test_no_file_of_a_run_holds_a_secret_and_it_resumes_all_the_same(base: Path) -> None:
+    config = make_config(base, "secrets", "checkpoint.every=1", f"data.sources.0.path={base}/sig=c4n4ry")
+    (base / "sig=c4n4ry").symlink_to(base / "train")
+    [outcome] = rank_outcomes(1, _with_secrets, base, config, join_group=False)
+    assert outcome.result == [End(0), End(0)], outcome.error
+    files = [path for path in Path(config.out).rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if b"c4n4ry" in path.read_bytes()] == []
+    assert "sig=<redacted>" in (Path(config.out) / "config.yaml").read_text()
 
 
 def test_more_ranks_and_the_log_interval_do_not_change_what_is_learned(base: Path, reference: Path) -> None:

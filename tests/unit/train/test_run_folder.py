@@ -155,8 +155,52 @@ def test_run_json_holds_what_is_needed_to_repeat_the_run_and_no_secrets(
 
 
 def test_ordinary_settings_are_not_taken_for_secrets() -> None:
-    for text in ("data.tokenizer=bpe", "train.sample.tokens=120", "a/b@c", "monkey=1"):
+    for text in (
+        "data.tokenizer=bpe",
+        "data.eos_token=[SEP]",
+        "train.sample.tokens=120",
+        "a/b@c",
+        "monkey=1",
+        "design=2",
+        "moe.router: unknown key: rooter",
+        "author: a name",
+    ):
         assert env.redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "WANDB_API_KEY=c4n4ry",
+        "https://host/x?version=3&sig=c4n4ry&part=1",
+        "https://host/x?X-Amz-Signature=c4n4ry",
+        "https://me:c4n4ry@host/x",
+        "Authorization: Bearer c4n4ry",
+        "Cookie: c4n4ry; path=/",
+        "x-api-key: c4n4ry",
+        '{"password": "c4n4ry"}',
+        "pwd=c4n4ry",
+        "--hf-token=c4n4ry",
+        "auth=c4n4ry",
+        "jwt=c4n4ry",
+    ],
+)
+def test_what_looks_like_a_secret_is_masked_in_any_text(text: str) -> None:
+    assert "c4n4ry" not in env.redact(text)
+    assert "<redacted>" in env.redact(text)
+
+
+@pytest.mark.parametrize("prefix", env.RECORDED)
+@pytest.mark.parametrize(
+    "word",
+    ["API_KEY", "TOKEN", "SECRET", "PASSWORD", "PWD", "CREDENTIAL", "JWT", "AUTH", "SIGNATURE", "COOKIE"],
+)
+def test_a_secret_variable_of_every_recorded_prefix_is_masked(
+    prefix: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{prefix}{'' if prefix.endswith('_') else '_'}{word}"
+    monkeypatch.setenv(name, "c4n4ry")
+    assert env.recorded()[name] == "<redacted>"
 
 
 def test_status_says_how_the_run_ended(run: RunFolder) -> None:
