@@ -175,6 +175,33 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def launch_notes() -> str:
+    """Folder in which ``epmoe launch`` expects notes of what it started; empty without it."""
+    return os.environ.get("EPMOE_LAUNCH_NOTES", "")
+
+
+def for_launcher(notes: str, grace_s: int) -> dict[str, str]:
+    """The environment for a launcher under ``epmoe launch``; torchrun gives its workers the same grace."""
+    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_s), **os.environ, "EPMOE_LAUNCH_NOTES": notes}
+
+
+def supervised() -> bool:
+    """Whether a launcher on this node, torchrun's agent or DeepSpeed's, started this process and waits for it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+
+
+def die_with_parent() -> None:
+    """Asks Linux to send this process SIGTERM when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parent is gone, instead of process 1."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
 def kernels() -> str:
     """``auto`` (native kernels where they are built) or ``reference`` (plain PyTorch always)."""
     return os.environ.get("EPMOE_KERNELS", "auto")

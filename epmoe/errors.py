@@ -13,6 +13,8 @@ class EpmoeError(Exception):
     """
 
     exit_code = 1
+    rank: int | None = None
+    """Where it began, if that was another rank than the one that raises it."""
 
     def __init__(self, what: str, *, why: str | None = None, fix: str | None = None) -> None:
         self.what, self.why, self.fix = what, why, fix

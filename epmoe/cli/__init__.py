@@ -41,14 +41,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:  # accepted anywhere on the line, though only the program as a whole declares it
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    code: int | str | None = 1
     try:
         _app()(arguments, prog_name="epmoe")
+    except SystemExit as end:  # how a command line that worked, or was not understood, ends
+        code = end.code
     except EpmoeError as error:
+        code = error.exit_code
         if debug:
             traceback.print_exc()
         else:
             print_error(error)
-        sys.exit(error.exit_code)
+    finally:
+        if env.launch_notes():
+            from epmoe.train.status import note_exit
+
+            note_exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
 
 
 def print_error(error: EpmoeError) -> None:
@@ -75,6 +84,7 @@ def _app() -> typer.Typer:
     app.command("generate")(_generate)
     app.command("verify")(_verify)
     app.command("doctor")(_doctor)
+    app.command("launch", context_settings={"ignore_unknown_options": True})(_launch)
     return app
 
 
@@ -201,3 +211,17 @@ def _doctor(
     from epmoe.cli.doctor import doctor
 
     doctor(run, json)
+
+
+def _launch(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="e.g. torchrun ... -m epmoe train ...")
+    ],
+    grace: Annotated[
+        int, typer.Option(metavar="SECONDS", min=1, help="From a signal until what still runs is killed.")
+    ] = 120,
+) -> None:
+    """Run a launcher such as torchrun, end with the run's own exit code; stop signals, USR1 too, save and stop."""
+    from epmoe.cli.launch import launch
+
+    raise typer.Exit(launch(command, grace))

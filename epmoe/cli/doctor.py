@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import typer
 from rich.console import Console
@@ -22,10 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 import epmoe
+from epmoe.cli.run_report import report_run
 from epmoe.errors import ConfigError
-from epmoe.observe.display import plain_line
-from epmoe.observe.health import RouterHistory
-from epmoe.observe.record import read_records, record_to_json
 
 GIB = 2**30
 NOT_NEEDED = "not installed, not needed"
@@ -45,14 +43,16 @@ class Finding:
 
 
 def doctor(run: Path | None, json: bool) -> None:
-    """Prints the findings, or the state of a run; exits with 1 when training cannot work on this machine.
+    """Prints the findings, or the state of a run; exits with 1 when training cannot work on this machine, or the run is
+    dead or hangs.
 
     Args:
         run: A run folder to report on instead of the machine.
         json: One JSON object on stdout instead of tables.
     """
     if run is not None:
-        _report_run(run, json)
+        if not report_run(run, json):
+            raise typer.Exit(1)
         return
     findings = examine()
     healthy = all(finding.status != "failure" for finding in findings)
@@ -289,40 +289,3 @@ def _print_findings(findings: list[Finding]) -> None:
     bad = sum(finding.status == "failure" for finding in findings)
     verdict = f"{bad} problem(s): training cannot work here yet" if bad else "training can work here"
     console.print(Text(verdict, style="bold red" if bad else "bold green"))
-
-
-def _report_run(run: Path, json: bool) -> None:
-    if not run.is_dir():
-        raise ConfigError(
-            f"{run} is not a run folder", fix="give the folder that `out` names, e.g. runs/default"
-        )
-    status = _run_status(run / "run_status.json")
-    history, last = RouterHistory(), None
-    for record in read_records(run / "metrics.jsonl"):
-        history.add(record)
-        last = record
-    routers = history.summary()
-    if json:
-        health = [{"layer": r.layer, "flagged": r.flagged, "text": r.sentence()} for r in routers]
-        report = {"run": str(run), "status": status, "last": last and jsonlib.loads(record_to_json(last))}
-        print(jsonlib.dumps({**report, "routers": health}, indent=2))
-        return
-    print(f"run {run}")
-    for key, value in (
-        status or {"run_status.json": "not there: the run never started, or this is no run"}
-    ).items():
-        if value is not None and value != "":
-            print(f"  {key}: {value}")
-    print(f"  last metrics: {plain_line(last, last.step) if last else 'none'}")
-    for router in routers:
-        print(f"  {'WARNING ' if router.flagged else ''}{router.sentence()}")
-
-
-def _run_status(path: Path) -> dict[str, Any]:
-    try:
-        status = jsonlib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        return {path.name: f"damaged: {error}"}
-    return status if isinstance(status, dict) else {path.name: "damaged: not a JSON object"}

@@ -17,13 +17,32 @@ import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from epmoe import env
-from epmoe.errors import CommError
+from epmoe.errors import CommError, EpmoeError, MemoryExhausted
 
 MAX_NOTE = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """Why a rank stopped, as it told the others."""
+
+    exit_code: int
+    text: str
+
+    def dump(self) -> str:
+        """As text for the store."""
+        return f"{self.exit_code} {self.text[:MAX_NOTE]}"
+
+    @staticmethod
+    def parse(text: str) -> Cause:
+        """The other way round."""
+        code, _, rest = text.partition(" ")
+        return Cause(exit_code=int(code), text=rest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +51,8 @@ class RollCall:
 
     answers: dict[int, str]
     """Where each rank that answered is. Empty when the store does not answer either."""
-    causes: dict[int, str]
-    """The exception that ended each rank that did not answer, as far as it left a note."""
+    causes: dict[int, Cause]
+    """What ended each rank that did not answer, as far as it left a note."""
     world_size: int
 
     @property
@@ -95,10 +114,10 @@ class Responder:
         """After a roll call: whether no lower rank answered, and rank 0 has not said why it stopped."""
         return 0 not in self._roll.causes and min(self._roll.answers, default=self.rank) == self.rank
 
-    def leave_note(self, note: str) -> None:
+    def leave_note(self, cause: Cause) -> None:
         """Tells the peers, who will only see a closed connection, why this rank is about to stop."""
         with contextlib.suppress(RuntimeError):
-            self.store.set(_key(f"cause/{self.rank}"), note[:MAX_NOTE])
+            self.store.set(_key(f"cause/{self.rank}"), cause.dump())
 
     def call(self, where: str, grace_s: float) -> RollCall:
         """Asks all ranks where they are and waits up to ``grace_s`` for the answers."""
@@ -116,7 +135,7 @@ class Responder:
         while missing and time.monotonic() < deadline and not self._stopped.wait(0.02):
             answers |= self._read("answer", missing)
             missing = [rank for rank in range(self.world_size) if rank not in answers]
-            causes = self._read("cause", missing)
+            causes = {rank: Cause.parse(note) for rank, note in self._read("cause", missing).items()}
             self._roll = RollCall(answers=dict(answers), causes=causes, world_size=self.world_size)
             missing = [rank for rank in missing if rank not in causes]
 
@@ -153,6 +172,20 @@ def is_comm_failure(error: BaseException) -> bool:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception of its own; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a process that ends with this error."""
+    if is_out_of_memory(error):
+        return MemoryExhausted.exit_code
+    return error.exit_code if isinstance(error, EpmoeError) else 1
+
+
 def comm_error(responder: Responder, where: str, error: Exception, timeout_s: float) -> CommError:
     """A failed collective as an error that names the missing ranks. The stacks of this process go to stderr."""
     rank = responder.rank
@@ -161,6 +194,7 @@ def comm_error(responder: Responder, where: str, error: Exception, timeout_s: fl
     grace_s = timeout_s / 100 if "timed out" in str(error).lower() or "timeout" in str(error).lower() else 0.5
     roll = responder.call(where, min(5.0, max(0.5, grace_s, responder.world_size / 200)))
     slow = f"if it was only slow, raise parallel.timeout_s (now {timeout_s:g})"
+    first, code = None, CommError.exit_code
     if not roll.answers:
         what = (
             f"rank {rank} lost the job at {where}: the rendezvous store at {env.rendezvous_address()} is gone"
@@ -168,19 +202,24 @@ def comm_error(responder: Responder, where: str, error: Exception, timeout_s: fl
         fix = "rank 0, or the launcher that hosts the store, has most likely died: look at its log first"
     elif roll.causes:
         first, cause = min(roll.causes.items())
-        what = f"rank {rank} lost rank {first} at {where}, which stopped at {cause}"
+        code = cause.exit_code
+        what = f"rank {rank} lost rank {first} at {where}, which stopped at {cause.text}"
         fix = f"the log of rank {first} has the whole traceback"
     elif roll.silent:
+        first = roll.silent[0]
         what = f"rank {rank} lost rank(s) {roll.silent} at {where}: dead or stopped"
         fix = f"look at the logs of rank(s) {roll.silent}, and for the kernel's out-of-memory killer"
     elif roll.elsewhere:
+        first = roll.elsewhere[0]
         others = "; ".join(f"rank {r} is {roll.answers[r]}" for r in roll.elsewhere[:4])
         what = f"rank {rank} waited in vain for rank(s) {roll.elsewhere} at {where}"
         fix = f"{others}; {slow}"
     else:
         what = f"rank {rank} failed to communicate at {where}, though all ranks answer"
         fix = f"check the network between the nodes; {slow}"
-    return CommError(what, why=str(error).partition("\n")[0][:300], fix=fix)
+    lost = CommError(what, why=str(error).partition("\n")[0][:300], fix=fix)
+    lost.rank, lost.exit_code = first, code  # every rank ends with the code of the first cause
+    return lost
 
 
 def _dump_stacks(title: str) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from epmoe import env, errors
 from epmoe.errors import CommError, ConfigError, EpmoeError, Preempted
-from epmoe.parallel.failures import Responder, comm_error, is_comm_failure
+from epmoe.parallel.failures import Cause, Responder, comm_error, exit_code_of, is_comm_failure
 from epmoe.parallel.rendezvous import join
 
 MAX_KEYS = 10
@@ -168,7 +168,9 @@ def raise_together(error: EpmoeError | None) -> None:
             raise error
         name, what, why, fix = json.loads(text)
         kind = {cls.__name__: cls for cls in EpmoeError.__subclasses__()}.get(name, errors.EpmoeError)
-        raise kind(f"rank {rank}: {what}", why=why, fix=fix)
+        theirs = kind(f"rank {rank}: {what}", why=why, fix=fix)
+        theirs.rank = rank
+        raise theirs
 
 
 def on_rank_zero(action: Callable[[], object], kind: type[EpmoeError]) -> None:
@@ -310,5 +312,6 @@ def watching(runtime: Runtime, *, step: int, phase: str) -> Iterator[None]:
             layer = [note for note in getattr(error, "__notes__", ()) if note.startswith("layer ")]
             where = ", ".join([where, *layer])
             raise comm_error(runtime.responder, where, error, runtime.timeout_s) from error
-        runtime.responder.leave_note(f"{where}: {type(error).__name__}: {error}")
+        cause = Cause(exit_code=exit_code_of(error), text=f"{where}: {type(error).__name__}: {error}")
+        runtime.responder.leave_note(cause)
         raise

@@ -18,12 +18,13 @@ from epmoe.data.loader import TrainData, validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, text_warning
 from epmoe.data.progress import console_progress
-from epmoe.errors import CommError, ConfigError, EpmoeError, MemoryExhausted, Preempted
+from epmoe.errors import ConfigError, EpmoeError, MemoryExhausted, Preempted
 from epmoe.models.compile import compile_blocks, compiler_problem
 from epmoe.observe.display import make_display, say
 from epmoe.observe.record import read_records
 from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
 from epmoe.parallel import runtime
+from epmoe.parallel.failures import is_out_of_memory
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh, flat_after_all
 from epmoe.parallel.runtime import Runtime
@@ -41,13 +42,13 @@ from epmoe.train.run_folder import (
     begin_attempt,
     close_run_folder,
     describe_run,
-    end_attempt,
     open_run_folder,
-    read_status,
-    write_status,
+    record_failure,
+    record_state,
 )
 from epmoe.train.setup import agree_on_accelerators, build_model
 from epmoe.train.signals import StopFlag, stop_on_signals
+from epmoe.train.status import read_status
 
 METRICS = "metrics.jsonl"
 RESOLVED = "config.yaml"
@@ -88,7 +89,7 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
         if folder.is_writer:
             _say_finished(folder.path, config, done)
         return
-    write_status(folder, "running")
+    record_state(folder, "running")
     run: Run | None = None
     try:
         with runtime.watching(place, step=0, phase="start-up"):
@@ -106,33 +107,23 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
                 place=place,
                 should_stop=stop,
             )
-    except Preempted as error:
-        end_attempt(folder)
-        step = run.progress.step if run else None
-        write_status(folder, "stopped", exit_code=error.exit_code, step=step, message=error.what)
-        raise
     except BaseException as error:
-        failure = _out_of_memory(config, error) if _is_out_of_memory(error) else error
-        code = failure.exit_code if isinstance(failure, EpmoeError) else 1
-        write_status(
-            folder,
-            "failed",
-            exit_code=code,
-            message=f"{type(failure).__name__}: {failure}",
-            in_place_of_rank_zero=isinstance(failure, CommError) and place.responder.leads,
-        )
+        step = run.progress.step if run else None
+        if isinstance(error, Preempted):
+            record_state(folder, "stopped", exit_code=error.exit_code, step=step, message=error.what)
+            raise
+        failure = _out_of_memory(config, error) if is_out_of_memory(error) else error
+        record_failure(folder, failure, step=step, place=place)
         if failure is error:
             raise
         raise failure from error
-    end_attempt(folder)
-    write_status(folder, "done", exit_code=0, step=run.progress.step)
+    record_state(folder, "done", exit_code=0, step=run.progress.step)
 
 
 def _finished_at(folder: Path) -> int:
     """The step at which the run in a folder was done, 0 when it is not."""
     status = read_status(folder)
-    step = status.get("step")
-    return step if status.get("state") == "done" and isinstance(step, int) else 0
+    return status.step or 0 if status and status.state == "done" else 0
 
 
 def _say_finished(folder: Path, config: Config, done: int) -> None:
@@ -144,13 +135,6 @@ def _say_finished(folder: Path, config: Config, done: int) -> None:
     for line in changed_keys(before, config) if isinstance(before, dict) else ():
         say(f"  it was trained with another setting of {line}")
     say("To train on, raise train.steps; for a new run, choose another out=.")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception of its own; the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _out_of_memory(config: Config, error: BaseException) -> MemoryExhausted:

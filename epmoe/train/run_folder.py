@@ -1,9 +1,9 @@
-"""The folder of a run: who owns it, what was run, how it ended, and how often the same step failed.
+"""The folder of a run as its ranks use it: who owns it, what was run, how it ended, how often the same step failed.
 
     .lock            host:pid:start of the process that owns the folder (rank 0's); gone after a clean end
     run.json         resolved configuration, command, versions, hardware
-    run_status.json  state and exit code, because torchrun turns every exit code into 1
-    attempts.json    unfinished attempts per step they started from
+    run_status.json  state and first cause, because torchrun turns every exit code into 1 (``epmoe.train.status``)
+    attempts.json    unfinished attempts per step they started from (the same)
 
 Only rank 0 touches the files (when it is gone, another rank writes how the run ended); what may fail is a collective,
 so that all ranks go on or all raise.
@@ -11,13 +11,11 @@ so that all ranks go on or all raise.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import socket
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +29,18 @@ import torch.distributed as dist
 import epmoe
 from epmoe import env
 from epmoe.data.files import write_json
-from epmoe.errors import ConfigError, NoProgress
-from epmoe.parallel.runtime import gather_text, on_rank_zero
-
-STATUS = "run_status.json"
-MAX_ATTEMPTS = 3
-"""Attempts from one step that may fail before the run is called stuck."""
+from epmoe.errors import CommError, ConfigError
+from epmoe.parallel.runtime import Runtime, gather_text, on_rank_zero
+from epmoe.train import lock
+from epmoe.train.status import (
+    Status,
+    count_attempt,
+    failed,
+    forget_attempts,
+    note_run,
+    read_status,
+    write_status,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +48,12 @@ class RunFolder:
     """An output folder this job owns."""
 
     path: Path
+    attempt: str
+    """Name of this attempt, the same on all ranks."""
     is_writer: bool
     """True on rank 0."""
+    closed: threading.Event
+    """Ends the signs of life."""
 
 
 def open_run_folder(path: Path) -> RunFolder:
@@ -54,9 +62,8 @@ def open_run_folder(path: Path) -> RunFolder:
     Raises:
         ConfigError: It cannot be written, or a live process owns it.
     """
-    run = RunFolder(path=path, is_writer=not dist.is_initialized() or dist.get_rank() == 0)
     on_rank_zero(lambda: _take(path), ConfigError)
-    owners = gather_text(_read(path / ".lock") or "nothing")
+    owners = gather_text(lock.owner_of(path / lock.NAME) or "nothing")
     strangers = [rank for rank, owner in enumerate(owners) if owner != owners[0]]
     if strangers:
         raise ConfigError(
@@ -64,14 +71,17 @@ def open_run_folder(path: Path) -> RunFolder:
             why="all ranks write into one checkpoint",
             fix="put out= on a disk that all nodes share",
         )
-    return run
+    note_run(path, owners[0])
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    closed = lock.keep(path / lock.NAME) if is_writer else threading.Event()
+    return RunFolder(path=path, attempt=owners[0], is_writer=is_writer, closed=closed)
 
 
 def close_run_folder(run: RunFolder) -> None:
     """Gives the lock back."""
-    lock = run.path / ".lock"
-    if run.is_writer and _read(lock) == _own_identity():
-        lock.unlink()
+    run.closed.set()
+    if run.is_writer:
+        lock.give_back(run.path / lock.NAME)
 
 
 def _take(path: Path) -> None:
@@ -86,81 +96,7 @@ def _take(path: Path) -> None:
             why=f"{error.strerror}: {error.filename}",
             fix="choose another out=",
         ) from None
-    _lock(path / ".lock")
-
-
-# ------------------------------------------------------------------------------------------- lock
-def _lock(lock: Path) -> None:
-    for _ in range(5):
-        try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            _reclaim(lock)
-            continue
-        with os.fdopen(descriptor, "w") as file:
-            file.write(_own_identity())
-        return
-    raise ConfigError(f"{lock} keeps changing hands", why="several runs start in this folder at once")
-
-
-def _reclaim(lock: Path) -> None:
-    """Removes a lock whose owner is gone; raises when it is alive."""
-    owner = _read(lock)
-    if owner == "":  # made a moment ago, or its maker died between making and writing it
-        time.sleep(0.2)
-        owner = _read(lock)
-    if owner is None:
-        return
-    if owner and not _is_gone(owner):
-        host, pid, *_ = owner.split(":")
-        raise ConfigError(
-            f"{lock.parent} is in use by process {pid} on {host}",
-            fix=f"stop that run or choose another out=; if it is certainly over, delete {lock}",
-        )
-    # Renaming first: of two processes that both found the lock stale, only one gets it.
-    stale = lock.with_name(f".lock-stale-{os.getpid()}")
-    try:
-        os.rename(lock, stale)
-    except FileNotFoundError:
-        return
-    if _read(stale) != owner and not lock.exists():  # somebody's fresh lock was caught: give it back
-        os.rename(stale, lock)
-        return
-    stale.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
-
-
-def _own_identity() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}:{env.batch_job()}"
-
-
-def _is_gone(owner: str) -> bool:
-    """Whether the process that wrote a lock is certainly over."""
-    try:
-        host, pid, started, job = owner.split(":")
-        if host != socket.gethostname():
-            # Out of sight, unless Slurm has requeued this very job on another node.
-            return job != "" and job == env.batch_job()
-        return _started(int(pid)) != started
-    except ValueError:
-        return True  # not a lock of ours: damaged
-
-
-def _started(pid: int) -> str | None:
-    """When a process started (clock ticks since boot), so that a reused pid is not mistaken for it; None = dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return "unknown"
-    return None if fields[0] in "ZX" else fields[19]
+    lock.take(path / lock.NAME)
 
 
 # ------------------------------------------------------------------------------------------- records
@@ -179,44 +115,6 @@ def describe_run(run: RunFolder, config: Mapping[str, Any], argv: Sequence[str])
         "environment": env.recorded(),
     }
     write_json(run.path / "run.json", description)
-
-
-def write_status(
-    run: RunFolder,
-    state: str,
-    *,
-    exit_code: int | None = None,
-    step: int | None = None,
-    message: str = "",
-    in_place_of_rank_zero: bool = False,
-) -> None:
-    """Writes run_status.json, on rank 0.
-
-    Args:
-        state: ``running`` | ``done`` | ``stopped`` (asked to) | ``failed``.
-        exit_code: Of the process; None while it runs.
-        step: Optimizer steps done.
-        in_place_of_rank_zero: Another rank, which rank 0 did not answer, may write what rank 0 has not.
-
-    A full disk is only warned about: it must not hide the error that is being recorded.
-    """
-    path = run.path / STATUS
-    if not run.is_writer and not (in_place_of_rank_zero and read_status(run.path).get("state") == "running"):
-        return
-    status = {"state": state, "exit_code": exit_code, "step": step, "message": env.redact(message)}
-    try:
-        write_json(path, status)
-    except OSError as error:
-        print(f"warning: {path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """run_status.json; empty when there is none that can be read."""
-    try:
-        status = json.loads((folder / STATUS).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def software_versions() -> dict[str, str]:
@@ -253,44 +151,39 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-# ------------------------------------------------------------------------------------------- restart budget
+# ------------------------------------------------------------------------------------------- beginning and end
 def begin_attempt(run: RunFolder, step: int, config: Mapping[str, Any]) -> int:
     """Counts an attempt that starts from ``step`` -> how many there were, this one included. A collective.
 
-    An attempt that ends cleanly calls ``end_attempt``; one that is killed does not get to, which is the point.
-    Another configuration starts a new count.
-
     Raises:
-        NoProgress: The run has already started ``MAX_ATTEMPTS`` times from this step and never got beyond it.
+        NoProgress: There is no attempt left.
     """
     count = 0
 
     def note() -> None:
         nonlocal count
-        path = run.path / "attempts.json"
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-        count = _earlier_attempts(path, step, digest) + 1
-        if count > MAX_ATTEMPTS:
-            raise NoProgress(
-                f"{MAX_ATTEMPTS} attempts from step {step} failed before the next checkpoint",
-                why="the same failure would most likely come again",
-                fix=f"read run_status.json and the logs, mend the cause, then delete {path} to try again",
-            )
-        write_json(path, {"config": digest, "steps": {str(step): count}})
+        count = count_attempt(run.path, step, config)
 
     on_rank_zero(note, ConfigError)
     return int(gather_text(str(count))[0])
 
 
-def end_attempt(run: RunFolder) -> None:
-    """Forgets the attempts: the run is done, or was asked to stop."""
-    if run.is_writer:
-        (run.path / "attempts.json").unlink(missing_ok=True)
+def record_state(
+    run: RunFolder, state: str, *, exit_code: int | None = None, step: int | None = None, message: str = ""
+) -> None:
+    """Writes run_status.json of a run that goes on, or ended as it should; then its attempts are forgotten."""
+    if not run.is_writer:
+        return
+    if exit_code is not None:
+        forget_attempts(run.path)
+    status = Status(state=state, attempt=run.attempt, exit_code=exit_code, step=step, message=message)
+    write_status(run.path, status)
 
 
-def _earlier_attempts(path: Path, step: int, digest: str) -> int:
-    try:
-        stored = json.loads(path.read_bytes())
-        return int(stored["steps"].get(str(step), 0)) if stored["config"] == digest else 0
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 0
+def record_failure(run: RunFolder, error: BaseException, *, step: int | None, place: Runtime) -> None:
+    """Writes the first cause into run_status.json: rank 0 does, or where it is lost the lowest rank that is left."""
+    lost = isinstance(error, CommError) and place.responder.leads
+    before = read_status(run.path)
+    if run.is_writer or (lost and before is not None and before.state == "running"):
+        status = failed(error, step=step, rank=place.rank, attempt=run.attempt, folder=run.path)
+        write_status(run.path, status)

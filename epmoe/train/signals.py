@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from epmoe import env
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what Slurm users have sent some minutes before the time limit (``--signal=USR1@300``)."""
 
@@ -45,6 +47,8 @@ def stop_on_signals() -> Iterator[StopFlag]:
         yield flag
         return
     earlier = {number: signal.signal(number, raise_flag) for number in STOP_SIGNALS}
+    if env.supervised():
+        env.die_with_parent()  # a launcher that is killed cannot tell its ranks to stop
     try:
         yield flag
     finally:

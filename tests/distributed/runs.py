@@ -5,6 +5,7 @@ A run of two ranks and ten steps takes about a third of a second, because everyt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -140,9 +141,9 @@ def finish(base: Path, config: Config, *, world_size: int = 2) -> Path:
 
 # ------------------------------------------------------------------------------------------- what is left behind
 def status(folder: Path) -> dict[str, Any]:
-    """run_status.json."""
+    """run_status.json without what differs from attempt to attempt."""
     found: dict[str, Any] = json.loads((folder / "run_status.json").read_text())
-    return found
+    return {key: found[key] for key in ("state", "exit_code", "step", "message")}
 
 
 def checkpoints(folder: Path) -> list[int]:
@@ -187,3 +188,14 @@ def assert_same_run(folder: Path, reference: Path, step: int = STEPS) -> None:
     assert [line["step"] for line in history(folder)] == list(range(1, step + 1))
     assert history(folder) == history(reference)
     assert status(folder) == {"state": "done", "exit_code": 0, "step": step, "message": ""}
+
+
+def processes_of(file: Path) -> list[int]:
+    """Processes that have the configuration file on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if str(file).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found

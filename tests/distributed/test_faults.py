@@ -19,6 +19,7 @@ from epmoe.config import Config
 from epmoe.errors import CommError, EpmoeError, Preempted
 from epmoe.parallel import runtime
 from epmoe.train.run_folder import close_run_folder, open_run_folder
+from epmoe.train.status import read_status
 from tests.distributed.harness import rank_outcomes, run_ranks
 from tests.distributed.runs import (
     End,
@@ -132,7 +133,10 @@ def test_a_stopped_peer_is_named_after_the_time_out(base: Path, capfd: pytest.Ca
 def test_the_survivor_of_a_failed_rank_knows_why(base: Path) -> None:
     config = make_config(base, "failed-peer")
     first, second = run(base, config, "point=train.step_start,rank=1,step=2,action=exc")
-    assert first.result.code == 7
+    assert first.result.code == 1  # that of the first cause, everywhere
+    ended = read_status(Path(config.out))
+    assert ended is not None
+    assert (ended.exit_code, ended.step, ended.rank) == (1, 1, 1)
     assert "which stopped at step 2, phase training: RuntimeError: injected exception" in first.result.message
     assert second.error is not None
     assert "RuntimeError: injected exception at train.step_start" in second.error
@@ -144,7 +148,7 @@ def test_a_rank_that_fails_while_the_run_is_set_up_is_named_too(base: Path) -> N
     finish(base, config)
     longer = make_config(base, "failed-start", "train.steps=3")
     first, second = run_ranks(2, _fail_in_resume, base, longer)
-    assert first.code == 7
+    assert first.code == 1
     assert "which stopped at step 0, phase start-up: ZeroDivisionError: no luck" in first.message
     assert second == End(1, "ZeroDivisionError")
 
@@ -171,6 +175,16 @@ def test_out_of_memory_says_what_to_lower(base: Path) -> None:
     assert "micro batches of 2 x 16 tokens" in end.message
     assert "train.micro_batch_size" in end.message
     assert status(Path(config.out))["exit_code"] == 6
+
+
+def test_out_of_memory_on_any_rank_is_what_all_ranks_end_with(base: Path) -> None:
+    config = make_config(base, "memory-elsewhere")
+    fault = "point=train.step_start,rank=1,step=3,action=oom"
+    assert [end.code for end in ends(base, config, fault)] == [6, 6]
+    ended = read_status(Path(config.out))
+    assert ended is not None
+    assert (ended.exit_code, ended.step, ended.rank) == (6, 2, 1)
+    assert "lost rank 1 at step 3" in ended.message
 
 
 def test_the_same_failure_is_not_repeated_for_ever(base: Path) -> None:

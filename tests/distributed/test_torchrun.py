@@ -16,7 +16,16 @@ import pytest
 
 from epmoe.config import Config
 from epmoe.config_file import dump_config
-from tests.distributed.runs import assert_same_run, checkpoints, finish, history, make_config, run, status
+from tests.distributed.runs import (
+    assert_same_run,
+    checkpoints,
+    finish,
+    history,
+    make_config,
+    processes_of,
+    run,
+    status,
+)
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 LIMIT_S = 90
@@ -43,17 +52,6 @@ def torchrun(
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             agent.wait()
-
-
-def processes_of(file: Path) -> list[int]:
-    """Processes that have the configuration file on their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if str(file).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
 
 
 def assert_nothing_left(base: Path, config: Config) -> None:
@@ -88,7 +86,7 @@ def test_the_first_failure_ends_the_output(base: Path) -> None:
     assert any(re.search(r"rank +: 1 ", line) for line in log[root:])
     assert any(line.strip() == error for line in log[root:])
     ended = status(Path(config.out))
-    assert ended["exit_code"] == 7
+    assert ended["exit_code"] == 1
     assert "RuntimeError: injected exception" in ended["message"]
 
 
@@ -104,7 +102,7 @@ def test_restarts_that_get_nowhere_are_refused(base: Path) -> None:
     assert sum("injected fault" in line for line in log_of(config)) == 1
     ended = status(Path(config.out))
     assert (ended["state"], ended["exit_code"]) == ("failed", 93)
-    assert "3 attempts from step 0 failed" in "\n".join(log_of(config)[-30:])
+    assert "3 attempts from step 0 failed" in "\n".join(log_of(config))
 
 
 def test_a_signal_to_the_agent_costs_nothing(base: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,12 @@ import typer
 
 from epmoe.cli import doctor as module
 from epmoe.cli.doctor import apex_finding, doctor, examine, flash_finding
+from epmoe.cli.run_report import Signs, judge
 from epmoe.errors import ConfigError
 from epmoe.observe.record import LayerHealth, StepRecord, record_to_json
 from epmoe.ops import native, registration
+from epmoe.train import lock
+from epmoe.train.status import Status, write_status
 from tests.unit.packages import Packages, pretend
 
 
@@ -142,6 +148,56 @@ def test_a_run_folder_may_be_empty_or_damaged_but_must_exist(
     (tmp_path / "run_status.json").write_text('{"state"')
     (tmp_path / "metrics.jsonl").write_text("not json\n")
     doctor(tmp_path, json=False)
-    assert "damaged" in capsys.readouterr().out
+    assert "absent: no run_status.json that can be read" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="not a run folder"):
         doctor(tmp_path / "none", json=False)
+
+
+OURS = "ours"
+"""Stands for this process, whose number is another in every worker of the tests."""
+
+
+@pytest.mark.parametrize(
+    ("state", "owner", "silent_s", "gone", "idle_s", "word"),
+    [
+        (None, None, 0, False, None, "absent"),
+        (None, OURS, 1, False, None, "starting"),
+        ("failed", "here:9:9:", 1, False, None, "starting"),  # what stands there is of the attempt before
+        ("running", OURS, 1, False, None, "starting"),
+        ("running", OURS, 1, False, 5, "running"),
+        ("running", OURS, 1, False, 61, "running"),  # they come every 7 s
+        ("running", OURS, 1, False, 71, "hanging"),
+        ("running", OURS, 400, True, 400, "dead"),
+        ("running", None, 0, False, 5, "dead"),
+        (None, OURS, 1, True, None, "dead"),
+        ("done", None, 0, False, 5, "done"),
+        ("stopped", None, 0, False, 5, "stopped"),
+        ("failed", OURS, 9, True, 5, "failed"),
+    ],
+)
+def test_what_the_signs_of_a_run_mean(state, owner, silent_s, gone, idle_s, word):
+    status = None if state is None else Status(state=state, attempt=OURS)
+    signs = Signs(owner=owner, silent_s=silent_s, gone=gone, idle_s=idle_s, usual_s=7.0)
+    verdict = judge(status, signs)
+    assert verdict.word == word
+    assert verdict.healthy == (word not in ("hanging", "dead"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "age_s", "word"),
+    [
+        (OURS, 0, "starting"),
+        ("elsewhere:1:1:", lock.SILENT_S - 60, "starting"),
+        ("elsewhere:1:1:", lock.SILENT_S + 60, "dead"),
+        ("no such process", 0, "dead"),
+    ],
+)
+def test_the_signs_are_read_from_the_folder_on_any_node(tmp_path, capsys, owner, age_s, word):
+    here = lock.identity()
+    owner = {OURS: here, "no such process": f"{here.split(':')[0]}:4194305:1:"}.get(owner, owner)
+    write_status(tmp_path, Status(state="running", attempt=owner))
+    (tmp_path / ".lock").write_text(owner)
+    os.utime(tmp_path / ".lock", (0, time.time() - age_s))
+    with pytest.raises(typer.Exit) if word == "dead" else contextlib.nullcontext():
+        doctor(tmp_path, json=True)
+    assert json.loads(capsys.readouterr().out)["verdict"] == word

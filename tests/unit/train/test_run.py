@@ -11,7 +11,8 @@ import torch
 
 from epmoe.config import Config
 from epmoe.config_file import load_config, override_config
-from epmoe.train.run import _finished_at, _is_out_of_memory, _out_of_memory
+from epmoe.parallel.failures import is_out_of_memory
+from epmoe.train.run import _finished_at, _out_of_memory
 from tests.distributed.harness import rank_outcomes
 from tests.distributed.runs import End, attempt, checkpoints, history, make_config, status
 
@@ -91,9 +92,9 @@ def test_when_a_run_counts_as_finished(text: str, step: int, tmp_path: Path) -> 
 
 
 def test_out_of_memory_is_recognised_and_explained() -> None:
-    assert _is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert _is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert not _is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     for message in ("CUDA out of memory. Tried to allocate\nmore", ""):
         error = _out_of_memory(Config(), torch.OutOfMemoryError(message))
         assert error.exit_code == 6

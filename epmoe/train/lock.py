@@ -1,0 +1,142 @@
+"""The lock of a run folder. It names its owner, who shows every few seconds that it lives. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from epmoe import env
+from epmoe.errors import ConfigError
+
+NAME = ".lock"
+BEAT_S = 15.0
+"""The owner touches the file this often."""
+SILENT_S = 300.0
+"""An owner on another machine that has not touched it for so long is gone; network disks tell times a minute late."""
+
+
+def take(lock: Path) -> None:
+    """Makes the file, or takes it over from an owner that is gone.
+
+    Raises:
+        ConfigError: A live process owns it.
+    """
+    for _ in range(5):
+        try:
+            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            _reclaim(lock)
+            continue
+        with os.fdopen(descriptor, "w") as file:
+            file.write(identity())
+        return
+    raise ConfigError(f"{lock} keeps changing hands", why="several runs start in this folder at once")
+
+
+def keep(lock: Path) -> threading.Event:
+    """Touches the file from a thread until the event that this returns is set."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                os.utime(lock)
+
+    threading.Thread(target=beat, name="epmoe lock", daemon=True).start()
+    return over
+
+
+def age_s(lock: Path) -> float:
+    """Seconds since the owner's last sign of life, by this machine's clock; infinite without a lock."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except OSError:
+        return float("inf")
+
+
+def give_back(lock: Path) -> None:
+    """Removes the file if this process owns it."""
+    if owner_of(lock) == identity():
+        lock.unlink()
+
+
+def _reclaim(lock: Path) -> None:
+    """Removes a lock whose owner is gone; raises when it is alive."""
+    owner = owner_of(lock)
+    if owner == "":  # made a moment ago, or its maker died between making and writing it
+        time.sleep(0.2)
+        owner = owner_of(lock)
+    if owner is None:
+        return
+    if owner and not is_gone(owner, _age_on_disk_s(lock)):
+        host, pid, *_ = owner.split(":")
+        here = host == socket.gethostname()
+        given_up = (
+            f"; if that machine is gone, start again {SILENT_S / 60:g} minutes after its last sign of life"
+        )
+        raise ConfigError(
+            f"{lock.parent} is in use by process {pid} on {host}",
+            fix=f"stop that run or choose another out={'' if here else given_up}",
+        )
+    # Renaming first: of two processes that both found the lock stale, only one gets it.
+    stale = lock.with_name(f".lock-stale-{os.getpid()}")
+    try:
+        os.rename(lock, stale)
+    except FileNotFoundError:
+        return
+    if owner_of(stale) != owner and not lock.exists():  # somebody's fresh lock was caught: give it back
+        os.rename(stale, lock)
+        return
+    stale.unlink(missing_ok=True)
+
+
+def owner_of(lock: Path) -> str | None:
+    """What the lock says; None when there is none."""
+    try:
+        return lock.read_text()
+    except OSError:
+        return None
+
+
+def identity() -> str:
+    """``host:pid:start:job`` of this process, unlike that of any other."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}:{env.batch_job()}"
+
+
+def _age_on_disk_s(lock: Path) -> float:
+    """As ``age_s``, by the clock of the disk: machines need not agree on the time."""
+    probe = lock.with_name(f".probe-{os.getpid()}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - lock.stat().st_mtime
+    except OSError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def is_gone(owner: str, silent_s: float = 0.0) -> bool:
+    """Whether the process that wrote a lock is over: certainly if it ran here, elsewhere by its silence."""
+    try:
+        host, pid, started, job = owner.split(":")
+        if host != socket.gethostname():
+            # Out of sight, unless Slurm has requeued this very job on another node.
+            return silent_s > SILENT_S or (job != "" and job == env.batch_job())
+        return _started(int(pid)) != started
+    except ValueError:
+        return True  # not a lock of ours: damaged
+
+
+def _started(pid: int) -> str | None:
+    """When a process started (clock ticks since boot), so that a reused pid is not mistaken for it; None = dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return "unknown"
+    return None if fields[0] in "ZX" else fields[19]
