@@ -14,42 +14,95 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets for a job of several processes. An empty variable counts as one that is not set."""
+
 
 def rank() -> int:
     """Rank of this process in the job, 0 when it was not started by a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Processes in the job, 1 when it was not started by a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Rank of this process on its node; picks the GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def launched() -> bool:
     """True under torchrun or any launcher that sets its variables."""
-    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    return bool(os.environ.get("RANK") or os.environ.get("WORLD_SIZE"))
 
 
 def missing_launch_variables() -> list[str]:
     """Launcher variables that must all be set for a job of several processes, and are not."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return [name for name in names if name not in os.environ]
+    return [name for name in LAUNCHER if not os.environ.get(name)]
+
+
+def wrong_launch_variable() -> str:
+    """What is wrong with a number that a launcher, or somebody in its place, has set; empty when nothing is."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
+        if (text := os.environ.get(name, "")) and not text.isdecimal():
+            return f"{name}={text!r} is not a number"
+    for small, large in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if os.environ.get(large) and _number(small, 0) >= _number(large, 1):
+            last = _number(large, 1) - 1
+            return f"{small}={_number(small, 0)}, but {large}={last + 1}: ranks go from 0 to {last}"
+    return ""
+
+
+def adopt_tasks() -> None:
+    """Makes tasks that Slurm (``srun -n 8 epmoe train``) or mpirun started look like a launcher's, where there is none.
+
+    Under ``srun torchrun`` Slurm's variables describe torchrun, and RANK is set for the worker; a batch script without
+    srun is no task of several, whatever the job was given.
+    """
+    if launched():
+        return
+    if _number("SLURM_STEP_NUM_TASKS", 1) > 1 and os.environ.get("SLURM_PROCID", ""):
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        number = _number("SLURM_JOB_ID", 0) * 16 + _number("SLURM_STEP_ID", 0)
+        os.environ.setdefault("MASTER_ADDR", _first_host(nodes))
+        os.environ.setdefault(
+            "MASTER_PORT", str(15000 + number % 15000)
+        )  # below what systems give away by themselves
+    elif _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""))
+        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["OMPI_COMM_WORLD_SIZE"]:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    else:
+        return
+    for ours, theirs in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
+        os.environ[ours] = os.environ.get(theirs, "")
+
+
+def _first_host(nodes: str) -> str:
+    """``gpu[007-010,12],login`` -> ``gpu007``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in match.groups()) if match else ""
 
 
 def local_world_size() -> int:
     """Ranks of the job on this node: what torchrun or DeepSpeed's launcher says, else Slurm."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        if name in os.environ:
-            return int(os.environ[name])
+        if os.environ.get(name):
+            return _number(name, 1)
     # "4(x2),3": two nodes with four tasks, one with three.
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     tasks = [int(count) for count, times in groups for _ in range(int(times or 1))]
-    node = int(os.environ.get("SLURM_NODEID", "0"))
+    node = _number("SLURM_NODEID", 0)
     return tasks[node] if node < len(tasks) else 1
 
 
@@ -172,7 +225,7 @@ def rendezvous_address() -> str:
 
 def attempt() -> int:
     """How often torchrun has restarted this job."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def launch_notes() -> str:

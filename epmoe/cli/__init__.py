@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -36,11 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     What the user can act on is a message on stderr; anything else is our mistake and keeps its traceback.
     """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by whoever started us: the next file would get its place
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
     env.prefer_huge_pages()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:  # accepted anywhere on the line, though only the program as a whole declares it
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    env.adopt_tasks()
     code: int | str | None = 1
     try:
         _app()(arguments, prog_name="epmoe")

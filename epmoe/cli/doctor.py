@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json as jsonlib
 import os
 import platform
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 import epmoe
+from epmoe import env
 from epmoe.cli.run_report import report_run
 from epmoe.errors import ConfigError
 
@@ -162,6 +164,7 @@ def _rendezvous() -> Iterator[Finding]:
     )
     yield Finding(part="network", name="rendezvous", value=value, status="ok" if echoed else "failure")
     host = socket.gethostname()
+    yield _reach(env.rendezvous_address().rpartition(":")[0] if env.launched() else host)
     try:
         address = socket.getaddrinfo(host, None)[0][4][0]
         yield Finding(part="network", name="host name", value=f"{host} is {address}")
@@ -169,6 +172,25 @@ def _rendezvous() -> Iterator[Finding]:
         fix = f"add '127.0.0.1 {host}' to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo"
         yield Finding(part="network", name="host name", value=f"{host}: {error}", status="warning", fix=fix)
     yield _process_group()
+
+
+def _reach(host: str) -> Finding:
+    """The rendezvous trusts everybody who reaches it (SECURITY.md)."""
+    try:
+        addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None)})
+    except OSError as error:
+        return Finding(part="network", name="reach", value=f"{host}: {error}", status="note")
+    public = [address for address in addresses if ipaddress.ip_address(address.partition("%")[0]).is_global]
+    if not public:
+        return Finding(part="network", name="reach", value=f"{host} is {', '.join(addresses)}: not routable")
+    return Finding(
+        part="network",
+        name="reach",
+        value=f"the rendezvous at {host} is {', '.join(public)}, which can be reached from outside; "
+        "whoever reaches it can run code in the job",
+        status="warning",
+        fix="MASTER_ADDR on a private interface, and a firewall or NetworkPolicy around its ports",
+    )
 
 
 def _process_group() -> Finding:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epmoe import env
+from epmoe.comm.waiting import wait_for
 from epmoe.comm.wire import pack, unpack
 
 Group = dist.ProcessGroup | None
@@ -159,12 +160,11 @@ def _begin(trip: Trip, rows_NX: Tensor, *, home: bool, later: bool) -> tuple[Ten
 
 def _end(trip: Trip, rows_NX: Tensor, work: Any, dtype: torch.dtype, *, home: bool) -> Tensor:
     """Waits for it, and goes on to where the trip ends."""
-    if work is not None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            _name_layer(error, trip.exchange)
-            raise
+    try:
+        wait_for(work)
+    except RuntimeError as error:
+        _name_layer(error, trip.exchange)
+        raise
     splits, sizes = trip.splits, trip.exchange.sizes
     for step in range(len(sizes) - 1, -1, -1) if home else ():
         if step < len(sizes) - 1:

@@ -1,12 +1,14 @@
-"""Who is missing when a collective fails.
+"""Who is missing when a collective fails, or takes long.
 
 A rank that loses contact cannot tell a dead peer from one that is itself waiting for the dead one. So every rank has a
 small thread that answers a roll call through the rendezvous store, also while the rank waits in a collective: a
-killed or stopped process does not answer, one that is busy elsewhere says where.
+killed or stopped process does not answer, one that is busy elsewhere says where. The same thread tells the store
+from time to time where its rank is; the two lowest ranks look at the others when they have waited for long.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import sys
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from epmoe import env
+from epmoe.comm import waiting
 from epmoe.errors import CommError, EpmoeError, MemoryExhausted
 
 MAX_NOTE = 500
@@ -80,7 +83,11 @@ class Responder:
     rank: int
     world_size: int
     store: Store
-    _stopped: threading.Event = field(default_factory=threading.Event)
+    patience_s: float
+    """After so long in one place the ranks that are waited for are named; a tenth of the time-out."""
+    place: str = "start-up"
+    """Step and phase, told by ``watching``."""
+    stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
     _roll: RollCall = field(init=False)
 
@@ -88,21 +95,25 @@ class Responder:
         self._roll = RollCall(answers={}, causes={}, world_size=self.world_size)
 
     def start(self) -> None:
-        """Starts listening; without peers there is nothing to listen for."""
+        """Starts listening; without peers there is nothing to listen for. It ends by itself with the process."""
         if self.world_size > 1:
             self._thread = threading.Thread(target=self._listen, name="epmoe roll call", daemon=True)
             self._thread.start()
+            atexit.register(self.stop)  # a thread inside the store must not meet the end of the interpreter
 
     def stop(self) -> None:
         """Stops listening; call it before the process group is destroyed."""
-        self._stopped.set()
+        atexit.unregister(self.stop)
+        self.stopped.set()
         if self._thread is not None:
             self._thread.join(timeout=1.0)
 
     def _listen(self) -> None:
         interval_s = max(0.1, self.world_size / 500)  # a few thousand small requests per second at most
+        watch = Watch(responder=self)
         with contextlib.suppress(RuntimeError):  # the store is gone: nobody can ask any more
-            while not self._stopped.wait(interval_s):
+            while not self.stopped.wait(interval_s):
+                watch.look()
                 if self.store.check([_key("call")]):
                     self.store.set(_key(f"answer/{self.rank}"), _position())
                     # The store may go down with the rank that called: keep what the others say.
@@ -132,30 +143,81 @@ class Responder:
     def _collect(self, deadline: float) -> None:
         answers: dict[int, str] = {}
         missing = list(range(self.world_size))
-        while missing and time.monotonic() < deadline and not self._stopped.wait(0.02):
-            answers |= self._read("answer", missing)
+        while missing and time.monotonic() < deadline and not self.stopped.wait(0.02):
+            answers |= self.read("answer", missing)
             missing = [rank for rank in range(self.world_size) if rank not in answers]
-            causes = {rank: Cause.parse(note) for rank, note in self._read("cause", missing).items()}
+            causes = {rank: Cause.parse(note) for rank, note in self.read("cause", missing).items()}
             self._roll = RollCall(answers=dict(answers), causes=causes, world_size=self.world_size)
             missing = [rank for rank in missing if rank not in causes]
 
-    def _read(self, kind: str, ranks: list[int]) -> dict[int, str]:
+    def read(self, kind: str, ranks: list[int]) -> dict[int, str]:
+        """What ranks wrote under a kind of key; those that wrote nothing are left out."""
         keys = {rank: _key(f"{kind}/{rank}") for rank in ranks}
         return {r: self.store.get(key).decode() for r, key in keys.items() if self.store.check([key])}
+
+
+@dataclass(slots=True, kw_only=True)
+class Watch:
+    """Notices, long before the time-out, that this rank is stuck in one call, and names those that it waits for."""
+
+    responder: Responder
+    _call: tuple[int, int] = (0, 0)
+    _since: float = 0.0
+    _told_at: float = 0.0
+    _named: bool = False
+
+    def look(self) -> None:
+        """Tells where this rank is, a few times per patience; the two lowest ranks look for those that are missing."""
+        mine, now = self.responder, time.monotonic()
+        if now < self._told_at + mine.patience_s / 4:
+            return
+        self._told_at, position, call = now, _position(), _innermost_call()
+        mine.store.set(_key(f"at/{mine.rank}"), f"{now:.3f} {position}")
+        if call != self._call or position != WAITING:
+            self._call, self._since, self._named = call, now, False
+        elif mine.rank < 2 and not self._named and now - self._since > 0.9 * mine.patience_s:
+            self._named = True
+            self._name()
+
+    def _name(self) -> None:
+        others = [rank for rank in range(self.responder.world_size) if rank != self.responder.rank]
+        first = self.responder.read("at", others)
+        if self.responder.stopped.wait(self.responder.patience_s / 2):
+            return
+        second = self.responder.read("at", others)
+        silent = [rank for rank in others if first.get(rank) == second.get(rank)]
+        busy = {rank: at.partition(" ")[2] for rank, at in second.items() if rank not in silent}
+        missing = [f"rank {rank} does not answer" for rank in silent]
+        missing += [f"rank {rank} is {at}" for rank, at in busy.items() if at != WAITING]
+        if missing:
+            told, waited = "; ".join(missing[:8]), time.monotonic() - self._since
+            print(
+                f"[rank {self.responder.rank}] has waited {waited:.0f} s at {self.responder.place}: {told}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _key(name: str) -> str:
     return f"epmoe/roll/{name}"
 
 
+def _innermost_call() -> tuple[int, int]:
+    """Frame and instruction of the main thread: the same for as long as it is stuck in one call."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return (id(frame), frame.f_lasti) if frame else (0, 0)
+
+
 def _position() -> str:
-    """Where the main thread is, innermost frame of ours first."""
+    """Where the main thread is."""
     threads = {ident: traceback.extract_stack(frame) for ident, frame in sys._current_frames().items()}
     threads.pop(threading.get_ident(), None)
     files = {
         frame.filename for stack in threads.values() for frame in stack
     }  # on a GPU, backward has its own threads
-    if __file__ in files or any("torch/distributed" in file for file in files):
+    # torchrun's wrapper around the whole run lies there too, and is no collective.
+    of_torch = {file for file in files if "torch/distributed/" in file and "/elastic/" not in file}
+    if of_torch or {__file__, waiting.__file__} & files:
         return WAITING
     ident = threading.main_thread().ident
     stack = threads.get(ident) if ident is not None else None
@@ -164,11 +226,15 @@ def _position() -> str:
     return f"in {stack[-1].name} ({stack[-1].filename}:{stack[-1].lineno})"
 
 
+SIGNS = ("gloo/", "NCCL", "pair closure", "Connection closed by peer", "Connection reset by peer")
+"""In the texts of failed collectives. After a time-out gloo says no more than that it closed the pair."""
+
+
 def is_comm_failure(error: BaseException) -> bool:
     """Whether an exception comes from a collective. gloo raises plain RuntimeErrors that name its source files."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
+        isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
     )
 
 

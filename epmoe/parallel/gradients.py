@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from epmoe.comm.waiting import wait_for
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import ExpertMesh, is_expert
 from epmoe.types import compute_dtype
@@ -107,8 +108,7 @@ class Gradients:
             if dist.get_world_size(bucket.group) > 1
         ]
         for work in pending:
-            if work is not None:
-                work.wait()
+            wait_for(work)
 
 
 def _split(named: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:

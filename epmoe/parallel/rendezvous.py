@@ -38,10 +38,15 @@ def join(backend: str, timeout_s: float) -> None:
         CommError: The ranks did not find each other.
     """
     timeout = timedelta(seconds=timeout_s)
+    env.adopt_tasks()
     if not env.launched():
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
+    if wrong := env.wrong_launch_variable():
+        raise ConfigError(
+            wrong, why="a launcher sets these variables for every process", fix=f"start with `{TORCHRUN}`"
+        )
     if missing := env.missing_launch_variables():
         raise ConfigError(
             f"a launcher was expected, but these variables are not set: {', '.join(missing)}",

@@ -24,6 +24,8 @@ from epmoe.parallel.rendezvous import join
 
 MAX_KEYS = 10
 """Keys that are named when configurations differ."""
+MIN_PATIENCE_S = 2.0
+"""Nobody is named for a shorter wait, however short the time-out: every rank says where it is four times in it."""
 PATIENCE_S = 5.0
 """How long a rank that is asked to stop waits for rank 0 to leave what it is busy with."""
 
@@ -81,7 +83,10 @@ def start(device: str, timeout_s: float) -> Runtime:
     if not adopted:
         join("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl", timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    responder = Responder(rank=rank, world_size=world_size, store=_get_default_store())
+    store = _get_default_store()
+    responder = Responder(
+        rank=rank, world_size=world_size, store=store, patience_s=max(MIN_PATIENCE_S, timeout_s / 10)
+    )
     responder.start()
     return Runtime(
         rank=rank,
@@ -302,12 +307,13 @@ def watching(runtime: Runtime, *, step: int, phase: str) -> Iterator[None]:
     Raises:
         CommError: A collective failed or timed out. The stacks of this process are on stderr by then.
     """
+    where = f"step {step}, phase {phase}"
+    runtime.responder.place = where
     try:
         yield
     except (CommError, Agreed):
         raise
     except Exception as error:
-        where = f"step {step}, phase {phase}"
         if is_comm_failure(error):
             layer = [note for note in getattr(error, "__notes__", ()) if note.startswith("layer ")]
             where = ", ".join([where, *layer])

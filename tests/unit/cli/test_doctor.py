@@ -35,6 +35,21 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]):
     assert names["deepspeed"]["status"] == "note"
 
 
+@pytest.mark.parametrize(
+    ("address", "status"), [("127.0.0.1", "ok"), ("10.1.2.3", "ok"), ("::1", "ok"), ("8.8.8.8", "warning")]
+)
+def test_a_rendezvous_that_can_be_reached_from_outside_is_a_warning(address, status, monkeypatch):
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": "29500",
+    }.items():
+        monkeypatch.setenv(name, value)
+    finding = module._reach(module.env.rendezvous_address().rpartition(":")[0])
+    assert finding.status == status
+
+
 def test_a_look_that_fails_is_a_finding_and_the_exit_code_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
