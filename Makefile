@@ -1,4 +1,4 @@
-# make train | test | test-slow | test-long | sanitize | check | bench | build | cuda-check | gpu-check | wheel
+# make train | test | test-slow | test-long | test-slurm | sanitize | check | bench | build | cuda-check | gpu-check | wheel
 #
 # Without PYTHON these work in .venv, which is made when there is none and brought up to date when
 # pyproject.toml, setup.py, constraints.txt or csrc/ change. With PYTHON=python3 (or any other interpreter)
@@ -20,13 +20,14 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(shell $(PYTHON) -c 'import xdis
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test test-slow test-long sanitize check bench build cuda-check gpu-check wheel
+.PHONY: help train test test-slow test-long test-slurm sanitize check bench build cuda-check gpu-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
 	@echo "make test    all tests but the slow ones; PYTEST_ARGS='-k router' selects"
 	@echo "make test-slow   the slow ones, those of the DeepSpeed engine among them"
 	@echo "make test-long   two hundred steps of the quickstart's model in every layout: a quarter of an hour, not in CI"
+	@echo "make test-slurm  the launch file for Slurm on a cluster of two nodes on this host; ARGS=--stops=20 stops a job often"
 	@echo "make sanitize the operator tests on kernels compiled with address, undefined-behaviour and thread sanitizers"
 	@echo "make check   ruff, mypy, import contracts, the schema of the CI workflow"
 	@echo "make bench   every benchmark; ARGS=--quick shows in seconds that they run"
@@ -48,6 +49,9 @@ test-slow: $(READY) $(READY_SLOW)
 
 test-long: $(READY)
 	$(PYTEST) -m long $(PYTEST_ARGS)
+
+test-slurm: $(READY)
+	PYTHONPATH=. $(PYTHON) tests/slurm/run.py $(ARGS)
 
 sanitize: $(READY)
 	$(PYTHON) tests/sanitize/run.py
