@@ -427,7 +427,9 @@ class TrainConfig(Section):
     eval_every: Count = 0
     """Steps between evaluations; 0 = only at the end."""
     eval_samples: Positive | None = None
-    """Windows per source in an evaluation during training; null = all. The final evaluation always uses all."""
+    """Windows per source in an evaluation during training; null = all."""
+    final_eval_samples: Positive | None = None
+    """Windows per source in the final evaluation; null = all, which bits per byte need."""
     log_every: Positive = 10
     nonfinite: Literal["skip", "stop"] = "skip"
     """What all ranks do together when a loss or gradient is not finite."""

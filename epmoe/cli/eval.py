@@ -5,12 +5,14 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from epmoe.config import Config
 from epmoe.data.loader import validation_sets
 from epmoe.data.prepare import prepare
-from epmoe.data.progress import console_progress
+from epmoe.data.prepared import TOKENIZER_FOLDER
+from epmoe.data.progress import console_progress, plain_progress
 from epmoe.errors import CheckpointError, ConfigError, DataError
 from epmoe.models.decoder import Decoder
 from epmoe.parallel import runtime
@@ -18,7 +20,7 @@ from epmoe.train.evaluate import Evaluation
 from epmoe.train.evaluate import evaluate as evaluate_set
 from epmoe.train.load import load_trained
 
-OVERRIDABLE = ("train.precision", "train.micro_batch_size", "moe.capacity_factor")
+OVERRIDABLE = ("train.precision", "train.micro_batch_size", "train.final_eval_samples", "moe.capacity_factor")
 """Keys that may differ from the run's, besides those of the data; the others describe training or the weights."""
 
 
@@ -43,10 +45,11 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
         with console_progress() as progress:
             prepared = prepare(config.data, progress=progress)
         if prepared.tokenizer.sha256 != trained.tokenizer.sha256:
+            folder = trained.checkpoint.path.absolute().parent.parent / TOKENIZER_FOLDER
             raise CheckpointError(
                 f"the data is prepared with tokenizer {prepared.tokenizer.sha256[:12]}, the model was trained with "
                 f"{trained.tokenizer.sha256[:12]}",
-                fix="data.tokenizer=RUN/tokenizer/tokenizer.json uses the run's own",
+                fix=f"data.tokenizer={folder} uses the run's own",
             )
         validation = validation_sets(prepared, config.data)
         if not validation:
@@ -66,6 +69,8 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
                     batch_size=config.train.micro_batch_size or 16,
                     precision=config.train.precision,
                     device=place.device,
+                    max_windows=config.train.final_eval_samples,
+                    poll=partial(plain_progress("evaluate", unit="windows"), f"{data.name}, {mode}"),
                 )
                 for data in validation
             ]
@@ -107,6 +112,8 @@ def _as_text(path: str, results: dict[str, list[Evaluation]]) -> str:
                 f"  {one.name}, {mode}: {bits}perplexity {one.perplexity:.3f}, {one.loss:.4f} nats per token, "
                 f"{one.num_tokens:,} tokens, drop rate {one.drop_rate:.2%}"
             )
+            if one.bits_left_out is not None:
+                lines.append(f"    no bits per byte: {one.bits_left_out}")
     return "\n".join(lines)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from epmoe.data.prepare import prepare as prepare_data
-from epmoe.data.prepared import PreparedData, PreparedSplit, text_warning, verify_split
+from epmoe.data.prepared import (
+    PreparedData,
+    PreparedSplit,
+    check_trainable,
+    source_lines,
+    text_warning,
+    verify_split,
+)
 from epmoe.data.progress import console_progress
 from epmoe.train.signals import stop_on_signals
 
@@ -22,6 +29,7 @@ def prepare(config: Path, overrides: list[str]) -> None:
     cfg = load_config(config, overrides).data
     with stop_on_signals() as stopped, console_progress() as progress:
         prepared = prepare_data(cfg, progress=progress, should_stop=stopped)
+        check_trainable(prepared, cfg.seq_len)
         for source in prepared.sources:
             for split in (source.train, source.val):
                 if split is not None:
@@ -34,6 +42,7 @@ def statistics(prepared: PreparedData) -> list[str]:
     tokenizer = prepared.tokenizer
     lines = [
         f"prepared {prepared.folder}",
+        *source_lines(prepared),
         f"tokenizer {tokenizer.name}: {tokenizer.size} entries, {prepared.padded_vocab_size} with padding",
         f"{'source':<16} {'split':<5} {'documents':>10} {'tokens':>13} {'bytes':>14} {'bytes/token':>11} "
         f"{'repaired':>8} {'empty':>6}",

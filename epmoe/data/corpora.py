@@ -1,13 +1,19 @@
 """Bodies of text: which files they have, which documents are in them, and who is validation.
 
 A corpus is a sorted list of pieces. A piece is a byte range of one file that holds whole documents: a text file is
-one piece and one document, a ``.jsonl`` file is cut into pieces of whole lines. Files of a folder with a NUL byte in
-their first 8 KB are images, archives and the like, and are skipped. Pieces are hashed when the corpus is
-scanned and checked again when they are read, so the prepared data is that of the fingerprint.
+one piece and one document, a file of JSON lines is cut into pieces of whole lines. Pieces are hashed when the corpus is
+scanned and checked again when they are read, so the prepared data is that of the fingerprint. A byte order mark at
+the beginning belongs to no document.
+
+What a source holds is decided from the files themselves (``forms``): JSON lines are read as records, other files as
+text. Where that would be a guess, such as records beside prose, JSON of one value, or text beside compressed files,
+``format`` has to say it. Files of a folder with a NUL byte in their first 8 KB are images and the like, and are
+skipped and counted.
 
 What becomes validation does not depend on order, machine or preparation options:
 
-    files            sha256 of the path relative to the folder (POSIX, UTF-8), as an integer, is 0 modulo 20
+    files            sha256 of the path relative to the folder (POSIX, UTF-8), as an integer, is 0 modulo 20;
+                     of files with the same content, the first one's name decides for all
     JSONL documents  the same of the text
     with val_path    everything there is validation, everything in ``path`` is training
     a single file    its last twentieth, from the beginning of a line where there is one nearby
@@ -15,35 +21,30 @@ What becomes validation does not depend on order, machine or preparation options
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-import os
 import re
-import sysconfig
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from epmoe.config import SourceConfig
 from epmoe.data.files import BLOCK_BYTES, Report, StopFlag, never_stop, silent, stop_if
+from epmoe.data.forms import BYTE_ORDER_MARK, Form, form_of
 from epmoe.data.known import Cut, KnownFiles
+from epmoe.data.listing import Listing, list_files, list_stdlib, unreadable
 from epmoe.errors import DataError
 
 VALIDATION_MODULUS = 20
-STDLIB_SKIPPED = frozenset(
-    ("test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__")
-)
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 16 << 20
 PIECES_PER_FILE = 256
-PROBE_BYTES = 8192
-"""Text has no NUL byte among so many first ones."""
 
-Kind = Literal["files", "jsonl", "indexed"]
-KIND_OF_FORMAT: Mapping[str, Kind] = MappingProxyType(
-    {"stdlib": "files", "text": "files", "jsonl": "jsonl", "indexed": "indexed"}
-)
+Kind = Literal["files", "jsonl"]
+KIND_NAMES: Mapping[Kind, str] = MappingProxyType({"files": "text", "jsonl": "JSON lines"})
 Split = Literal["train", "val"]
 Ranges = tuple[tuple[int, int], ...]
 
@@ -73,8 +74,10 @@ class Corpus:
     pieces: tuple[Piece, ...]
     text_field: str
     loss_field: str | None
-    skipped: int = 0
-    """Files that are no text."""
+    val_named: bool = False
+    """Validation is what ``val_path`` names, not what a rule says."""
+    left_out: tuple[str, ...] = ()
+    """What of the source is not read, in words with numbers."""
 
     @property
     def num_bytes(self) -> int:
@@ -88,16 +91,26 @@ class Corpus:
         described = [self.name, self.kind, self.text_field, self.loss_field, parts]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
+    @property
+    def sentence(self) -> str:
+        """What is read, for people: files, format, size, and what is not."""
+        files = len({piece.path for piece in self.pieces})
+        left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        return f"{files:,} file(s) of {KIND_NAMES[self.kind]}, {human_bytes(self.num_bytes)}{left_out}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """One text and the character ranges of it that count in the loss (None = all)."""
+class Passage:
+    """The text of a document, or of a long one a part; parts follow each other."""
 
     text: str
     split: Split
     loss_ranges: Ranges | None
+    """Characters that count in the loss, None = all; a document with ranges is always whole."""
     replaced: bool
     """True: it had bytes or surrogates that are no text; they became U+FFFD."""
+    last: bool
+    """The document ends here."""
 
 
 def is_validation(key: bytes) -> bool:
@@ -105,23 +118,35 @@ def is_validation(key: bytes) -> bool:
     return int.from_bytes(hashlib.sha256(key).digest(), "big") % VALIDATION_MODULUS == 0
 
 
-def kind_of(source: SourceConfig) -> Kind:
-    """How a source is read; DataError when ``auto`` cannot tell."""
+def human_bytes(count: int) -> str:
+    """``1.7 MB``."""
+    size, units = float(count), iter(("bytes", "kB", "MB", "GB"))
+    unit = next(units)
+    while size >= 1000 and unit != "GB":
+        size, unit = size / 1000, next(units)
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+def is_indexed(source: SourceConfig) -> bool:
+    """Whether a source holds tokens; DataError when its path leads nowhere."""
     if source.format != "auto":
-        return KIND_OF_FORMAT[source.format]
+        return source.format == "indexed"
     if _is_stdlib(source):
-        return "files"
+        return False
     path = Path(source.path).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
-        return "jsonl"
-    if all(Path(f"{path}{suffix}").is_file() for suffix in (".bin", ".idx")):
-        return "indexed"
-    if path.is_dir() or path.is_file():
-        return "files"
-    raise DataError(
-        f"source {source.name}: {source.path!r} is no folder, no file, and {path}.bin with {path}.idx do not exist",
-        fix="correct data.sources[].path (relative paths start in the working folder)",
-    )
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    try:
+        if all(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
+            return True
+        found = path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if not found:
+        raise DataError(
+            f"source {source.name}: {source.path!r} is no folder, no file, and {path}.bin with {path}.idx do not exist",
+            fix="correct data.sources[].path (relative paths start in the working folder)",
+        )
+    return False
 
 
 def scan(
@@ -132,92 +157,230 @@ def scan(
 ) -> Corpus:
     """Lists and hashes a source of text -> Corpus, sorted, the same on every machine.
 
-    Reads every byte once, except of files that are ``known``. Raises DataError for missing paths, unreadable files
-    and folders without text: leaving a file out silently would make the corpus depend on who prepares it.
+    Reads every byte once, except of files that are ``known``. Raises DataError for what is missing, cannot be read or
+    could be meant in two ways: leaving a file out silently would make the corpus depend on who prepares it.
     """
-    kind = kind_of(source)
-    if _is_stdlib(source) and source.val_path is not None:
+    known = known or KnownFiles()
+    if source.val_path is None:
+        return _scan_place(source, source.path, None, progress, should_stop, known)
+    if _is_stdlib(source):
         raise DataError(
             f"source {source.name}: val_path does not go with the standard library",
             fix="leave val_path out; every twentieth file is validation",
         )
-    places: list[tuple[str, Split | None]] = [(source.path, None if source.val_path is None else "train")]
-    if source.val_path is not None:
-        places.append((source.val_path, "val"))
-    known = known or KnownFiles()
-    pieces: list[Piece] = []
-    done = skipped = 0
-
-    def read(file: Path) -> tuple[Cut, ...]:
-        nonlocal done
-        cuts = []
-        for cut in _line_cuts(file) if kind == "jsonl" else _text_cuts(file):
-            stop_if(should_stop)
-            cuts.append(cut)
-            done += cut[1] - cut[0]
-            progress(f"reading {source.name}", done, 0)
-        return tuple(cuts)
-
-    for path, split in places:
-        files, before = _list_files(source, kind, path), len(pieces)
-        for name, file in files:
-            try:
-                cuts = known.cuts(file, read)
-            except OSError as error:
-                raise _unreadable(file, error) from None
-            skipped += kind == "files" and not cuts
-            own_split = split or (None if kind == "jsonl" else _split_of(name, path))
-            pieces += [_piece(cut, name, file, own_split) for cut in cuts]
-        if kind == "files" and len(pieces) == before:
-            raise _no_text(source, path, len(files))
-    return Corpus(
-        name=source.name,
-        kind=kind,
-        pieces=tuple(pieces),
-        text_field=source.text_field,
-        loss_field=source.loss_field,
-        skipped=skipped,
-    )
-
-
-def read_piece(corpus: Corpus, piece: Piece) -> Iterator[Document]:
-    """The documents of a piece, in order; DataError when the file changed since the scan or a line is malformed."""
-    try:
-        with open(piece.path, "rb") as file:
-            file.seek(piece.start)
-            data = file.read(piece.end - piece.start)
-    except OSError as error:
-        raise _unreadable(piece.path, error) from None
-    if hashlib.sha256(data).hexdigest() != piece.sha256:
+    train = _scan_place(source, source.path, "train", progress, should_stop, known)
+    val = _scan_place(source, source.val_path, "val", progress, should_stop, known)
+    if train.kind != val.kind:
         raise DataError(
-            f"{piece.path} changed while it was being prepared (bytes {piece.start} to {piece.end})",
-            fix="run the command again",
+            f"source {source.name}: path holds {KIND_NAMES[train.kind]}, val_path {KIND_NAMES[val.kind]}",
+            fix="give both in one format, or data.sources[].format=text to read both as they are",
         )
-    if corpus.kind == "files":
-        text, replaced = _decode(data)
-        parts: dict[Split, str] = {piece.split: text} if piece.split else _held_out(text)
-        for split, part in parts.items():
-            yield Document(text=part, split=split, loss_ranges=None, replaced=replaced)
+    left_out = train.left_out + tuple(f"{words} of val_path" for words in val.left_out)
+    return replace(train, pieces=train.pieces + val.pieces, left_out=left_out, val_named=True)
+
+
+def on_one_side(corpora: Sequence[Corpus]) -> list[Corpus]:
+    """Gives text files of the same content the same split, over all sources.
+
+    What ``val_path`` names is validation wherever else it is found; otherwise the first one decides.
+    """
+    sides: dict[str, Split] = {}
+    for corpus in sorted(corpora, key=lambda corpus: not corpus.val_named):
+        for piece in corpus.pieces:
+            if piece.split == "val" and corpus.val_named:
+                sides[piece.sha256] = "val"
+            elif piece.split is not None and piece.end > piece.start:  # empty files say nothing
+                sides.setdefault(piece.sha256, piece.split)
+    return [_moved(corpus, sides) for corpus in corpora]
+
+
+def also_training(corpora: Sequence[Corpus], corpus: Corpus) -> int:
+    """Pieces of a corpus's validation text that are training text too, here or in another source."""
+    trained = {piece.sha256 for other in corpora for piece in other.pieces if piece.split == "train"}
+    return sum(p.split == "val" and p.end > p.start and p.sha256 in trained for p in corpus.pieces)
+
+
+def read_piece(corpus: Corpus, piece: Piece) -> Iterator[Passage]:
+    """The documents of a piece, in order; memory is that of the longest JSONL line, or little.
+
+    Raises DataError when a line is malformed or, at the end, when the file changed since the scan.
+    """
+    if corpus.kind == "jsonl":
+        for number, line in enumerate(_lines(piece), start=piece.first_line):
+            if line.strip():
+                yield _record(corpus, piece, line, f"{piece.path}:{number}")
         return
-    for offset, line in enumerate(data.split(b"\n")):
-        if line.strip():
-            yield _jsonl_document(corpus, piece, line, f"{piece.path}:{piece.first_line + offset}")
+    blocks = _TextBlocks(piece)
+    start = 0
+    for split, end in _ends(piece, blocks):
+        yield from _between(blocks, start, end, split)
+        start = end
+
+
+def documents(passages: Iterator[Passage]) -> Iterator[tuple[Passage, Iterator[Passage]]]:
+    """The first passage of every document, and the others of the same one."""
+    for first in passages:
+        others = _others(first, passages)
+        yield first, others
+        deque(others, maxlen=0)  # those that were not asked for
+
+
+def _others(passage: Passage, passages: Iterator[Passage]) -> Iterator[Passage]:
+    while not passage.last:
+        passage = next(passages)
+        yield passage
 
 
 def _is_stdlib(source: SourceConfig) -> bool:
     return source.format == "stdlib" or (source.format == "auto" and source.path == "stdlib")
 
 
-def _unreadable(path: str | Path, error: OSError) -> DataError:
-    return DataError(
-        f"{path} cannot be read", why=str(error), fix="correct the path or its permissions, or narrow glob"
+def _moved(corpus: Corpus, sides: Mapping[str, Split]) -> Corpus:
+    if corpus.val_named:
+        return corpus
+    pieces = (
+        replace(p, split=sides[p.sha256]) if p.split is not None and p.sha256 in sides else p
+        for p in corpus.pieces
+    )
+    return replace(corpus, pieces=tuple(pieces))
+
+
+# --------------------------------------------------------------------------------------------- scanning
+def _scan_place(
+    source: SourceConfig,
+    path: str,
+    split: Split | None,
+    progress: Report,
+    should_stop: StopFlag,
+    known: KnownFiles,
+) -> Corpus:
+    """The files of ``path`` or ``val_path`` as a corpus."""
+    listing = list_stdlib() if _is_stdlib(source) else list_files(source.name, path, source.glob)
+    try:
+        forms = {name: known.form(file, form_of) for name, file in listing.files}
+    except OSError as error:
+        raise unreadable(error.filename, error) from None
+    kind, names, left_out = _choose(source, path, listing, forms)
+    done = 0
+
+    def read(file: Path) -> Iterator[Cut]:
+        nonlocal done
+        for cut in _line_cuts(file) if kind == "jsonl" else _text_cuts(file):
+            stop_if(should_stop)
+            done += cut[1] - cut[0]
+            progress(f"reading {source.name}", done, 0)
+            yield cut
+
+    places, pieces = dict(listing.files), []
+    single = listing.files[0][1] == Path(path).expanduser().absolute()
+    for name in names:
+        try:
+            cuts = known.cuts(places[name], kind, lambda file: tuple(read(file)))
+        except OSError as error:
+            raise unreadable(places[name], error) from None
+        side = split or (None if single or kind == "jsonl" else _split_of(name))
+        pieces += [_piece(cut, name, places[name], side) for cut in cuts]
+    return Corpus(
+        name=source.name,
+        kind=kind,
+        pieces=tuple(pieces),
+        text_field=source.text_field,
+        loss_field=source.loss_field,
+        left_out=listing.left_out + left_out,
     )
 
 
-def _no_text(source: SourceConfig, path: str, num_files: int) -> DataError:
+def _choose(
+    source: SourceConfig, path: str, listing: Listing, forms: Mapping[str, Form]
+) -> tuple[Kind, list[str], tuple[str, ...]]:
+    """How the files are read, which of them, and what is left out in words."""
+    shapes = {
+        shape: [name for name, form in forms.items() if form.shape == shape]
+        for shape in ("text", "lines", "json", "packed", "binary")
+    }
+    if source.format != "text" and not _is_stdlib(source) and shapes["packed"]:
+        raise _packed(source, path, shapes["packed"], forms)
+    wants_lines = source.format == "jsonl" or (
+        source.format == "auto" and _are_lines(source, path, listing, shapes, forms)
+    )
+    if wants_lines and len(forms) == 1 and shapes["text"]:
+        shapes["lines"], shapes["text"] = shapes["text"], []  # the only file is what the user says it is
+    if wants_lines and shapes["json"]:
+        raise _one_value(source, path, shapes["json"])
+    chosen = set(shapes["lines"] if wants_lines else shapes["text"] + shapes["lines"] + shapes["json"])
+    if not chosen:
+        raise _nothing(source, path, len(forms), wants_lines)
+    rest = {
+        "packed file(s)": shapes["packed"],
+        "file(s) with NUL bytes, which are no text": shapes["binary"],
+        "file(s) that are no JSON lines": shapes["text"] if wants_lines else [],
+    }
+    words = tuple(f"{len(names)} {what} ({_some(names)})" for what, names in rest.items() if names)
+    return "jsonl" if wants_lines else "files", [name for name in forms if name in chosen], words
+
+
+def _are_lines(
+    source: SourceConfig,
+    path: str,
+    listing: Listing,
+    shapes: Mapping[str, list[str]],
+    forms: Mapping[str, Form],
+) -> bool:
+    """Whether ``auto`` reads JSON lines; DataError where reading text would train on the syntax of JSON."""
+    as_json = shapes["lines"] + shapes["json"]
+    if not as_json:
+        return False
+    places = dict(listing.files)
+    sizes = {name: places[name].stat().st_size for name in forms}
+    texts = [name for name in shapes["text"] if sizes[name]]  # an empty file says nothing
+    if not texts and not shapes["json"]:
+        return True
+    if not texts and not shapes["lines"]:
+        raise _one_value(source, path, shapes["json"])
+    records = [name for name in as_json if source.text_field in forms[name].keys]
+    if records or sum(sizes[name] for name in as_json) > sum(sizes[name] for name in texts):
+        raise DataError(
+            f"source {source.name}: {path} holds {len(as_json)} file(s) of JSON ({_some(records or as_json)}) and "
+            f"{len(texts)} of text ({_some(texts)})",
+            why="as text, the syntax of the JSON would be learnt; as records, the text would be left out",
+            fix="set data.sources[].format to jsonl (records alone) or text (every file as it is), or narrow glob",
+        )
+    return False
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _packed(source: SourceConfig, path: str, names: list[str], forms: Mapping[str, Form]) -> DataError:
+    kinds = ", ".join(sorted({forms[name].what for name in names}))
+    others = len(forms) - len(names)
+    text_alone = f"; data.sources[].format=text takes the other {others} file(s) alone" if others else ""
+    return DataError(
+        f"source {source.name}: {len(names)} of {len(forms)} file(s) in {path} are packed and cannot be read "
+        f"({kinds}): {_some(names)}",
+        why="the rest would be taken for the whole" if others else None,
+        fix=f"convert them to text or JSON lines in UTF-8, or narrow data.sources[].glob{text_alone}",
+    )
+
+
+def _one_value(source: SourceConfig, path: str, names: list[str]) -> DataError:
+    return DataError(
+        f"source {source.name}: {len(names)} file(s) in {path} are JSON, but not one record per line: {_some(names)}",
+        fix="write each record on a line of its own (jq -c '.[]' IN.json > OUT.jsonl), or set "
+        "data.sources[].format=text to train on the JSON as it is",
+    )
+
+
+def _nothing(source: SourceConfig, path: str, num_files: int, wants_lines: bool) -> DataError:
+    if wants_lines:
+        return DataError(
+            f"source {source.name}: none of the {num_files} file(s) in {path} holds JSON lines",
+            fix="correct data.sources[].path, glob or format",
+        )
     return DataError(
         f"source {source.name}: none of the {num_files} file(s) in {path} is text",
-        why=f"each has a NUL byte among its first {PROBE_BYTES} bytes, as images, archives and UTF-16 have",
+        why="each has a NUL byte near its beginning, as images and other data have",
         fix="correct data.sources[].path or glob, or convert the files to UTF-8",
     )
 
@@ -229,70 +392,134 @@ def _piece(cut: Cut, name: str, file: Path, split: Split | None) -> Piece:
     )
 
 
-# --------------------------------------------------------------------------------------------- files
-def _text_cuts(path: Path) -> Iterator[Cut]:
-    """The whole file, or nothing when it is no text."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            if size == 0 and b"\0" in block[:PROBE_BYTES]:
-                return
-            digest.update(block)
-            size += len(block)
-    yield 0, size, digest.hexdigest(), 1
-
-
-def _held_out(text: str) -> dict[Split, str]:
-    """The two splits of a text that is all there is; one of less than twenty characters is training."""
-    held = len(text) // VALIDATION_MODULUS
-    if held == 0:
-        return {"train": text}
-    start = len(text) - held
-    start = text.rfind("\n", start - held, start) + 1 or start
-    return {"train": text[:start], "val": text[start:]}
-
-
-def _split_of(name: str, path: str) -> Split | None:
-    """Of a file without ``val_path``: its name decides, unless it is all there is."""
-    if Path(path).expanduser().is_file():
-        return None
+def _split_of(name: str) -> Split:
     return "val" if is_validation(name.encode("utf-8", "surrogateescape")) else "train"
 
 
-def _list_files(source: SourceConfig, kind: Kind, path: str) -> list[tuple[str, Path]]:
-    """Name inside the source, and place."""
-    if _is_stdlib(source):
-        return _stdlib_files(Path(sysconfig.get_path("stdlib")))
-    root = Path(path).expanduser().absolute()
-    if root.is_file() or kind == "jsonl":
-        return [(root.name, root)]
-    if not root.is_dir():
-        raise DataError(f"source {source.name}: {root} does not exist", fix="correct data.sources[].path")
+def _text_cuts(path: Path) -> Iterator[Cut]:
+    """The whole file behind its byte order mark."""
+    with path.open("rb") as file:
+        head = file.read(len(BYTE_ORDER_MARK))
+        start = len(head) if head == BYTE_ORDER_MARK else 0
+        file.seek(start)
+        digest, size = hashlib.sha256(), start
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    yield start, size, digest.hexdigest(), 1
+
+
+def _line_cuts(path: Path) -> Iterator[Cut]:
+    """Cuts of whole lines, 1 to 16 MiB each, or one longer line."""
+    start, first_line = 0, 1
+    hint = min(max(path.stat().st_size // PIECES_PER_FILE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+    with path.open("rb") as file:
+        while lines := file.readlines(hint):
+            digest, end = hashlib.sha256(), start
+            for line in lines:
+                digest.update(line)
+                end += len(line)
+            yield start, end, digest.hexdigest(), first_line
+            start, first_line = end, first_line + len(lines)
+
+
+# --------------------------------------------------------------------------------------------- text files
+class _TextBlocks:
+    """The decoded blocks of a piece, read anew at each pass; a short one is read once."""
+
+    def __init__(self, piece: Piece) -> None:
+        self._piece = piece
+        self._short = list(_decoded(piece)) if piece.end - piece.start <= BLOCK_BYTES else None
+
+    def __iter__(self) -> Iterator[tuple[str, bool]]:
+        return iter(self._short) if self._short is not None else _decoded(self._piece)
+
+
+def _decoded(piece: Piece) -> Iterator[tuple[str, bool]]:
+    """Text of each block, and whether bytes of the piece had to be replaced so far."""
+    decoder, replaced = codecs.getincrementaldecoder("utf-8")("strict"), False
+    for block in _checked(piece):
+        state = decoder.getstate()
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError:
+            decoder, replaced = codecs.getincrementaldecoder("utf-8")("replace"), True
+            decoder.setstate(state)
+            text = decoder.decode(block, final=not block)
+        yield text, replaced
+
+
+def _checked(piece: Piece) -> Iterator[bytes]:
+    """The bytes of a piece in blocks, an empty one at the end; DataError there when they are not those of the scan."""
+    digest, left = hashlib.sha256(), piece.end - piece.start
     try:
-        found = [file for file in root.glob(source.glob) if file.is_file()]
-        named = sorted((file.relative_to(root).as_posix(), file) for file in found)
-    except (ValueError, NotImplementedError) as error:
-        raise DataError(f"source {source.name}: glob {source.glob!r} does not work", why=str(error)) from None
-    # Hidden files and folders are tools' (.git, .DS_Store), not text.
-    named = [(name, file) for name, file in named if not any(p.startswith(".") for p in name.split("/"))]
-    if not named:
+        with open(piece.path, "rb") as file:
+            file.seek(piece.start)
+            while left and (block := file.read(min(left, BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+                yield block
+    except OSError as error:
+        raise unreadable(piece.path, error) from None
+    _check_unchanged(piece, digest.hexdigest())
+    yield b""
+
+
+def _check_unchanged(piece: Piece, sha256: str) -> None:
+    if sha256 != piece.sha256:
         raise DataError(
-            f"source {source.name}: 0 files in {root} match {source.glob!r}",
-            fix="correct data.sources[].path or glob",
+            f"{piece.path} changed while it was being prepared (bytes {piece.start} to {piece.end})",
+            fix="run the command again",
         )
-    return named
 
 
-def _stdlib_files(root: Path) -> list[tuple[str, Path]]:
-    """The library's own sources. ``_sysconfigdata*`` and ``config-*`` describe one build, so they stay out."""
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [d for d in folders if d not in STDLIB_SKIPPED and not d.startswith("config-")]
-        for name in names:
-            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                path = Path(folder, name)
-                files.append((path.relative_to(root).as_posix(), path))
-    return sorted(files)
+def _ends(piece: Piece, blocks: _TextBlocks) -> list[tuple[Split, int]]:
+    """The split of each part of a text, and the character where it ends.
+
+    A text that is all there is has its last twentieth held out; one of less than twenty characters is training.
+    """
+    total = sum(len(text) for text, _ in blocks)
+    held = total // VALIDATION_MODULUS
+    if piece.split is not None or held == 0:
+        return [(piece.split or "train", total)]
+    cut = _last_line_start(blocks, total - 2 * held, total - held)
+    return [("train", cut), ("val", total)]
+
+
+def _last_line_start(blocks: _TextBlocks, low: int, high: int) -> int:
+    """Where the last line begins whose line end lies in characters ``[low, high)``; ``high`` when there is none."""
+    found, place = high, 0
+    for text, _ in blocks:
+        newline = text.rfind("\n", max(low - place, 0), max(high - place, 0))
+        if newline >= 0:
+            found = place + newline + 1
+        place += len(text)
+    return found
+
+
+def _between(blocks: _TextBlocks, start: int, end: int, split: Split) -> Iterator[Passage]:
+    """Characters ``[start, end)`` as one document."""
+    place = 0
+    for text, replaced in blocks:
+        part = text[max(start - place, 0) : max(end - place, 0)]
+        place += len(text)
+        if part or start == end:
+            yield Passage(text=part, split=split, loss_ranges=None, replaced=replaced, last=place >= end)
+
+
+# --------------------------------------------------------------------------------------------- JSONL
+def _lines(piece: Piece) -> Iterator[bytes]:
+    digest, left = hashlib.sha256(), piece.end - piece.start
+    try:
+        with open(piece.path, "rb") as file:
+            file.seek(piece.start)
+            while left and (line := file.readline(left)):
+                digest.update(line)
+                left -= len(line)
+                yield line
+    except OSError as error:
+        raise unreadable(piece.path, error) from None
+    _check_unchanged(piece, digest.hexdigest())
 
 
 def _decode(data: bytes) -> tuple[str, bool]:
@@ -303,33 +530,17 @@ def _decode(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8", errors="replace"), True
 
 
-# --------------------------------------------------------------------------------------------- JSONL
-def _line_cuts(path: Path) -> Iterator[Cut]:
-    """Cuts of whole lines, 1 to 16 MiB each."""
-    start, first_line = 0, 1
-    hint = min(max(path.stat().st_size // PIECES_PER_FILE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
-    with path.open("rb") as file:
-        while lines := file.readlines(hint):
-            data = b"".join(lines)
-            yield start, start + len(data), hashlib.sha256(data).hexdigest(), first_line
-            start, first_line = start + len(data), first_line + len(lines)
-
-
-def _jsonl_document(corpus: Corpus, piece: Piece, line: bytes, where: str) -> Document:
-    decoded, replaced = _decode(line)
+def _record(corpus: Corpus, piece: Piece, line: bytes, where: str) -> Passage:
+    decoded, replaced = _decode(line.removeprefix(BYTE_ORDER_MARK))
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: not valid JSON", why=str(error), fix="correct or remove the line"
         ) from None
+    del decoded  # as large as the text
     if not isinstance(record, dict) or not isinstance(record.get(corpus.text_field), str):
-        keys = sorted(record)[:10] if isinstance(record, dict) else type(record).__name__
-        raise DataError(
-            f"{where}: no text under the key {corpus.text_field!r}",
-            why=f"the line holds {keys}",
-            fix="set data.sources[].text_field, or correct the line",
-        )
+        raise _no_text_field(corpus.text_field, record, where)
     text = record[corpus.text_field]
     # JSON may spell half a surrogate pair, which no encoding can write. One for one, so ranges still fit.
     clean = re.sub("[\ud800-\udfff]", "\ufffd", text)
@@ -337,7 +548,26 @@ def _jsonl_document(corpus: Corpus, piece: Piece, line: bytes, where: str) -> Do
     ranges = None
     if corpus.loss_field is not None and record.get(corpus.loss_field) is not None:
         ranges = _loss_ranges(record[corpus.loss_field], len(text), corpus.loss_field, where)
-    return Document(text=clean, split=split, loss_ranges=ranges, replaced=replaced or clean != text)
+    return Passage(text=clean, split=split, loss_ranges=ranges, replaced=replaced or clean != text, last=True)
+
+
+def _no_text_field(field: str, record: object, where: str) -> DataError:
+    if not isinstance(record, dict):
+        holds = f"the line holds {_json_type(record)}, not an object"
+    elif field in record:
+        holds = f"its value is {_json_type(record[field])}"
+    else:
+        holds = f"the line has the keys {', '.join(map(repr, sorted(record)[:10])) or 'of an empty object'}"
+    return DataError(
+        f"{where}: no text under the key {field!r}",
+        why=holds,
+        fix="set data.sources[].text_field, or correct or remove the line",
+    )
+
+
+def _json_type(value: object) -> str:
+    names = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
+    return names.get(type(value), "a number")
 
 
 def _loss_ranges(value: Any, length: int, field: str, where: str) -> Ranges:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from epmoe.config import SourceConfig
+from epmoe.data.fidelity import count_text_bytes, gives_text_back
 from epmoe.data.files import StopFlag, crc32_of, stop_if
 from epmoe.data.indexed import (
     IndexedPair,
@@ -66,15 +68,19 @@ def index_source(source: SourceConfig, tokenizer: Tokenizer, should_stop: StopFl
 def _index_split(
     prefix: Path, tokenizer: Tokenizer, should_stop: StopFlag, *, count_bytes: bool
 ) -> SplitRecord:
-    if facts_path(prefix).is_file():
-        facts = parse_record(Facts, facts_path(prefix))
+    facts = _known_facts(prefix)
+    if facts is not None:
         verify_split(PreparedSplit(prefix=prefix, facts=facts, replaced=0, empty=0), tokenizer, should_stop)
+        if count_bytes and facts.lost_share is None and gives_text_back(tokenizer):
+            facts = facts.model_copy(update={"lost_share": 0.0})
         return SplitRecord(prefix=str(prefix), facts=facts, replaced=0, empty=0)
     pair = open_indexed(prefix)
     check_vocabulary(pair, tokenizer.size, should_stop)
-    utf8_bytes = loss_bytes = None
+    utf8_bytes = loss_bytes = lost_share = None
     if count_bytes:
-        utf8_bytes, loss_bytes = _count_bytes(pair, tokenizer, should_stop)
+        exact = count_text_bytes(pair, tokenizer)
+        utf8_bytes, loss_bytes = exact or _decoded_bytes(pair, tokenizer, should_stop)
+        lost_share = None if exact is None else 0.0
     facts = Facts(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.size,
@@ -84,6 +90,7 @@ def _index_split(
         missing_eos=int(np.count_nonzero(lacks_end(pair, tokenizer.eos_id))),
         utf8_bytes=utf8_bytes,
         loss_utf8_bytes=loss_bytes,
+        lost_share=lost_share,
         bin_crc32=crc32_of(bin_path(prefix), should_stop),
         idx_crc32=crc32_of(idx_path(prefix)),
         mask_crc32=None if pair.mask is None else crc32_of(mask_path(prefix), should_stop),
@@ -91,7 +98,21 @@ def _index_split(
     return SplitRecord(prefix=str(prefix), facts=facts, replaced=0, empty=0)
 
 
-def _count_bytes(pair: IndexedPair, tokenizer: Tokenizer, should_stop: StopFlag) -> tuple[int, int]:
+def _known_facts(prefix: Path) -> Facts | None:
+    """What ``epmoe prepare`` wrote beside a pair; a file of that name from somebody else says nothing about it."""
+    path = facts_path(prefix)
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or "tokenizer_sha256" not in found:
+        return None
+    return parse_record(
+        Facts, path, fix=f"copy {path} again, or move it away to have the pair looked at anew"
+    )
+
+
+def _decoded_bytes(pair: IndexedPair, tokenizer: Tokenizer, should_stop: StopFlag) -> tuple[int, int]:
     """Bytes of the decoded text: all of it, and what counts in the loss."""
     total = counted = 0
     for start, end in zip(pair.document_offsets[:-1], pair.document_offsets[1:], strict=True):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epmoe.data.files import write_atomically
+from epmoe.data.files import crc32_of, write_atomically
 from epmoe.errors import DataError
 
 MAGIC = b"MMIDIDX\0\0"
@@ -40,6 +41,7 @@ DTYPE_OF_CODE: Mapping[int, np.dtype[Any]] = MappingProxyType(
     }
 )
 FLOAT_CODES = (6, 7)
+TOKENS_AT_A_TIME = 1 << 22
 MAX_SEQUENCE = 2**31 - 1
 
 Ints = NDArray[Any]
@@ -108,7 +110,9 @@ class IndexedWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any], *, with_mask: bool = False) -> None:
         self._prefix, self._dtype = prefix, dtype
-        self._lengths: list[NDArray[np.int32]] = []
+        self._lengths = array("q")
+        self._open = 0
+        """Tokens of the document that is being written."""
         self._bin = bin_path(prefix).open("wb")
         self._mask = mask_path(prefix).open("wb") if with_mask else None
         self._bin_crc = self._mask_crc = 0
@@ -121,23 +125,55 @@ class IndexedWriter:
             lengths: Tokens of each.
             mask: uint8 per token; needed exactly when the writer was made with a mask.
         """
-        if int(np.sum(lengths)) != len(tokens) or (mask is None) != (self._mask is None):
-            raise ValueError(
-                f"lengths add up to {np.sum(lengths)}, got {len(tokens)} tokens, mask {mask is not None}"
-            )
-        if len(lengths) and int(np.max(lengths)) > MAX_SEQUENCE:
-            raise DataError(
-                f"a document has {int(np.max(lengths))} tokens, the format's largest is {MAX_SEQUENCE}",
-                fix="split it",
-            )
-        data = np.ascontiguousarray(tokens, dtype=self._dtype).tobytes()
+        if int(np.sum(lengths)) != len(tokens):
+            raise ValueError(f"lengths add up to {np.sum(lengths)}, got {len(tokens)} tokens")
+        self.extend(tokens, mask)
+        self._open = 0
+        for length in np.asarray(lengths).tolist():
+            self._end(length)
+
+    def extend(self, tokens: Ints, mask: Ints | None = None) -> None:
+        """Appends tokens to the document that ``end_document`` ends."""
+        if (mask is None) != (self._mask is None):
+            raise ValueError(f"a mask is {'missing' if mask is None else 'not expected'}")
+        data = np.ascontiguousarray(tokens, dtype=self._dtype).data.cast("B")
         self._bin.write(data)
         self._bin_crc = zlib.crc32(data, self._bin_crc)
-        self._lengths.append(np.asarray(lengths, dtype=LENGTH))
+        self._open += len(tokens)
         if mask is not None and self._mask is not None:
-            marks = np.ascontiguousarray(mask, dtype=np.uint8).tobytes()
+            marks = np.ascontiguousarray(mask, dtype=np.uint8).data
             self._mask.write(marks)
             self._mask_crc = zlib.crc32(marks, self._mask_crc)
+
+    def end_document(self) -> None:
+        """Ends the document of what was appended since the last one."""
+        self._end(self._open)
+        self._open = 0
+
+    def _end(self, length: int) -> None:
+        if length > MAX_SEQUENCE:
+            raise DataError(
+                f"a document has {length} tokens, the format's largest is {MAX_SEQUENCE}", fix="split it"
+            )
+        self._lengths.append(length)
+
+    def append_pair(self, prefix: Path) -> FileSums:
+        """Appends all documents of another pair of the same kind, without holding it -> checksums of what was read."""
+        pair = open_indexed(prefix)
+        sums = [0, 0]
+        for tokens, mask in blocks_of(pair):
+            self.extend(tokens, mask)
+            sums[0] = zlib.crc32(tokens.data.cast("B"), sums[0])
+            sums[1] = 0 if mask is None else zlib.crc32(mask.data, sums[1])
+        self._open = 0
+        for length in np.diff(pair.document_offsets).tolist():
+            self._end(length)
+        has_mask = pair.mask is not None
+        return FileSums(
+            bin_crc32=sums[0],
+            idx_crc32=crc32_of(idx_path(prefix)),
+            mask_crc32=sums[1] if has_mask else None,
+        )
 
     def finish(self) -> FileSums:
         """Closes the files and writes the index."""
@@ -146,8 +182,7 @@ class IndexedWriter:
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, LENGTH)
-        index = index_bytes(lengths, self._dtype)
+        index = index_bytes(np.array(self._lengths, np.int64), self._dtype)
         write_atomically(idx_path(self._prefix), index)
         return FileSums(
             bin_crc32=self._bin_crc,
@@ -164,6 +199,24 @@ def index_bytes(lengths: Ints, dtype: np.dtype[Any]) -> bytes:
     documents = np.arange(len(lengths) + 1, dtype=POINTER)
     header = HEADER.pack(MAGIC, 1, code, len(lengths), len(documents))
     return b"".join((header, lengths.astype(LENGTH).tobytes(), pointers.tobytes(), documents.tobytes()))
+
+
+def blocks_of(pair: IndexedPair) -> Iterator[tuple[Ints, Ints | None]]:
+    """Tokens and mask in blocks that are read, not mapped: pages of a mapped file stay resident."""
+    total = len(pair.tokens)
+    for start in range(0, total, TOKENS_AT_A_TIME):
+        count = min(TOKENS_AT_A_TIME, total - start)
+        yield (
+            _read(bin_path(pair.prefix), pair.tokens.dtype, start, count),
+            None if pair.mask is None else _read(mask_path(pair.prefix), pair.mask.dtype, start, count),
+        )
+
+
+def _read(path: Path, dtype: np.dtype[Any], start: int, count: int) -> Ints:
+    found = np.fromfile(path, dtype, count, offset=start * dtype.itemsize)
+    if len(found) != count:
+        raise DataError(f"{path} became shorter while it was read", fix="run the command again")
+    return found
 
 
 def open_indexed(prefix: Path) -> IndexedPair:

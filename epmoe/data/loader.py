@@ -29,7 +29,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from epmoe.config import DataConfig
-from epmoe.data.prepared import PreparedData
+from epmoe.data.prepared import PreparedData, check_trainable, lost_text
 from epmoe.data.sampler import mixture, num_windows, window_of
 from epmoe.data.stream import Span, TokenStream, open_stream, read_span
 from epmoe.errors import DataError
@@ -62,6 +62,8 @@ class Batch:
 class TrainData:
     """Training windows of all sources in one endless, seeded order that depends on nothing but the sample number.
 
+    Raises DataError when a source has fewer tokens than one window.
+
     Args:
         prepared: What ``prepare`` returned.
         cfg: The data section: sequence length, source weights, document boundaries.
@@ -69,6 +71,7 @@ class TrainData:
     """
 
     def __init__(self, prepared: PreparedData, cfg: DataConfig, seed: int) -> None:
+        check_trainable(prepared, cfg.seq_len)
         self._streams = [open_stream(source.train, prepared.tokenizer) for source in prepared.sources]
         self._names = [source.name for source in prepared.sources]
         self._mixture = mixture([source.weight for source in cfg.sources])
@@ -118,7 +121,8 @@ class TrainData:
 class ValidationData:
     """The validation text of one source as consecutive windows.
 
-    Summed over all windows, the loss of the counted targets divided by ``ln 2 * utf8_bytes`` is bits per byte.
+    Summed over all windows, the loss of the counted targets divided by ``ln 2 * utf8_bytes`` is bits per byte, unless
+    ``bits_left_out`` says why not.
     """
 
     def __init__(self, prepared: PreparedData, cfg: DataConfig, source: str) -> None:
@@ -136,6 +140,8 @@ class ValidationData:
         self.num_windows = num_windows(len(self._stream), cfg.seq_len)
         self.utf8_bytes = split.facts.loss_utf8_bytes
         """Bytes of the text that counts in the loss."""
+        self.bits_left_out = None if split.facts.lost_share == 0 else lost_text(split.facts)
+        """Why a loss says nothing about those bytes; None = it does."""
 
     def batch(self, window_numbers: Sequence[int | None]) -> Batch:
         """These windows, whose numbers are also their sample numbers; None fills up."""

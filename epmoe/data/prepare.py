@@ -2,7 +2,7 @@
 
     <cache>/<key>                     the result; appears by one rename, complete
     <cache>/.<key>.work/tokenizer     kept between runs until the result is there
-                       /shards/       one file per finished shard
+                       /shards/       one folder per finished shard
                        /result/       becomes <cache>/<key>
     <cache>/.<key>.lock               held by the process that prepares; the others wait and find the result
     <cache>/.<source>.<sha256>.files  sizes, times and hashes of a source's files, so that they are read once
@@ -25,11 +25,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from epmoe import env
 from epmoe.config import DataConfig, SourceConfig
-from epmoe.data.corpora import Corpus, Split, kind_of, read_piece, scan
+from epmoe.data.corpora import (
+    Corpus,
+    Split,
+    also_training,
+    documents,
+    is_indexed,
+    on_one_side,
+    read_piece,
+    scan,
+)
 from epmoe.data.files import Report, StopFlag, never_stop, silent, stop_if, sync_folder, write_json
 from epmoe.data.foreign import describe_files, facts_path, index_source, stored_tokenizer
 from epmoe.data.indexed import IndexedWriter, token_dtype
@@ -41,15 +51,18 @@ from epmoe.data.prepared import (
     Facts,
     PreparedData,
     PreparedRecord,
+    PreparedSource,
     SourceRecord,
     SplitRecord,
     open_prepared,
 )
-from epmoe.data.shards import SPLITS, ShardJob, ShardSplit, plan_shards, read_shard
-from epmoe.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from epmoe.data.shards import SPLITS, Counts, ShardJob, merge_shard, plan_shards
+from epmoe.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, training_parts
 from epmoe.data.workers import make_shards
 from epmoe.errors import ConfigError, DataError
 
+MADE_BY = 2
+"""Raised when texts become other tokens than before, so that what is kept is made again."""
 BPE_TRAINING_CHARS = 256 << 20
 """Text that trains a tokenizer, at most; every source gives an equal share, its first documents."""
 LOCK_POLL_S = 0.2
@@ -68,10 +81,11 @@ class _Plan:
     @property
     def key(self) -> str:
         """Names the result."""
-        indexed = [describe_files(source) for source in self.cfg.sources if kind_of(source) == "indexed"]
+        indexed = [describe_files(source) for source in self.cfg.sources if is_indexed(source)]
         trained = f"bpe {self.cfg.vocab_size}"
         parts = [
             FORMAT_VERSION,
+            MADE_BY,
             [source.name for source in self.cfg.sources],
             [corpus.fingerprint for corpus in self.corpora],
             indexed,
@@ -112,20 +126,35 @@ def prepare(
             fix="free space or set data.cache, then run the command again; finished shards are kept",
         ) from error
     prepared = open_prepared(folder, cfg)
-    skipped = {corpus.name: corpus.skipped for corpus in plan.corpora}
-    sources = [replace(source, skipped=skipped.get(source.name, 0)) for source in prepared.sources]
-    return replace(prepared, sources=tuple(sources))
+    corpora = {corpus.name: corpus for corpus in plan.corpora}
+    sources = [
+        replace(source, sentence=_sentence(source, corpora.get(source.name))) for source in prepared.sources
+    ]
+    twice = {name: also_training(plan.corpora, corpus) for name, corpus in corpora.items()}
+    remarks = tuple(
+        f"{count} validation file(s) or pieces of source {name} are training text too"
+        for name, count in twice.items()
+        if count
+    )
+    return replace(prepared, sources=tuple(sources), remarks=remarks)
+
+
+def _sentence(source: PreparedSource, corpus: Corpus | None) -> str:
+    """What a source was read as."""
+    if corpus is not None:
+        return corpus.sentence
+    return f"a pair of token files, {source.train.facts.stream_tokens:,} training tokens"
 
 
 def _plan(cfg: DataConfig, progress: Report, should_stop: StopFlag) -> _Plan:
-    texts = [source for source in cfg.sources if kind_of(source) != "indexed"]
+    texts = [source for source in cfg.sources if not is_indexed(source)]
     tokenizer = given_tokenizer(cfg)
     corpora = []
     for source in texts:
         known = KnownFiles(_known_path(cfg, source))
         corpora.append(scan(source, progress, should_stop, known))
         known.save()
-    return _Plan(cfg=cfg, corpora=tuple(corpora), tokenizer=tokenizer)
+    return _Plan(cfg=cfg, corpora=tuple(on_one_side(corpora)), tokenizer=tokenizer)
 
 
 def _known_path(cfg: DataConfig, source: SourceConfig) -> Path:
@@ -147,7 +176,7 @@ def given_tokenizer(cfg: DataConfig) -> Tokenizer | None:
     if cfg.tokenizer != "bpe":
         return load_tokenizer(cfg.tokenizer, eos_token=cfg.eos_token)
     # Tokens that exist already fix the tokenizer: a newly trained one could not read them.
-    indexed = [source for source in cfg.sources if kind_of(source) == "indexed"]
+    indexed = [source for source in cfg.sources if is_indexed(source)]
     return stored_tokenizer(indexed[0]) if indexed else None
 
 
@@ -169,6 +198,8 @@ def _build(plan: _Plan, work: Path, folder: Path, progress: Report, should_stop:
     """Makes the result in the work folder and renames it into place."""
     shards, result = work / "shards", work / "result"
     shards.mkdir(parents=True, exist_ok=True)
+    for unfinished in shards.glob(".*"):  # of a process that was killed: the lock is ours
+        shutil.rmtree(unfinished)
     tokenizer = _work_tokenizer(plan, work / TOKENIZER_FOLDER, progress, should_stop)
     jobs = [job for corpus in plan.corpora for job in plan_shards(corpus, shards, work / TOKENIZER_FOLDER)]
     _finish_shards(plan, jobs, tokenizer, progress, should_stop)
@@ -211,10 +242,11 @@ def _training_texts(corpora: Sequence[Corpus], progress: Report, should_stop: St
             if piece.split == "val" or room <= 0:
                 continue
             stop_if(should_stop)
-            for document in read_piece(corpus, piece):
-                if document.split == "train":
-                    room -= len(document.text)
-                    yield document.text
+            for first, others in documents(read_piece(corpus, piece)):
+                if first.split == "train":
+                    for text in training_parts(passage.text for passage in chain([first], others)):
+                        room -= len(text)
+                        yield text
             done += piece.end - piece.start
             progress("reading text for the tokenizer", done, 0)
 
@@ -222,7 +254,7 @@ def _training_texts(corpora: Sequence[Corpus], progress: Report, should_stop: St
 def _finish_shards(
     plan: _Plan, jobs: Sequence[ShardJob], tokenizer: Tokenizer, progress: Report, should_stop: StopFlag
 ) -> None:
-    missing = [job for job in jobs if not Path(job.out).is_file()]
+    missing = [job for job in jobs if not Path(job.out).is_dir()]
     total = sum(job.corpus.num_bytes for job in jobs)
     done = total - sum(job.corpus.num_bytes for job in missing)
     workers = plan.cfg.num_workers or _cores()
@@ -244,44 +276,38 @@ def _cores() -> int:
 def _merge_source(
     corpus: Corpus, jobs: Sequence[ShardJob], result: Path, tokenizer: Tokenizer, should_stop: StopFlag
 ) -> SourceRecord:
-    splits = []
-    for split in SPLITS:
-        parts = _read_parts(jobs, split, should_stop)
-        prefix = result / f"{corpus.name}.{split}"
-        splits.append(_merge_split(prefix, parts, tokenizer, with_mask=corpus.loss_field is not None))
+    splits = [_merge_split(corpus, jobs, split, result, tokenizer, should_stop) for split in SPLITS]
     return SourceRecord(name=corpus.name, train=splits[0], val=splits[1])
 
 
-def _read_parts(jobs: Sequence[ShardJob], split: Split, should_stop: StopFlag) -> Iterator[ShardSplit]:
-    for job in jobs:
-        stop_if(should_stop)
-        yield read_shard(job, split)
-
-
 def _merge_split(
-    prefix: Path, parts: Iterator[ShardSplit], tokenizer: Tokenizer, *, with_mask: bool
+    corpus: Corpus,
+    jobs: Sequence[ShardJob],
+    split: Split,
+    result: Path,
+    tokenizer: Tokenizer,
+    should_stop: StopFlag,
 ) -> SplitRecord:
     """Joins one split of the shards, in order, into one pair with its facts beside it."""
-    writer = IndexedWriter(prefix, token_dtype(tokenizer.size), with_mask=with_mask)
-    tokens = documents = utf8_bytes = loss_utf8_bytes = replaced = empty = 0
-    for part in parts:
-        writer.add(part.tokens, part.lengths, part.mask if with_mask else None)
-        tokens, documents = tokens + len(part.tokens), documents + len(part.lengths)
-        utf8_bytes, loss_utf8_bytes = utf8_bytes + part.utf8_bytes, loss_utf8_bytes + part.loss_utf8_bytes
-        replaced, empty = replaced + part.replaced, empty + part.empty
+    prefix, counts = result / f"{corpus.name}.{split}", Counts()
+    writer = IndexedWriter(prefix, token_dtype(tokenizer.size), with_mask=corpus.loss_field is not None)
+    for job in jobs:
+        stop_if(should_stop)
+        counts.add(merge_shard(job, split, writer))
     sums = writer.finish()
     facts = Facts(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.size,
         eos_id=tokenizer.eos_id,
-        documents=documents,
-        tokens=tokens,
+        documents=counts.documents,
+        tokens=counts.tokens,
         missing_eos=0,
-        utf8_bytes=utf8_bytes,
-        loss_utf8_bytes=loss_utf8_bytes,
+        utf8_bytes=counts.utf8_bytes,
+        loss_utf8_bytes=counts.loss_utf8_bytes,
+        lost_share=counts.lost_chars / max(counts.chars, 1) if split == "val" else None,
         bin_crc32=sums.bin_crc32,
         idx_crc32=sums.idx_crc32,
         mask_crc32=sums.mask_crc32,
     )
     write_json(facts_path(prefix), facts.model_dump())
-    return SplitRecord(prefix=prefix.name, facts=facts, replaced=replaced, empty=empty)
+    return SplitRecord(prefix=prefix.name, facts=facts, replaced=counts.replaced, empty=counts.empty)

@@ -17,16 +17,23 @@ from typing import Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from epmoe.config import DataConfig
+from epmoe.config import DataConfig, SourceConfig
 from epmoe.data.files import StopFlag, crc32_of, never_stop, read_json, stop_if
-from epmoe.data.indexed import IndexedPair, bin_path, idx_path, mask_path, open_indexed
+from epmoe.data.indexed import (
+    TOKENS_AT_A_TIME,
+    IndexedPair,
+    bin_path,
+    blocks_of,
+    idx_path,
+    mask_path,
+    open_indexed,
+)
 from epmoe.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from epmoe.errors import DataError
 
 RECORD_FILE = "prepared.json"
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION: Literal[1] = 1
-TOKENS_AT_A_TIME = 1 << 22
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -50,6 +57,8 @@ class Facts(_Record):
     """Bytes of the text; None = unknown (training tokens somebody else prepared)."""
     loss_utf8_bytes: int | None = Field(ge=0)
     """Bytes of the text that counts in the loss."""
+    lost_share: float | None = Field(default=None, ge=0, le=1)
+    """Share of the validation text's characters that its tokens do not give back; None = not known."""
     bin_crc32: int
     idx_crc32: int
     mask_crc32: int | None
@@ -105,8 +114,8 @@ class PreparedSource:
     name: str
     train: PreparedSplit
     val: PreparedSplit | None
-    skipped: int = 0
-    """Files that were left out because they are no text."""
+    sentence: str = ""
+    """What the source was read as: files, format, size, and what was left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +129,8 @@ class PreparedData:
     """Rows of the model's embedding."""
     fingerprint: str
     """Equal exactly when tokens, their order in the files and the tokenizer are."""
+    remarks: tuple[str, ...] = ()
+    """What ``prepare`` noticed about the sources."""
 
     def source(self, name: str) -> PreparedSource:
         """The source of that name; KeyError otherwise."""
@@ -130,16 +141,17 @@ def open_prepared(folder: Path, cfg: DataConfig) -> PreparedData:
     """Opens what ``prepare`` left; token files are checked when ``open_split`` maps them.
 
     Raises DataError when the record is damaged, the stored tokenizer is not the one the tokens were made with (with
-    both hashes), or a training source is shorter than one window.
+    both hashes), or a ``val_path`` holds no text.
     """
     path = folder / RECORD_FILE
-    record = parse_record(PreparedRecord, path)
+    record = parse_record(
+        PreparedRecord, path, fix=f"move {folder} away, or set another data.cache, and run the command again"
+    )
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     check_tokenizer(path, record.tokenizer_sha256, tokenizer)
     sources = []
     for source in record.sources:
         train = _split(folder, source.train)
-        check_enough(source.name, train.facts, cfg.seq_len)
         # Without a byte that counts there is no bits per byte, and nothing to measure.
         measurable = source.val is not None and source.val.facts.loss_utf8_bytes
         val = _split(folder, source.val) if source.val is not None and measurable else None
@@ -150,6 +162,9 @@ def open_prepared(folder: Path, cfg: DataConfig) -> PreparedData:
             f"{path} holds the sources {names}, the configuration has {[source.name for source in cfg.sources]}",
             fix="run epmoe prepare with this configuration",
         )
+    for configured, source in zip(cfg.sources, record.sources, strict=True):
+        if configured.val_path is not None and source.val is not None:
+            _check_validation(configured, source.val.facts)
     return PreparedData(
         folder=folder,
         tokenizer=tokenizer,
@@ -159,27 +174,49 @@ def open_prepared(folder: Path, cfg: DataConfig) -> PreparedData:
     )
 
 
+def source_lines(prepared: PreparedData) -> list[str]:
+    """One line per source: what it was read as."""
+    return [f"source {source.name}: {source.sentence}" for source in prepared.sources]
+
+
 def text_warning(prepared: PreparedData) -> str | None:
-    """One line about documents that were repaired and files that were left out; None when there are none."""
+    """One line about documents that were repaired and whatever else is doubtful; None when nothing is."""
     repaired = sum(
         s.replaced for source in prepared.sources for s in (source.train, source.val) if s is not None
     )
-    skipped = sum(source.skipped for source in prepared.sources)
-    parts = []
+    parts = list(prepared.remarks)
     if repaired:
         parts.append(f"{repaired} documents had bytes that are not UTF-8; each became U+FFFD")
-    if skipped:
-        parts.append(f"{skipped} files were skipped: their NUL bytes say that they are no text")
+    parts += [
+        f"the validation tokens of source {source.name} are its training tokens"
+        for source in prepared.sources
+        if source.val is not None and source.val.facts.bin_crc32 == source.train.facts.bin_crc32
+    ]
+    parts += filter(None, map(_lossy, prepared.sources))
     return "; ".join(parts) or None
 
 
-def parse_record(kind: type[R], path: Path) -> R:
-    """Reads a JSON record; DataError that names the wrong fields."""
+def _lossy(source: PreparedSource) -> str | None:
+    if source.val is None or source.val.facts.lost_share == 0:
+        return None
+    return f"no bits per byte of source {source.name}: {lost_text(source.val.facts)}"
+
+
+def lost_text(facts: Facts) -> str:
+    """Why the tokens of a validation text do not stand for its bytes."""
+    if facts.lost_share is None:
+        return "its tokenizer does not give every text back, and how much is lost cannot be told from tokens"
+    share = f"{facts.lost_share:.2%}" if facts.lost_share >= 1e-4 else "less than 0.01%"
+    return f"{share} of its characters do not come back from its tokens"
+
+
+def parse_record(kind: type[R], path: Path, *, fix: str) -> R:
+    """Reads a JSON record; DataError that names the wrong fields, and the fix."""
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise DataError(f"{path} is damaged", why=wrong, fix="delete its folder and prepare again") from None
+        raise DataError(f"{path} is damaged", why=wrong, fix=fix) from None
 
 
 def check_tokenizer(path: Path, sha256: str, tokenizer: Tokenizer) -> None:
@@ -204,6 +241,21 @@ def check_enough(name: str, facts: Facts, seq_len: int) -> None:
         raise DataError(
             f"source {name} has {facts.utf8_bytes} bytes of training text, and 0 of them count in the loss",
             fix="correct data.sources[].loss_field, or the ranges in the file",
+        )
+
+
+def check_trainable(prepared: PreparedData, seq_len: int) -> None:
+    """DataError when a source has too little to train on."""
+    for source in prepared.sources:
+        check_enough(source.name, source.train.facts, seq_len)
+
+
+def _check_validation(source: SourceConfig, facts: Facts) -> None:
+    if facts.stream_tokens < 2:
+        raise DataError(
+            f"source {source.name}: val_path {source.val_path!r} holds {facts.documents} documents with "
+            f"{facts.stream_tokens} tokens, too few to validate on",
+            fix="name other text, or leave val_path out",
         )
 
 
@@ -232,12 +284,11 @@ def verify_split(split: PreparedSplit, tokenizer: Tokenizer, should_stop: StopFl
 
 def check_vocabulary(pair: IndexedPair, vocab_size: int, should_stop: StopFlag = never_stop) -> None:
     """DataError that names file, document and offset of the first id outside ``[0, vocab_size)``."""
-    for start in range(0, len(pair.tokens), TOKENS_AT_A_TIME):
+    for number, (block, _) in enumerate(blocks_of(pair)):
         stop_if(should_stop)
-        block = pair.tokens[start : start + TOKENS_AT_A_TIME]
         if int(block.min()) < 0 or int(block.max()) >= vocab_size:
             first = int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
-            raise outside_vocabulary(pair, start + first, vocab_size)
+            raise outside_vocabulary(pair, number * TOKENS_AT_A_TIME + first, vocab_size)
 
 
 def outside_vocabulary(pair: IndexedPair, position: int, vocab_size: int) -> DataError:
@@ -257,7 +308,9 @@ def _same(path: Path, what: str, actual: int, expected: int) -> None:
         raise DataError(
             f"{path}: {what} is {actual}, expected {expected}",
             why="the file changed after it was prepared",
-            fix="delete the prepared folder and prepare again, or copy the file again",
+            fix=f"copy the file again, or move {path.parent} away and run epmoe prepare again"
+            if (path.parent / RECORD_FILE).is_file()
+            else "copy the file again",
         )
 
 
@@ -272,5 +325,5 @@ def _content_fingerprint(record: PreparedRecord) -> str:
     for source in record.sources:
         for split in (source.train, source.val):
             facts = None if split is None else split.facts
-            parts.append(None if facts is None else facts.model_dump(exclude={"format"}))
+            parts.append(None if facts is None else facts.model_dump(exclude={"format", "lost_share"}))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ LINE_EVERY_S = 3.0
 @contextmanager
 def console_progress(label: str = "prepare") -> Iterator[Report]:
     """Reports on standard error, which leaves standard output to results."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield plain_progress(label)
         return
     columns = (
@@ -38,18 +38,28 @@ def console_progress(label: str = "prepare") -> Iterator[Report]:
         yield report
 
 
-def plain_progress(label: str, *, every_s: float = LINE_EVERY_S) -> Report:
-    """Lines for log files: at most one per interval, and one at the end of a phase."""
+def plain_progress(label: str, *, unit: str = "MB", every_s: float = LINE_EVERY_S) -> Report:
+    """Lines for log files: at most one per interval, and one at the end of a phase.
+
+    Args:
+        label: What is going on.
+        unit: Of the numbers that are reported: ``MB`` (they are bytes), or the name of what is counted.
+        every_s: Seconds between lines.
+    """
     last = time.monotonic()
 
     def report(phase: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
         finished = total > 0 and done >= total
-        if now - last < every_s and not finished:
+        if (now - last < every_s and not finished) or sys.stderr is None:
             return
         last = now
-        whole = f" of {total / 1e6:.1f}" if total else ""
-        print(f"{label}: {phase} {done / 1e6:.1f}{whole} MB", file=sys.stderr, flush=True)
+        whole = f" of {_amount(total, unit)}" if total else ""
+        print(f"{label}: {phase} {_amount(done, unit)}{whole} {unit}", file=sys.stderr, flush=True)
 
     return report
+
+
+def _amount(count: int, unit: str) -> str:
+    return f"{count / 1e6:.1f}" if unit == "MB" else f"{count:,}"

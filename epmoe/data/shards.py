@@ -1,11 +1,17 @@
-"""Tokenises a shard: some pieces of one corpus become one ``.npz`` file, the unit of work that survives a kill."""
+"""Tokenises a shard: some pieces of one corpus become one folder, the unit of work that survives a kill.
+
+<name>-00000/train.bin  .idx  .mask   the documents of each split, as in the result
+             val.bin    .idx  .mask
+             counts.json              what was counted on the way, and the checksums of the files
+"""
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +21,24 @@ from epmoe.data.corpora import (
     MAX_PIECE_BYTES,
     MIN_PIECE_BYTES,
     Corpus,
-    Document,
+    Passage,
     Piece,
     Ranges,
     Split,
+    documents,
     read_piece,
 )
-from epmoe.data.files import write_atomically
-from epmoe.data.indexed import Ints, token_dtype
-from epmoe.data.tokenizer import Offsets, Tokenizer
+from epmoe.data.encoding import PART_CHARS, Encoded, encode_text
+from epmoe.data.fidelity import RoundTrip
+from epmoe.data.files import read_json, write_json
+from epmoe.data.indexed import FileSums, IndexedWriter, token_dtype
+from epmoe.data.tokenizer import Tokenizer
 from epmoe.errors import DataError
 
-ENCODE_CHARS = 1 << 20
-"""Longer texts are tokenised in parts, so that memory stays small; the parts end at line ends where they can."""
 SHARDS_PER_CORPUS = 256
 SPLITS: tuple[Split, Split] = ("train", "val")
+COUNTS_FILE = "counts.json"
+Marks = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,18 +52,26 @@ class ShardJob:
     """Folder of the tokenizer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSplit:
-    """The training or validation documents of a shard."""
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """What is counted while the documents of a split are tokenised; sums over shards."""
 
-    tokens: Ints
-    lengths: NDArray[np.int64]
-    mask: NDArray[np.uint8]
-    """One per token, empty when the corpus has no loss ranges."""
-    utf8_bytes: int
-    loss_utf8_bytes: int
-    replaced: int
-    empty: int
+    documents: int = 0
+    tokens: int = 0
+    utf8_bytes: int = 0
+    loss_utf8_bytes: int = 0
+    """Bytes that count in the loss."""
+    replaced: int = 0
+    """Documents with bytes that are no text."""
+    empty: int = 0
+    chars: int = 0
+    """Of validation text: its characters, and those that do not come back from the tokens."""
+    lost_chars: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Adds up."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 def plan_shards(corpus: Corpus, folder: Path, tokenizer: Path) -> list[ShardJob]:
@@ -71,7 +88,7 @@ def plan_shards(corpus: Corpus, folder: Path, tokenizer: Path) -> list[ShardJob]
     return [
         ShardJob(
             corpus=replace(corpus, pieces=tuple(group)),
-            out=str(folder / f"{corpus.name}-{number:05d}.npz"),
+            out=str(folder / f"{corpus.name}-{number:05d}"),
             tokenizer=str(tokenizer),
         )
         for number, group in enumerate(groups)
@@ -80,113 +97,117 @@ def plan_shards(corpus: Corpus, folder: Path, tokenizer: Path) -> list[ShardJob]
 
 
 def make_shard(job: ShardJob, tokenizer: Tokenizer) -> None:
-    """Tokenises a shard and writes it atomically."""
-    builders = {split: _Builder(tokenizer, with_mask=job.corpus.loss_field is not None) for split in SPLITS}
-    for piece in job.corpus.pieces:
-        for document in read_piece(job.corpus, piece):
-            builders[document.split].add(document)
-    arrays: dict[str, Ints] = {}
-    for split, builder in builders.items():
-        arrays |= {f"{split}_{key}": value for key, value in builder.arrays().items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_atomically(Path(job.out), buffer.getvalue())
-
-
-def read_shard(job: ShardJob, split: Split) -> ShardSplit:
-    """One split of a finished shard; a damaged one is removed, so that the next run makes it again."""
+    """Tokenises a shard into a folder that appears complete, or not at all."""
+    out = Path(job.out)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir()
     try:
-        with np.load(job.out, allow_pickle=False) as arrays:
-            counts = arrays[f"{split}_counts"].tolist()
-            return ShardSplit(
-                tokens=arrays[f"{split}_tokens"],
-                lengths=arrays[f"{split}_lengths"],
-                mask=arrays[f"{split}_mask"],
-                utf8_bytes=counts[0],
-                loss_utf8_bytes=counts[1],
-                replaced=counts[2],
-                empty=counts[3],
-            )
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        Path(job.out).unlink()
-        raise DataError(
-            f"the finished shard {job.out} is damaged", why=str(error), fix="run the command again"
-        ) from None
+        _write_shard(job, tokenizer, unfinished)
+        os.rename(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-class _Builder:
-    """Collects the documents of one split."""
+def _write_shard(job: ShardJob, tokenizer: Tokenizer, folder: Path) -> None:
+    with_mask = job.corpus.loss_field is not None
+    writers = {split: _SplitWriter(tokenizer, folder / split, with_mask=with_mask) for split in SPLITS}
+    for piece in job.corpus.pieces:
+        for first, others in documents(read_piece(job.corpus, piece)):
+            writers[first.split].add(first, chain([first], others))
+    record = {split: [asdict(writer.counts), asdict(writer.finish())] for split, writer in writers.items()}
+    write_json(folder / COUNTS_FILE, record)
 
-    def __init__(self, tokenizer: Tokenizer, *, with_mask: bool) -> None:
+
+def merge_shard(job: ShardJob, split: Split, writer: IndexedWriter) -> Counts:
+    """Appends one split of a finished shard; a damaged one is removed, so that the next run makes it again."""
+    folder = Path(job.out)
+    try:
+        counts, sums = read_json(folder / COUNTS_FILE)[split]
+        if writer.append_pair(folder / split) == FileSums(**sums):
+            return Counts(**counts)
+        why = "its checksums differ"
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+    shutil.rmtree(folder)
+    raise DataError(f"the finished shard {folder} is damaged", why=why, fix="run the command again") from None
+
+
+class _SplitWriter:
+    """Writes the documents of one split."""
+
+    def __init__(self, tokenizer: Tokenizer, prefix: Path, *, with_mask: bool) -> None:
+        self.counts = Counts()
         self._tokenizer, self._with_mask = tokenizer, with_mask
-        self._tokens: list[Ints] = []
-        self._masks: list[Ints] = []
-        self._counts = np.zeros(4, np.int64)
+        self._writer = IndexedWriter(prefix, token_dtype(tokenizer.size), with_mask=with_mask)
 
-    def add(self, document: Document) -> None:
-        ids, marks = encode_document(self._tokenizer, document.text, document.loss_ranges)
-        if len(ids) == 1:  # nothing but end-of-text
-            self._counts += (0, 0, document.replaced, 1)
+    def add(self, first: Passage, passages: Iterator[Passage]) -> None:
+        """Appends a document; one without tokens is only counted."""
+        counts = Counts()
+        texts = _counted(passages, counts)
+        trip = RoundTrip(self._tokenizer) if first.split == "val" else None
+        for part, marks in encode_document(self._tokenizer, texts, first.loss_ranges):
+            self._writer.extend(part.ids, marks if self._with_mask else None)
+            counts.tokens += len(part.ids)
+            if trip is not None:
+                counts.chars += len(part.text)
+                counts.lost_chars += trip.lost(part)
+        if counts.tokens == 0:
+            self.counts.add(
+                Counts(replaced=counts.replaced, empty=1, chars=counts.chars, lost_chars=counts.lost_chars)
+            )
             return
-        size = len(document.text.encode())
-        counted = size if document.loss_ranges is None else _bytes_inside(document.text, document.loss_ranges)
-        self._tokens.append(ids.astype(token_dtype(self._tokenizer.size)))
-        self._masks.append(marks)
-        self._counts += (size, counted, document.replaced, 0)
+        end_counts = first.loss_ranges is None or (
+            bool(first.loss_ranges) and first.loss_ranges[-1][1] == len(first.text)
+        )
+        end = np.array([self._tokenizer.eos_id])
+        self._writer.extend(end, np.array([end_counts], np.uint8) if self._with_mask else None)
+        self._writer.end_document()
+        counts.documents, counts.tokens = 1, counts.tokens + 1
+        self.counts.add(counts)
 
-    def arrays(self) -> dict[str, Ints]:
-        tokens = np.concatenate([np.zeros(0, token_dtype(self._tokenizer.size)), *self._tokens])
-        masks = self._masks if self._with_mask else []
-        return {
-            "tokens": tokens,
-            "lengths": np.array([len(ids) for ids in self._tokens], np.int64),
-            "mask": np.concatenate([np.zeros(0, np.uint8), *masks]),
-            "counts": self._counts,
-        }
+    def finish(self) -> FileSums:
+        return self._writer.finish()
 
 
-def encode_document(tokenizer: Tokenizer, text: str, ranges: Ranges | None) -> tuple[Ints, Ints]:
-    """Ids with end-of-text at the end, and uint8 marks of those that count in the loss.
+def _counted(passages: Iterator[Passage], counts: Counts) -> Iterator[str]:
+    """The text of a document, whose bytes are counted as it goes by."""
+    for passage in passages:
+        size = _utf8_bytes(passage.text)
+        counts.utf8_bytes += size
+        ranges = passage.loss_ranges
+        counts.loss_utf8_bytes += (
+            size if ranges is None else sum(_utf8_bytes(passage.text[start:end]) for start, end in ranges)
+        )
+        counts.replaced = int(passage.replaced)  # it stays so once it is
+        yield passage.text
 
-    A token counts when at least one of its characters lies in a range; end-of-text counts when the last range
-    reaches the end of the text.
+
+def _utf8_bytes(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    return sum(len(text[i : i + PART_CHARS].encode()) for i in range(0, len(text), PART_CHARS))
+
+
+def encode_document(
+    tokenizer: Tokenizer, blocks: Iterable[str], ranges: Ranges | None
+) -> Iterator[tuple[Encoded, Marks]]:
+    """The tokens of a document, without its end-of-text, and uint8 marks of those that count in the loss.
+
+    A token counts when at least one of its characters lies in a range.
     """
-    ids: list[int] = []
-    offsets: Offsets = []
-    for start, end in _parts(text):
-        if ranges is None:
-            ids += tokenizer.encode(text[start:end])
-            continue
-        part_ids, part_offsets = tokenizer.encode_with_offsets(text[start:end])
-        ids += part_ids
-        offsets += [(start + a, start + b) for a, b in part_offsets]
-    ids.append(tokenizer.eos_id)
-    if ranges is None:
-        return np.array(ids, np.int64), np.ones(len(ids), np.uint8)
-    end_counts = bool(ranges) and ranges[-1][1] == len(text)
-    return np.array(ids, np.int64), np.append(_inside(offsets, ranges), np.uint8(end_counts))
+    for part in encode_text(tokenizer, blocks, spans=ranges is not None):
+        if ranges is None or part.spans is None:
+            yield part, np.ones(len(part.ids), np.uint8)
+        else:
+            yield part, _inside(part.spans, ranges)
 
 
-def _parts(text: str) -> Iterator[tuple[int, int]]:
-    start = 0
-    while start < len(text):
-        end = min(start + ENCODE_CHARS, len(text))
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield start, end
-        start = end
-
-
-def _inside(offsets: Offsets, ranges: Ranges) -> NDArray[np.uint8]:
+def _inside(spans: NDArray[np.int64], ranges: Ranges) -> Marks:
     """uint8 per token: 1 where ``[a, b)`` overlaps one of the sorted, separate ranges."""
-    if not offsets or not ranges:
-        return np.zeros(len(offsets), np.uint8)
-    spans, limits = np.array(offsets, np.int64), np.array(ranges, np.int64)
+    if not ranges:
+        return np.zeros(len(spans), np.uint8)
+    limits = np.array(ranges, np.int64)
     # The first range that ends behind the token's first character is the only one that can begin before its end.
     candidate = np.searchsorted(limits[:, 1], spans[:, 0], side="right")
     starts = np.append(limits[:, 0], np.iinfo(np.int64).max)
     return (starts[candidate] < spans[:, 1]).astype(np.uint8)
-
-
-def _bytes_inside(text: str, ranges: Sequence[tuple[int, int]]) -> int:
-    return sum(len(text[start:end].encode()) for start, end in ranges)

@@ -7,7 +7,9 @@ between documents. ``save`` and ``load_tokenizer`` keep a tokenizer in a folder,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from epmoe.data.controls import hide_controls
 from epmoe.data.files import read_json, write_atomically, write_json
 from epmoe.errors import ConfigError, DataError
 
@@ -33,6 +36,10 @@ END_OF_TEXT_NAMES = (
     "<|end▁of▁sentence|>",
 )
 """What published tokenizers call the token between documents, most common first."""
+
+WORD_END = re.compile(r"\S(?=[ \n])")
+TRAINING_PART_CHARS = 1 << 16
+"""The library gathers some hundred texts before it counts their words."""
 
 Offsets = list[tuple[int, int]]
 
@@ -55,6 +62,10 @@ class Tokenizer(Protocol):
     @property
     def sha256(self) -> str:
         """Identity: equal exactly when texts become the same ids."""
+
+    @property
+    def context_free(self) -> bool:
+        """A text may be cut anywhere: the ids of its parts, one after the other, are its own."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any added token."""
@@ -81,6 +92,7 @@ class ByteTokenizer:
     name: str = "byte"
     size: int = 257
     eos_id: int = 256
+    context_free: bool = True
 
     @property
     def sha256(self) -> str:
@@ -117,6 +129,8 @@ class JsonTokenizer:
     source: bytes
     """The file, byte for byte."""
     inner: tokenizers.Tokenizer
+    """Reads texts: the file with its control tokens hidden."""
+    context_free: bool = False
 
     @property
     def sha256(self) -> str:
@@ -126,16 +140,20 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin-of-text and the like."""
         # The batch call does not track offsets, which saves a quarter of the time.
-        return list(self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        with _library_errors(f"{self.name} cannot encode a text"):
+            return list(self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """Ids and the characters they came from."""
-        encoding = self.inner.encode(text, add_special_tokens=False)
+        with _library_errors(f"{self.name} cannot encode a text"):
+            encoding = self.inner.encode(text, add_special_tokens=False)
         return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens."""
-        return str(self.inner.decode([i for i in ids if 0 <= i < self.size], skip_special_tokens=True))
+        known = [i for i in ids if 0 <= i < self.size and i != self.eos_id]
+        with _library_errors(f"{self.name} cannot decode its tokens"):
+            return str(self.inner.decode(known, skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
         """Writes ``tokenizer.json`` unchanged, then the marker that says which token ends a text."""
@@ -152,32 +170,49 @@ def json_tokenizer(source: bytes, *, name: str, eos_token: str | None = None) ->
         name: What to call it in messages.
         eos_token: Its end-of-text token; None = the first of the usual names it has.
     """
-    try:
-        inner = tokenizers.Tokenizer.from_buffer(source)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{name} is no tokenizer.json", why=str(error)) from None
-    # A file may ask for cut or filled-up texts; a corpus wants neither. Special tokens spelled in a text are text.
-    inner.no_truncation()
-    inner.no_padding()
-    inner.encode_special_tokens = True
-    vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
+    with _library_errors(f"{name} is no tokenizer.json"):
+        given = tokenizers.Tokenizer.from_buffer(source)
+        vocab: dict[str, int] = given.get_vocab(with_added_tokens=True)
     candidates = END_OF_TEXT_NAMES if eos_token is None else (eos_token,)
     found = next((token for token in candidates if token in vocab), None)
     if found is None:
-        special = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
+        special = [t.content for t in given.get_added_tokens_decoder().values() if t.special]
         raise DataError(
             f"{name} has no end-of-text token: looked for {', '.join(candidates)}",
             why=f"its special tokens are {', '.join(special) or 'none'}",
             fix="name the one that ends a document: data.eos_token=...",
         )
+    size = max(vocab.values()) + 1
+    if size > 2 * len(vocab):
+        raise DataError(
+            f"{name} has {len(vocab):,} entries with ids up to {size - 1:,}",
+            why="every id up to the largest needs a row of the embedding",
+            fix="number its entries without gaps, or use another tokenizer.json",
+        )
+    with _library_errors(f"{name} is no tokenizer.json"):
+        inner = tokenizers.Tokenizer.from_buffer(hide_controls(source, found, name))
+    # A file may ask for cut or filled-up texts; a corpus wants neither. Special tokens spelled in a text are text.
+    inner.no_truncation()
+    inner.no_padding()
+    inner.encode_special_tokens = True
     return JsonTokenizer(
-        name=name,
-        size=max(vocab.values()) + 1,
-        eos_id=vocab[found],
-        eos_token=found,
-        source=source,
-        inner=inner,
+        name=name, size=size, eos_id=vocab[found], eos_token=found, source=source, inner=inner
     )
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """What the library raises as DataError: bare Exception, or the panic of its Rust side, which is none."""
+    try:
+        yield
+    except DataError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            what, why=str(error), fix="use another tokenizer.json, or make this one again"
+        ) from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -206,6 +241,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     )
     inner.train_from_iterator(texts, trainer)
     return json_tokenizer(inner.to_str().encode(), name="bpe", eos_token=END_OF_TEXT)
+
+
+def training_parts(blocks: Iterable[str]) -> Iterator[str]:
+    """A long text in parts that train the same BPE: they end where a word does, behind which no token goes on."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        start = 0
+        for word_end in WORD_END.finditer(rest):
+            if word_end.end() - start >= TRAINING_PART_CHARS:
+                yield rest[start : word_end.end()]
+                start = word_end.end()
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 def load_tokenizer(where: str | Path, *, eos_token: str | None = None) -> Tokenizer:

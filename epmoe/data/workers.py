@@ -145,4 +145,5 @@ def serve() -> None:
 def _parse_job(values: dict[str, Any]) -> ShardJob:
     corpus = values.pop("corpus")
     pieces = tuple(Piece(**piece) for piece in corpus.pop("pieces"))
-    return ShardJob(corpus=Corpus(pieces=pieces, **corpus), **values)
+    left_out = tuple(corpus.pop("left_out"))
+    return ShardJob(corpus=Corpus(pieces=pieces, left_out=left_out, **corpus), **values)

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epmoe.data.files import StopFlag, never_stop, read_json, stop_if, write_json
-from epmoe.data.prepared import TOKENS_AT_A_TIME, PreparedData, PreparedSplit
+from epmoe.data.indexed import TOKENS_AT_A_TIME
+from epmoe.data.prepared import PreparedData, PreparedSplit
 from epmoe.data.stream import TokenStream, open_stream, read_span
 from epmoe.data.tokenizer import Tokenizer
 from epmoe.errors import DataError
@@ -34,7 +35,8 @@ XZ_LIMIT_BYTES = 64 << 20
 class Yardsticks:
     """Bits per byte of one source's validation text."""
 
-    unigram: float
+    unigram: float | None
+    """None: the tokens do not stand for the bytes of the text."""
     xz: float | None
     xz_after_train: float | None
     xz_left_out: str | None = None
@@ -59,14 +61,17 @@ def yardsticks(prepared: PreparedData, source: str, *, should_stop: StopFlag = n
     train, val = (open_stream(split, prepared.tokenizer) for split in (parts.train, parts.val))
     counted_bytes = parts.val.facts.loss_utf8_bytes or 0
     text, left_out = None, None
-    if (parts.val.facts.utf8_bytes or 0) > XZ_LIMIT_BYTES:
+    exact = parts.val.facts.lost_share == 0
+    if not exact:
+        left_out = "its tokens do not give the text back exactly"
+    elif (parts.val.facts.utf8_bytes or 0) > XZ_LIMIT_BYTES:
         left_out = f"more than {XZ_LIMIT_BYTES >> 20} MiB would take too long"
     else:
         text = _exact_text(val, parts.val, prepared.tokenizer, should_stop)
         left_out = None if text else "its tokens do not give the text back exactly"
     tail = _tail(train, parts.train, prepared.tokenizer, should_stop) if text else None
     result = Yardsticks(
-        unigram=_unigram_bits(train, val, should_stop) / max(counted_bytes, 1),
+        unigram=_unigram_bits(train, val, should_stop) / max(counted_bytes, 1) if exact else None,
         xz=8 * _xz_size([text], should_stop) / len(text) if text else None,
         xz_after_train=8 * _xz_gain(tail, text, should_stop) / len(text)
         if text and tail is not None

@@ -24,9 +24,11 @@ class Evaluation:
     """Nats per token."""
     num_tokens: int
     bits_per_byte: float | None
-    """Summed loss / ln 2 / UTF-8 bytes; None when only part of the text was read."""
+    """Summed loss / ln 2 / UTF-8 bytes; None when only part of the text was read, or its tokens are not the text."""
     drop_rate: float
     """Dropped assignments / assignments; 0 when dropless."""
+    bits_left_out: str | None = None
+    """Why there are no bits per byte."""
 
     @property
     def perplexity(self) -> float:
@@ -45,7 +47,7 @@ def evaluate(
     precision: str,
     device: torch.device,
     max_windows: int | None = None,
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Loss over the windows of one validation set, shared out over the ranks.
 
@@ -53,7 +55,8 @@ def evaluate(
         batch_size: Windows per rank and forward pass. Ranks without a window get an invalid one, so that all of them
             run the same number of passes.
         max_windows: Read only this many windows, evenly spread.
-        poll: Called between passes; may raise to end the evaluation on all ranks alike.
+        poll: Called before each pass with the windows that are done and those there are; may raise to end the
+            evaluation on all ranks alike.
     """
     was_training = model.training
     model.eval()
@@ -61,7 +64,7 @@ def evaluate(
     totals: Sums = {}
     for start in range(0, len(windows), batch_size * world_size):
         env.fault("train.eval")
-        poll()
+        poll(start, len(windows))
         first = start + rank * batch_size
         chosen = [windows[i] if i < len(windows) else None for i in range(first, first + batch_size)]
         batch = data.batch(chosen).to(device)
@@ -71,7 +74,7 @@ def evaluate(
         add_sums(totals, report_sums(reports))
     model.train(was_training)
     sums = all_reduce_sums(totals, None)
-    return _summarise(data, sums, complete=len(windows) == data.num_windows)
+    return _summarise(data, sums, num_windows=len(windows))
 
 
 def _spread(num_windows: int, max_windows: int | None) -> list[int]:
@@ -79,14 +82,18 @@ def _spread(num_windows: int, max_windows: int | None) -> list[int]:
     return [i * num_windows // count for i in range(count)]
 
 
-def _summarise(data: ValidationData, sums: Sums, *, complete: bool) -> Evaluation:
+def _summarise(data: ValidationData, sums: Sums, *, num_windows: int) -> Evaluation:
     loss, tokens = float(sums["loss"]), int(sums["tokens"])
     wanted = sum(int(value) for name, value in sums.items() if name.endswith(".assignments"))
     kept = sum(int(value.sum()) for name, value in sums.items() if name.endswith(".kept_E"))
+    left_out = data.bits_left_out
+    if num_windows < data.num_windows:
+        left_out = f"{num_windows:,} of {data.num_windows:,} windows were read"
     return Evaluation(
         name=data.name,
         loss=loss / max(tokens, 1),
         num_tokens=tokens,
-        bits_per_byte=loss / math.log(2) / data.utf8_bytes if complete and data.utf8_bytes else None,
+        bits_per_byte=None if left_out else loss / math.log(2) / data.utf8_bytes,
         drop_rate=1.0 - kept / wanted if wanted else 0.0,
+        bits_left_out=left_out,
     )

@@ -84,12 +84,12 @@ def _verdict(evaluation: Evaluation, sticks: Yardsticks) -> list[str]:
     """Bits per byte and what they mean, line by line."""
     bits = evaluation.bits_per_byte
     lines = [
-        f"validation {evaluation.name}: {evaluation.loss:.4f} nats per token, "
-        f"perplexity {evaluation.perplexity:.2f}, {bits or float('nan'):.4f} bits per byte "
+        f"validation {evaluation.name}: {evaluation.loss:.4f} nats per token, perplexity {evaluation.perplexity:.2f}"
+        f"{'' if bits is None else f', {bits:.4f} bits per byte'} "
         f"({evaluation.num_tokens:,} tokens, drop rate {evaluation.drop_rate:.1%})"
     ]
     if bits is None:
-        return lines
+        return [*lines, f"  no bits per byte: {evaluation.bits_left_out}"]
     named = {
         "unigram model of the same tokens": sticks.unigram,
         "xz -9e of the validation text": sticks.xz,

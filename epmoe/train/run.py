@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from torch.distributed.elastic.multiprocessing.errors import record as report_to
 from epmoe import env
 from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
+from epmoe.data.files import silent
 from epmoe.data.loader import TrainData, validation_sets
 from epmoe.data.prepare import prepare
-from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, text_warning
-from epmoe.data.progress import console_progress
+from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, source_lines, text_warning
+from epmoe.data.progress import console_progress, plain_progress
 from epmoe.errors import ConfigError, EpmoeError, MemoryExhausted, Preempted
 from epmoe.models.compile import compile_blocks, compiler_problem
 from epmoe.observe.display import make_display, say
@@ -190,6 +191,7 @@ class Run:
         describe_run(self.folder, self.config.model_dump(mode="json"), argv)
         (path / RESOLVED).write_text(dump_config(self.config), encoding="utf-8")
         self.prepared.tokenizer.save(path / TOKENIZER_FOLDER)
+        say("\n".join(source_lines(self.prepared)))
         say(_layout(self.config, self.trainer))
         if self.accelerators.note:
             say(f"attention: {self.accelerators.note}")
@@ -223,7 +225,7 @@ class Run:
             self._steps()
             self._log([])
             self._save()  # before an evaluation that may take long
-            evaluations = self._evaluate(None)
+            evaluations = self._evaluate(self.config.train.final_eval_samples)
             self._log(evaluations)
         except StopRequested:
             self._log([])
@@ -329,10 +331,20 @@ class Run:
                     precision=train.precision,
                     device=place.device,
                     max_windows=max_windows,
-                    poll=self.trainer.check_stop,
+                    poll=self._polled(data.name),
                 )
                 for data in self.validation
             ]
+
+    def _polled(self, source: str) -> Callable[[int, int], None]:
+        """Between the passes of an evaluation: a look for signals, and how far it is."""
+        report = plain_progress("evaluate", unit="windows") if self.folder.is_writer else silent
+
+        def poll(done: int, total: int) -> None:
+            self.trainer.check_stop()
+            report(source, done, total)
+
+        return poll
 
     def _open_trackers(self) -> Trackers:
         if not self.folder.is_writer:

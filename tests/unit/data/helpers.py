@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from epmoe.config import DataConfig, SourceConfig
+from epmoe.data.corpora import Corpus, Passage, read_piece
+from epmoe.data.corpora import documents as passages_by_document
 from epmoe.data.indexed import IndexedWriter, token_dtype
 
 WORDS = ("the", "of", "router", "expert", "token", "slot", "rank", "loss", "é", "漢", "x=1", "return\n", "\n")
@@ -54,6 +57,15 @@ def write_pair(prefix: Path, documents: list[list[int]], vocab_size: int = 257) 
     writer.add(flat, np.array([len(document) for document in documents], np.int64))
     writer.finish()
     return prefix
+
+
+def documents(corpus: Corpus) -> list[Passage]:
+    """Every document of a corpus, in one piece."""
+    return [
+        replace(first, text=first.text + "".join(part.text for part in others))
+        for piece in corpus.pieces
+        for first, others in passages_by_document(read_piece(corpus, piece))
+    ]
 
 
 def hand_built(lengths: list[int], pointers: list[int], documents: list[int], code: int = 8) -> bytes:

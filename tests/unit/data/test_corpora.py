@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 
 from epmoe.config import SourceConfig
-from epmoe.data.corpora import STDLIB_SKIPPED, Corpus, Document, is_validation, kind_of, read_piece, scan
+from epmoe.data.corpora import is_indexed, is_validation, scan
+from epmoe.data.listing import STDLIB_SKIPPED
 from epmoe.errors import DataError
-from tests.unit.data.helpers import write_folder, write_jsonl
-
-
-def documents(corpus: Corpus) -> list[Document]:
-    return [document for piece in corpus.pieces for document in read_piece(corpus, piece)]
+from tests.unit.data.helpers import documents, write_folder, write_jsonl
 
 
 def jsonl(path: Path, **options: object) -> SourceConfig:
@@ -76,7 +73,8 @@ def test_files_with_a_nul_byte_at_the_beginning_are_no_text(tmp_path: Path) -> N
     text_only = scan(SourceConfig(path=str(folder)))
     (folder / "image.png").write_bytes(b"x" * 8191 + b"\0")
     corpus = scan(SourceConfig(path=str(folder)))
-    assert (corpus.skipped, text_only.skipped) == (1, 0)
+    assert corpus.left_out == ("1 file(s) with NUL bytes, which are no text (image.png)",)
+    assert text_only.left_out == ()
     assert corpus.fingerprint == text_only.fingerprint
     (folder / "late.txt").write_bytes(b"x" * 8192 + b"\0")
     assert "late.txt" in [piece.name for piece in scan(SourceConfig(path=str(folder))).pieces]
@@ -109,7 +107,7 @@ def test_one_file_is_training_and_val_path_is_validation(tmp_path: Path) -> None
 
 def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder, no file"):
-        kind_of(SourceConfig(path=str(tmp_path / "nothing")))
+        is_indexed(SourceConfig(path=str(tmp_path / "nothing")))
     with pytest.raises(DataError, match=r"0 files in .* match '\*\.md'"):
         scan(SourceConfig(path=str(tmp_path), glob="*.md"))
     with pytest.raises(DataError, match="does not exist"):
@@ -119,11 +117,15 @@ def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:
 def test_auto_looks_at_the_path(tmp_path: Path) -> None:
     for name in ("x.jsonl", "pair.bin", "pair.idx", "plain.txt"):
         (tmp_path / name).touch()
-    kinds = {
-        name: kind_of(SourceConfig(path=str(tmp_path / name))) for name in ("x.jsonl", "pair", "plain.txt")
+    sources = {name: SourceConfig(path=str(tmp_path / name)) for name in ("x.jsonl", "plain.txt")}
+    assert {name: scan(source).kind for name, source in sources.items()} == {
+        "x.jsonl": "jsonl",
+        "plain.txt": "files",
     }
-    assert kinds == {"x.jsonl": "jsonl", "pair": "indexed", "plain.txt": "files"}
-    assert kind_of(SourceConfig()) == "files"
+    assert all(
+        is_indexed(SourceConfig(path=str(tmp_path / name))) for name in ("pair", "pair.bin", "pair.idx")
+    )
+    assert not any(map(is_indexed, [*sources.values(), SourceConfig()]))
 
 
 def test_a_file_that_changes_after_the_scan_is_refused(tmp_path: Path) -> None:

@@ -249,8 +249,8 @@ def test_a_source_without_validation_text(tmp_path: Path) -> None:
     assert validation_sets(prepared, cfg) == []
     with pytest.raises(DataError, match="has no validation text"):
         ValidationData(prepared, cfg, "s")
-    prepared, cfg = paired(tmp_path, [list(range(40))], [[EOS]], seq_len=8)  # one token predicts nothing
-    assert validation_sets(prepared, cfg) == []
+    with pytest.raises(DataError, match="1 tokens, too few to validate on"):
+        paired(tmp_path, [list(range(40))], [[EOS]], seq_len=8)  # one token predicts nothing
 
 
 def test_windows_outside_the_data(tmp_path: Path) -> None:

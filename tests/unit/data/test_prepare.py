@@ -11,19 +11,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from epmoe.config import DataConfig
+from epmoe.data import corpora
 from epmoe.data.corpora import is_validation, scan
 from epmoe.data.files import crc32_of
 from epmoe.data.foreign import facts_path
 from epmoe.data.indexed import bin_path, idx_path, open_indexed
-from epmoe.data.known import Cut, KnownFiles
 from epmoe.data.loader import TrainData
 from epmoe.data.prepare import prepare
-from epmoe.data.prepared import PreparedData, PreparedSplit, open_prepared, open_split, verify_split
+from epmoe.data.prepared import (
+    PreparedData,
+    PreparedSplit,
+    check_trainable,
+    open_prepared,
+    open_split,
+    verify_split,
+)
 from epmoe.data.shards import encode_document
 from epmoe.data.tokenizer import ByteTokenizer, train_bpe
 from epmoe.errors import ConfigError, DataError, Preempted
@@ -149,7 +157,7 @@ def test_killed_preparation_continues(tmp_path: Path, step: int, workers: int, f
     assert not list(cache.glob("*/prepared.json"))
     assert not [p for p in cache.iterdir() if not p.name.startswith(".")]
     [work] = cache.glob(".*.work")
-    shards = {p: p.stat().st_mtime_ns for p in sorted((work / "shards").glob("*.npz"))}
+    shards = {p: p.stat().st_mtime_ns for p in sorted((work / "shards").glob("[!.]*"))}
     # A worker may finish the shard it was at after its parent died; run() waited for its standard error to close.
     assert finished <= len(shards) <= finished + workers - 1
     remade: list[int] = []
@@ -177,7 +185,7 @@ def test_stop_flag_between_shards(tmp_path: Path) -> None:
     with pytest.raises(Preempted, match="asked to stop") as caught:
         prepare(cfg, progress=report, should_stop=lambda: len(done) == 2)
     assert caught.value.exit_code == 75
-    assert len(list(Path(cfg.cache).glob(".*.work/shards/*.npz"))) == 2
+    assert len(list(Path(cfg.cache).glob(".*.work/shards/[!.]*"))) == 2
     prepare(cfg, progress=report)
     assert len(done) == 3
 
@@ -268,30 +276,32 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     cfg = config(tmp_path, folder, jsonl)
     first = prepare(cfg)
     read: list[str] = []
-    original = KnownFiles.cuts
+    for function in ("form_of", "_text_cuts", "_line_cuts"):
+        original = getattr(corpora, function)
 
-    def watched(known: KnownFiles, file: Path, reader: Callable[[Path], tuple[Cut, ...]]) -> tuple[Cut, ...]:
-        return original(known, file, lambda path: (read.append(path.name), reader(path))[1])  # type: ignore[func-returns-value]
+        def watched(path: Path, original: Callable[[Path], Any] = original) -> Any:
+            read.append(path.name)
+            return original(path)
 
-    monkeypatch.setattr(KnownFiles, "cuts", watched)
+        monkeypatch.setattr(corpora, function, watched)
     again = prepare(cfg)
     assert read == []
     assert (again.folder, again.sources) == (first.folder, first.sources)
-    assert again.sources[0].skipped == 1
+    assert "1 file(s) with NUL bytes" in again.sources[0].sentence
 
     changed = folder / "part0" / "003.txt"
     times = changed.stat()
     changed.write_bytes(changed.read_bytes()[::-1])
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copying tool would
     other = prepare(cfg)
-    assert read == ["003.txt"]
+    assert read == ["003.txt", "003.txt"]  # its form, then all of it
     assert other.fingerprint != first.fingerprint
 
     for kept in Path(cfg.cache).glob(".*.files"):
         kept.write_text('{"x": 1}')
     read.clear()
     assert prepare(cfg).fingerprint == other.fingerprint
-    assert len(read) == 8
+    assert len(read) == 8 + 7  # of the image only what it is
 
 
 def test_malformed_line_found_by_a_worker(tmp_path: Path) -> None:
@@ -307,10 +317,12 @@ def test_malformed_line_found_by_a_worker(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     cfg = several_shards(tmp_path)
     with pytest.raises(Preempted):
-        prepare(cfg, should_stop=lambda: len(list(Path(cfg.cache).glob(".*.work/shards/*.npz"))) == 2)
-    shard = sorted(Path(cfg.cache).glob(".*.work/shards/*.npz"))[1]
-    shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"s0-00001\.npz is damaged(.|\n)*run the command again"):
+        prepare(cfg, should_stop=lambda: len(list(Path(cfg.cache).glob(".*.work/shards/[!.]*"))) == 2)
+    shard = sorted(Path(cfg.cache).glob(".*.work/shards/[!.]*"))[1]
+    tokens = bytearray((shard / "train.bin").read_bytes())
+    tokens[1000] ^= 1
+    (shard / "train.bin").write_bytes(tokens)
+    with pytest.raises(DataError, match=r"s0-00001 is damaged(.|\n)*checksums(.|\n)*run the command again"):
         prepare(cfg)
     prepare(cfg)
 
@@ -321,21 +333,21 @@ def test_too_little_text(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"s0 has 11 training tokens in 1 documents \(10 bytes\), one window needs 12"
     ):
-        prepare(cfg)
+        TrainData(prepare(cfg), cfg, 0)
     prepared = prepare(cfg.model_copy(update={"seq_len": 10}))
     assert TrainData(prepared, cfg.model_copy(update={"seq_len": 10}), 0).num_windows == (1,)
     (tmp_path / "b.txt").touch()
     with pytest.raises(DataError, match=r"s0 has 0 training tokens in 0 documents \(0 bytes\)"):
-        prepare(config(tmp_path, tmp_path / "b.txt"))
+        check_trainable(prepare(config(tmp_path, tmp_path / "b.txt")), 16)
     write_jsonl(tmp_path / "c.jsonl", [])
     with pytest.raises(DataError, match="s0 has 0 training tokens"):
-        prepare(config(tmp_path, tmp_path / "c.jsonl", tokenizer="bpe"))
+        check_trainable(prepare(config(tmp_path, tmp_path / "c.jsonl", tokenizer="bpe")), 16)
 
 
 def test_ranges_that_leave_nothing_to_learn(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"text": "0123456789", "loss": []}] * 3)
     with pytest.raises(DataError, match="s0 has 30 bytes of training text, and 0 of them count"):
-        prepare(config(tmp_path, path, seq_len=4, source={"loss_field": "loss"}))
+        check_trainable(prepare(config(tmp_path, path, seq_len=4, source={"loss_field": "loss"})), 4)
     some = write_jsonl(tmp_path / "y.jsonl", [{"text": "0123456789", "loss": [[0, 2]]}])
     cfg = config(tmp_path, some, seq_len=4, source={"loss_field": "loss", "val_path": str(path)})
     assert prepare(cfg).sources[0].val is None
@@ -408,28 +420,14 @@ def test_tokenizer_beside_the_data_must_be_theirs(tmp_path: Path) -> None:
         open_prepared(prepared.folder, cfg)
 
 
-def test_long_texts_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("epmoe.data.shards.ENCODE_CHARS", 10)
-    value = "line one\nline two is long\n\nx" + "y" * 25
-    tokenizer = train_bpe([text(0, 100)], 300)
-    ids, marks = encode_document(tokenizer, value, None)
-    assert tokenizer.decode(ids.tolist()) == value
-    assert marks.tolist() == [1] * len(ids)
-    whole, marks = encode_document(ByteTokenizer(), value, ((9, 13), (30, 40)))
-    counted = "".join(chr(t) for t, m in zip(whole.tolist(), marks.tolist(), strict=True) if m)
-    assert counted == value[9:13] + value[30:40]
-
-
 def test_loss_ranges_of_bpe_tokens() -> None:
     tokenizer = train_bpe(["def router(): return expert"] * 20, 300)
     value = "def router(): return expert"
     ids, offsets = tokenizer.encode_with_offsets(value)
     for ranges in (((0, 3),), ((4, 6), (14, 20)), ((26, 27),), (), ((0, len(value)),)):
-        tokens, marks = encode_document(tokenizer, value, ranges)
-        expected = [any(a < end and start < b for start, end in ranges) for a, b in offsets]
-        expected.append(bool(ranges) and ranges[-1][1] == len(value))
-        assert tokens.tolist() == [*ids, tokenizer.eos_id]
-        assert marks.tolist() == expected
+        [(part, marks)] = encode_document(tokenizer, [value], ranges)
+        assert part.ids.tolist() == ids
+        assert marks.tolist() == [any(a < end and start < b for start, end in ranges) for a, b in offsets]
         assert marks.dtype == np.uint8
 
 

@@ -37,11 +37,12 @@ def test_prints_statistics_and_checks_what_is_there(
     command(tmp_path)
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[1] == "tokenizer byte: 257 entries, 320 with padding"
-    assert lines[3].split()[:3] == ["notes", "train", str(61 - num_val)]
-    assert lines[4].split()[:3] == ["notes", "val", str(num_val)]
-    assert lines[5].startswith("1 documents had bytes that are not UTF-8")
-    assert lines[5].endswith("1 files were skipped: their NUL bytes say that they are no text")
+    assert lines[1].startswith("source notes: 61 file(s) of text, ")
+    assert lines[1].endswith(" kB; left out: 1 file(s) with NUL bytes, which are no text (image.png)")
+    assert lines[2] == "tokenizer byte: 257 entries, 320 with padding"
+    assert lines[4].split()[:3] == ["notes", "train", str(61 - num_val)]
+    assert lines[5].split()[:3] == ["notes", "val", str(num_val)]
+    assert lines[6] == "1 documents had bytes that are not UTF-8; each became U+FFFD"
     assert "prepare: tokenising" in err
     command(tmp_path)
     assert capsys.readouterr().out == out

@@ -46,8 +46,9 @@ def _evaluations(rank: int, config: Config, world_size: int) -> list[Any]:
         for max_windows in (None, 7):
             polls = 0
 
-            def poll() -> None:
+            def poll(done: int, total: int) -> None:
                 nonlocal polls
+                assert polls <= done < total
                 polls += 1
 
             place = {"rank": rank, "world_size": world_size, "batch_size": batch_size, "device": CPU}
@@ -99,6 +100,7 @@ def test_no_layout_and_no_batch_size_changes_the_figure(
                 assert got.bits_per_byte == pytest.approx(nats / math.log(2) / 900, rel=1e-12)
             else:
                 assert got.bits_per_byte is None
+                assert got.bits_left_out == f"7 of {len(everything)} windows were read"
             assert 0.05 < got.drop_rate < 0.5
             windows = len(everything) if max_windows is None else 7
             assert polls == math.ceil(windows / (batch_size * world_size))
@@ -120,7 +122,7 @@ def test_dropless_drops_nothing_and_the_modes_differ(base: Path, config: Config)
 def test_a_poll_may_end_it(config: Config) -> None:
     model, data = model_and_data(config)
 
-    def poll() -> None:
+    def poll(done: int, total: int) -> None:
         raise Stop
 
     with pytest.raises(Stop):
