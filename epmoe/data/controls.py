@@ -12,30 +12,21 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from epmoe.errors import DataError
-
 Spec = dict[str, Any]
 
 
-def hide_controls(source: bytes, eos_token: str, name: str) -> bytes:
+def hide_controls(source: bytes, eos_token: str) -> bytes:
     """The same tokenizer, to which end-of-text and every special token but the unknown one are not text.
 
     Args:
         source: A ``tokenizer.json`` that the library reads.
         eos_token: The token that ends a document.
-        name: What to call it in messages.
-
-    Raises:
-        DataError: End-of-text is also what unknown text becomes, or the model is of an unknown type.
     """
     spec: Spec = json.loads(source)
     model, added = spec["model"], spec.get("added_tokens") or []
     unknown = _unknown(model)
-    if eos_token == unknown:
-        _do_without_unknown(model, eos_token, name)
-        unknown = None
     special = {token["content"] for token in added if token.get("special")}
-    controls = ({eos_token} | special | _named_by(spec.get("post_processor"))) - {unknown}
+    controls = ({eos_token} | special | _named_by(spec.get("post_processor"))) - ({unknown} - {eos_token})
     digest = hashlib.sha256(source).hexdigest()
     hidden = {token: f"\ufdd0{digest}-{number}\ufdd1" for number, token in enumerate(sorted(controls))}
     _hide_in_model(model, hidden)
@@ -55,19 +46,10 @@ def _unknown(model: Spec) -> str | None:
     return None if token is None else str(token)
 
 
-def _do_without_unknown(model: Spec, eos_token: str, name: str) -> None:
-    """Byte-level models name an unknown token that they never need; others would end a document at every gap."""
-    if "merges" not in model:
-        raise DataError(
-            f"{name}: {eos_token} is its end-of-text token and also what unknown text becomes",
-            why="every character it does not know would end a document",
-            fix="name another token that ends a document: data.eos_token=...",
-        )
-    model["unk_token"] = None
-
-
 def _hide_in_model(model: Spec, hidden: Mapping[str, str]) -> None:
     vocab = model["vocab"]
+    if model.get("unk_token") in hidden:  # end-of-text, where unknown text becomes that
+        model["unk_token"] = hidden[model["unk_token"]]
     if isinstance(vocab, list):
         model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocab]
         return

@@ -169,7 +169,10 @@ def test_eval_takes_what_it_uses_and_refuses_the_rest(done: dict[str, Done]) -> 
     refused = done["eval other model"]
     assert refused.code == 2
     assert "cannot change moe.top_k, model.d_model\n" in refused.err
-    assert "data.*, train.precision, train.micro_batch_size, moe.capacity_factor" in refused.err
+    assert (
+        "data.*, train.precision, train.micro_batch_size, train.final_eval_samples, moe.capacity_factor"
+        in refused.err
+    )
 
 
 def test_eval_without_validation_text_says_why(done: dict[str, Done]) -> None:
