@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from epmoe.data.tokenizer import Tokenizer
 
-PART_CHARS = 1 << 20
+PART_CHARS = 1 << 18
 """Longer texts are encoded in parts of about so many characters."""
-OVERLAP_CHARS = 1 << 14
+OVERLAP_CHARS = 1 << 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
