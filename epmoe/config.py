@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from epmoe.config_routers import AnyRouterOptions, GShardTop2Options, RouterOptions, TaskOptions
-from epmoe.section import Beta, Count, Fraction, Positive, Section, Seed
+from epmoe.config_routers import GShardTop2Options, RouterOptions, TaskOptions
+from epmoe.section import Beta, Count, Fraction, PathText, Positive, Section, Seed
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -19,20 +21,20 @@ class SourceConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "stdlib"
     """Name in metrics and file names: letters, digits, ``_``, ``-`` and ``.``."""
-    path: str = "stdlib"
+    path: PathText = "stdlib"
     """``stdlib`` (Python's own standard library sources), a folder of text files, a ``.jsonl`` file, or the
     prefix of a prepared ``.bin``/``.idx`` pair."""
     format: Literal["auto", "stdlib", "text", "jsonl", "indexed"] = "auto"
     """How to read ``path``; ``auto`` looks at it."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the training samples drawn from this source, relative to the other sources."""
-    glob: str = "**/*"
+    glob: PathText = "**/*"
     """Which files of a text folder."""
     text_field: str = "text"
     """JSONL: the key that holds the text."""
     loss_field: str | None = None
     """JSONL: key of a list of ``[start, end)`` character ranges that count in the loss; null = all of it."""
-    val_path: str | None = None
+    val_path: PathText | None = None
     """Validation text (same format); null: files or documents whose sha256 is 0 modulo 20, or the last twentieth of a
     single text file."""
 
@@ -41,7 +43,7 @@ class DataConfig(Section):
     """What is trained on, and how it becomes samples."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(),)
-    tokenizer: str = "bpe"
+    tokenizer: PathText = "bpe"
     """``byte``, ``bpe`` (trained on the training text) or the path of a ``tokenizer.json``."""
     vocab_size: Positive = 4096
     """Entries of a trained ``bpe`` tokenizer."""
@@ -53,7 +55,7 @@ class DataConfig(Section):
     """Tokens per sample, S. A sample is a window of S+1 tokens of the document stream."""
     cross_document: bool = True
     """False: attention does not look across document boundaries."""
-    cache: str = ".cache/epmoe"
+    cache: PathText = ".cache/epmoe"
     """Where small corpora are prepared and kept."""
     num_workers: Count = 0
     """Processes that prepare text; 0 = one per core."""
@@ -146,6 +148,13 @@ def _known_loss(name: str) -> str:
     if name not in AUX_LOSSES:
         raise ValueError(f"unknown auxiliary loss; choices: {', '.join(AUX_LOSSES)}")
     return name
+
+
+if TYPE_CHECKING:
+    AnyRouterOptions = RouterOptions
+else:
+    AnyRouterOptions = Annotated[reduce(or_, RouterOptions.families), Field(discriminator="name")]
+"""Whatever ``moe.router`` may hold: every family of ``config_routers``, which is complete here."""
 
 
 class MoEConfig(Section):
@@ -435,7 +444,7 @@ class TrainConfig(Section):
     """What all ranks do together when a loss or gradient is not finite."""
     max_nonfinite: Positive = 5
     """With ``skip``: stop after this many such steps in a row."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Checkpoint or run folder whose weights (not optimizer, not step) the run starts from."""
     sample: SampleConfig = SampleConfig()
 
@@ -465,7 +474,7 @@ class ProfileConfig(Section):
 class Config(Section):
     """A run of ``epmoe train``."""
 
-    out: str = "runs/default"
+    out: PathText = "runs/default"
     """Folder of the run: checkpoints, metrics, report. The same command in the same folder resumes."""
     seed: Seed = 0
     data: DataConfig = DataConfig()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -187,10 +187,10 @@ _EXPECTED = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
-    "greater_than": "a number greater than {gt:g}",
-    "greater_than_equal": "a number of at least {ge:g}",
-    "less_than": "a number less than {lt:g}",
-    "less_than_equal": "a number of at most {le:g}",
+    "greater_than": "a number greater than {gt:.12g}",
+    "greater_than_equal": "a number of at least {ge:.12g}",
+    "less_than": "a number less than {lt:.12g}",
+    "less_than_equal": "a number of at most {le:.12g}",
     "too_short": "at least {min_length} element(s)",
     "too_long": "at most {max_length} element(s)",
     "literal_error": "{expected}",
@@ -202,7 +202,21 @@ def _validation_problems(error: ValidationError, document: Document) -> list[Pro
     by_key: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_document_path(detail, document), []).append(detail)
-    return [_explain(path, details, document) for path, details in by_key.items()]
+    return [
+        _explain(path, details, document)
+        for path, details in by_key.items()
+        if not any(_within(path, unread) or _within(unread, path) for unread in document.unread)
+        and not (details[0]["type"] == "too_short" and _holds_another(path, by_key))
+    ]
+
+
+def _within(path: KeyPath, outer: KeyPath) -> bool:
+    return path[: len(outer)] == outer
+
+
+def _holds_another(path: KeyPath, paths: Collection[KeyPath]) -> bool:
+    """Whether a part of the value is wrong too: pydantic then says that the right parts are too few."""
+    return any(path != other and _within(other, path) for other in paths)
 
 
 def _document_path(detail: ErrorDetails, document: Document) -> KeyPath:
@@ -240,8 +254,13 @@ def _explain(path: KeyPath, details: list[ErrorDetails], document: Document) -> 
         _EXPECTED[d["type"]].format(**d.get("ctx", {})) if d["type"] in _EXPECTED else d["msg"]
         for d in details
     ]
-    what = f"expects {' or '.join(dict.fromkeys(phrases))}, got {_shown(value)}"
-    hint = f'as text: "{value}", with the quotes' if kind == "string_type" else _description(path, document)
+    typed = document.typed(path)
+    got = "nothing" if typed == "" else _shown(value)
+    if typed and type(value) in (int, float):
+        got = typed if len(typed) <= 60 else typed[:57] + "..."
+    what = f"expects {' or '.join(dict.fromkeys(phrases))}, got {got}"
+    as_text = document.typed_as_text(path) if kind == "string_type" else None
+    hint = f"as text: {as_text}" if as_text else _description(path, document)
     return Problem(place=place, key=key, what=what, hint=hint)
 
 

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -661,10 +659,3 @@ class SoftOptions(RouterOptions):
     def num_weights(self, *, d_model: int, num_experts: int) -> int:
         """A vector per slot, and the scale."""
         return num_experts * self.slots * d_model + 1
-
-
-if TYPE_CHECKING:
-    AnyRouterOptions = RouterOptions
-else:
-    AnyRouterOptions = Annotated[reduce(or_, RouterOptions.families), Field(discriminator="name")]
-"""Whatever ``moe.router`` may hold."""

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it, and half characters; not newline and tab."""
+
+
+def printable(text: str) -> str:
+    r"""Text that is safe to print: control characters of file names, values or generated text shown as ``\x1b``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def warn(text: str) -> None:
+    """One line on stderr about what is not as it should be, and no reason to end."""
+    print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
+
 
 class EpmoeError(Exception):
     """Base of every error epmoe raises on purpose.
@@ -17,12 +33,13 @@ class EpmoeError(Exception):
     """Where it began, if that was another rank than the one that raises it."""
 
     def __init__(self, what: str, *, why: str | None = None, fix: str | None = None) -> None:
-        self.what, self.why, self.fix = what, why, fix
-        lines = [what]
-        if why:
-            lines.append(f"  why: {why}")
-        if fix:
-            lines.append(f"  fix: {fix}")
+        self.what = printable(what)
+        self.why, self.fix = (printable(text) if text else text for text in (why, fix))
+        lines = [self.what]
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
         super().__init__("\n".join(lines))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Meaning = Mapping[str, tuple[Callable[[Any], bool], str, str]]
 """An option that means nothing without others -> whether it has an effect; else why not, and what would give it one."""
@@ -28,8 +28,19 @@ class Section(BaseModel):
         return self
 
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1
+"""Of what is counted: more steps, experts or hidden units than anybody has, and their products are still sizes."""
+
+
+def _could_be_a_path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError(f"{'an empty text' if not text else 'a text with a null character'} is not a path")
+    return text
+
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+PathText = Annotated[str, AfterValidator(_could_be_a_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

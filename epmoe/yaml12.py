@@ -8,6 +8,7 @@ and aliases cannot make a small file large.
 from __future__ import annotations
 
 import re
+import shlex
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -109,7 +110,10 @@ class Document:
         self.name = name
         self.values: dict[str, Any] = {} if values is None else values
         self.problems: list[Problem] = []
+        self.unread: set[KeyPath] = set()
+        """Values that could not be made out, which is a problem already; they are None."""
         self._places: dict[KeyPath, tuple[str, str]] = {}
+        self._typed: dict[KeyPath, str] = {}
         self._count = 0
 
     @staticmethod
@@ -134,7 +138,7 @@ class Document:
         if not equals or not all(parts):
             self._problem(COMMAND_LINE, (text,), "is not of the form key=value", "example: moe.router=switch")
             return
-        path: KeyPath = tuple(int(part) if part.isdecimal() else part for part in parts)
+        path: KeyPath = tuple(int(part) if re.fullmatch("[0-9]{1,6}", part) else part for part in parts)
         if raw.startswith(("[", "{", '"', "'")):
             try:
                 node = self._compose(raw, COMMAND_LINE)
@@ -152,6 +156,9 @@ class Document:
             here = (COMMAND_LINE, COMMAND_LINE)
             self._places.update({p: here for p in self._places if p[: len(path)] == path})
             self._places[path] = here
+            self._typed = {p: typed for p, typed in self._typed.items() if not _overlap(p, path)} | {
+                path: raw
+            }
             for length in range(1, len(path)):  # sections the override made
                 self._places.setdefault(path[:length], here)
 
@@ -171,6 +178,21 @@ class Document:
         for part in path if self.has(path) else ():
             node = node[part]
         return node if self.has(path) else None
+
+    def typed(self, path: KeyPath) -> str | None:
+        """The value at a path as it was typed, where that is known and one line."""
+        text = self._typed.get(path)
+        return None if text is None or "\n" in text or text.startswith(("!", "&", "*")) else text
+
+    def typed_as_text(self, path: KeyPath) -> str | None:
+        """What to type for the value at a path to be text; None where nothing was typed that could be meant so."""
+        text = self.typed(path)
+        if not text:
+            return None
+        quoted = f"'{text.replace(chr(39), chr(39) * 2)}'" if '"' in text or "\\" in text else f'"{text}"'
+        if self.value_place(path) == COMMAND_LINE:
+            return shlex.quote(f"{dotted(path)}={quoted}")  # the shell takes one pair of quotes away
+        return quoted
 
     def key_place(self, path: KeyPath) -> str:
         """Where the key stands, or its nearest enclosing key."""
@@ -192,6 +214,10 @@ class Document:
 
     def _problem(self, place: str, path: KeyPath, what: str, hint: str | None = None) -> None:
         self.problems.append(Problem(place=place, key=dotted(path), what=what, hint=hint))
+
+    def _unread(self, place: str, path: KeyPath, what: str) -> None:
+        self._problem(place, path, what)
+        self.unread.add(path)
 
     def _mark(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
@@ -220,13 +246,15 @@ class Document:
             raise ConfigError(f"{self.name}: more than {limits}", why="an alias repeats a part too often")
         here = place or self._mark(node)
         self._places.setdefault(path, (here, here))
+        if node.start_mark.buffer is not None:
+            self._typed[path] = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
         if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
             return self._build_mapping(node, path, place)
         if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
             return [self._build(child, (*path, i), place) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node.value, path, node.tag, here)
-        self._problem(here, path, f"the tag {node.tag.replace(_PREFIX, '!!')} is not allowed")
+        self._unread(here, path, f"the tag {node.tag.replace(_PREFIX, '!!')} is not allowed")
         return None
 
     def _build_mapping(self, node: yaml.MappingNode, path: KeyPath, place: str | None) -> dict[str, Any]:
@@ -250,8 +278,12 @@ class Document:
         try:
             return core_value(text if tag.endswith(":str") else text.strip(), tag)
         except (ValueError, KeyError) as error:
-            self._problem(
-                place, path, str(error) if "tag" in str(error) else f"{text[:40]!r} does not fit its tag"
+            self._unread(
+                place,
+                path,
+                str(error)
+                if "tag" in str(error)
+                else f"{text[:40]!r} cannot be read as {tag.removeprefix(_PREFIX)}",
             )
             return None
 
@@ -273,6 +305,12 @@ class Document:
             container[part] = child
             container = child
         return True
+
+
+def _overlap(one: KeyPath, other: KeyPath) -> bool:
+    """Whether one path leads into the other's value, or is the same."""
+    shared = min(len(one), len(other))
+    return one[:shared] == other[:shared]
 
 
 def _opened(container: Any, part: Any, path: KeyPath) -> Any:

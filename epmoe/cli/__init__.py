@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from epmoe import __version__, env
+from epmoe import env
 from epmoe.errors import ConfigError, EpmoeError, NotProven
 
 ConfigArgument = Annotated[
@@ -57,12 +57,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         else:
             print_error(error)
+    except ModuleNotFoundError as missing:
+        problem = missing_package(missing)
+        if problem is None or debug:
+            raise
+        code = problem.exit_code
+        print_error(problem)
     finally:
         if env.launch_notes():
             from epmoe.train.status import note_exit
 
             note_exit(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)
+
+
+def missing_package(error: ModuleNotFoundError) -> ConfigError | None:
+    """What to say about a package that epmoe needs and this Python lacks; None where the lack is our mistake."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "epmoe"):
+        return None
+    fix = f"{sys.executable} -m pip install {package}"
+    if package == "torch":
+        fix += " (then epmoe again with --no-build-isolation, which compiles the native kernels against it)"
+    return ConfigError(f"the package {package} is not installed for {sys.executable}", fix=fix)
 
 
 def print_error(error: EpmoeError) -> None:
@@ -95,11 +112,9 @@ def _app() -> typer.Typer:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        import torch
+        from epmoe.cli.version import versions
 
-        print(
-            f"epmoe {__version__}\ntorch {torch.__version__}\nCUDA  {torch.version.cuda or 'none (CPU build)'}"
-        )
+        print(versions())
         raise typer.Exit
 
 

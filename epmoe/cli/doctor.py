@@ -25,10 +25,12 @@ from rich.text import Text
 import epmoe
 from epmoe import env
 from epmoe.cli.run_report import report_run
-from epmoe.errors import ConfigError
+from epmoe.errors import ConfigError, printable
 
 GIB = 2**30
+NEEDED = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "tensorboard")
 NOT_NEEDED = "not installed, not needed"
+INSTALL_TORCH = "pip install torch, then epmoe again with --no-build-isolation, which compiles its kernels"
 Status = Literal["ok", "note", "warning", "failure"]
 
 
@@ -81,22 +83,29 @@ def examine() -> list[Finding]:
     for look in looks:
         try:
             findings += list(look())
+        except ModuleNotFoundError as error:
+            value = f"not looked at: {error.name} is not installed"
+            told = error.name in NEEDED and _installed(error.name) is None  # among the versions
+            status: Status = "note" if told else "failure"
+            findings.append(Finding(part=_name(look), name="check", value=value, status=status))
         except Exception as error:
-            name = look.__name__.strip("_").replace("_", " ")
-            findings.append(
-                Finding(part=name, name="check", value=f"{type(error).__name__}: {error}", status="failure")
-            )
+            value = f"{type(error).__name__}: {error}"
+            findings.append(Finding(part=_name(look), name="check", value=value, status="failure"))
     return findings
+
+
+def _name(look: Callable[[], Iterator[Finding]]) -> str:
+    return look.__name__.strip("_").replace("_", " ")
 
 
 # --------------------------------------------------------------------------------------------- machine
 def _versions() -> Iterator[Finding]:
     yield Finding(part="versions", name="python", value=platform.python_version())
     yield Finding(part="versions", name="epmoe", value=epmoe.__version__)
-    for name in ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "tensorboard"):
+    for name in NEEDED:
         found = _installed(name)
         if found is None:
-            fix = "see the installation section of the README" if name == "torch" else f"pip install {name}"
+            fix = f"pip install {name}" if name != "torch" else INSTALL_TORCH
             yield Finding(part="versions", name=name, value="not installed", status="failure", fix=fix)
         else:
             yield Finding(part="versions", name=name, value=found)
@@ -300,9 +309,9 @@ def _print_findings(findings: list[Finding]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     part = ""
     for finding in findings:
-        text = Text(finding.value)
+        text = Text(printable(finding.value))
         if finding.fix:
-            text.append(f"\nfix: {finding.fix}", style="bold")
+            text.append(printable(f"\nfix: {finding.fix}"), style="bold")
         status = Text(finding.status, style=styles[finding.status])
         table.add_row(finding.part if finding.part != part else "", finding.name, status, text)
         part = finding.part

@@ -13,7 +13,7 @@ from epmoe.data.loader import validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import TOKENIZER_FOLDER
 from epmoe.data.progress import console_progress, plain_progress
-from epmoe.errors import CheckpointError, ConfigError, DataError
+from epmoe.errors import CheckpointError, ConfigError, DataError, printable
 from epmoe.models.decoder import Decoder
 from epmoe.parallel import runtime
 from epmoe.train.evaluate import Evaluation
@@ -78,7 +78,8 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
         }
     finally:
         runtime.stop(place)
-    print(_as_json(results) if json else _as_text(str(trained.checkpoint.path), results))
+    text = _as_text(str(trained.checkpoint.path), results, sparse=config.moe is not None)
+    print(_as_json(results) if json else printable(text))
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -103,14 +104,15 @@ def _modes(model: Decoder, config: Config) -> Iterator[str]:
         yield name
 
 
-def _as_text(path: str, results: dict[str, list[Evaluation]]) -> str:
+def _as_text(path: str, results: dict[str, list[Evaluation]], *, sparse: bool) -> str:
     lines = [path]
     for mode, evaluations in results.items():
         for one in evaluations:
+            dropped = f", drop rate {one.drop_rate:.2%}" if sparse else ""
             bits = "" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f} bits per byte, "
             lines.append(
                 f"  {one.name}, {mode}: {bits}perplexity {one.perplexity:.3f}, {one.loss:.4f} nats per token, "
-                f"{one.num_tokens:,} tokens, drop rate {one.drop_rate:.2%}"
+                f"{one.num_tokens:,} tokens{dropped}"
             )
             if one.bits_left_out is not None:
                 lines.append(f"    no bits per byte: {one.bits_left_out}")

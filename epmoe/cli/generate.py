@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from epmoe.errors import ConfigError
+from epmoe.errors import ConfigError, printable
 from epmoe.parallel.runtime import pick_device
 from epmoe.train.generate import generate as generate_tokens
 from epmoe.train.load import load_trained
@@ -29,6 +29,7 @@ def generate(
         prompt_file: File with the prompt, ``-`` = standard input.
     """
     text = _prompt(prompt, prompt_file)
+    shown_as = printable if sys.stdout.isatty() else str
     trained = load_trained(checkpoint, device=pick_device("auto"))
     tokenizer = trained.tokenizer
     text = trained.config.train.sample.prompt if text is None else text
@@ -36,7 +37,7 @@ def generate(
     produced: list[int] = []
     # Decoded together with the prompt: on its own, the first token of many tokenizers loses its leading space.
     shown = len(tokenizer.decode(ids))
-    sys.stdout.write(text)
+    sys.stdout.write(shown_as(text))
     tokens = generate_tokens(
         trained.model,
         ids,
@@ -53,10 +54,10 @@ def generate(
         whole = tokenizer.decode([*ids, *produced])
         # A character may need several tokens; until it is complete, decoding ends in a replacement character.
         if not whole.endswith("\ufffd"):
-            sys.stdout.write(whole[shown:])
+            sys.stdout.write(shown_as(whole[shown:]))
             sys.stdout.flush()
             shown = len(whole)
-    print(tokenizer.decode([*ids, *produced])[shown:])
+    print(shown_as(tokenizer.decode([*ids, *produced])[shown:]))
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:

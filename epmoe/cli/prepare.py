@@ -14,6 +14,7 @@ from epmoe.data.prepared import (
     verify_split,
 )
 from epmoe.data.progress import console_progress
+from epmoe.errors import printable
 from epmoe.train.signals import stop_on_signals
 
 
@@ -34,7 +35,7 @@ def prepare(config: Path, overrides: list[str]) -> None:
             for split in (source.train, source.val):
                 if split is not None:
                     verify_split(split, prepared.tokenizer, stopped)
-    print("\n".join(statistics(prepared)))
+    print(printable("\n".join(statistics(prepared))))
 
 
 def statistics(prepared: PreparedData) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from epmoe.errors import ConfigError
+from epmoe.errors import ConfigError, printable
 from epmoe.observe.display import plain_line
 from epmoe.observe.health import RouterHistory
 from epmoe.observe.record import StepRecord, read_records, record_to_json
@@ -131,11 +131,9 @@ def report_run(run: Path, json: bool) -> bool:
         report |= {"last": last and jsonlib.loads(record_to_json(last)), "routers": health}
         print(jsonlib.dumps(report, indent=2))
         return verdict.healthy
-    print(f"run {run}\n  {verdict.word}: {verdict.text}")
-    for key, value in known.items():
-        if value not in ("", None):
-            print(f"  {key}: {value}")
-    print(f"  last metrics: {plain_line(last, last.step) if last else 'none'}")
-    for router in routers:
-        print(f"  {'WARNING ' if router.flagged else ''}{router.sentence()}")
+    lines = [f"run {run}", f"  {verdict.word}: {verdict.text}"]
+    lines += [f"  {key}: {value}" for key, value in known.items() if value not in ("", None)]
+    lines.append(f"  last metrics: {plain_line(last, last.step) if last else 'none'}")
+    lines += [f"  {'WARNING ' if router.flagged else ''}{router.sentence()}" for router in routers]
+    print(printable("\n".join(lines)))
     return verdict.healthy

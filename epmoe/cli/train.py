@@ -7,6 +7,7 @@ from pathlib import Path
 
 from epmoe import env
 from epmoe.config_file import check_layout, load_config
+from epmoe.errors import printable
 from epmoe.train.status import refuse_if_stuck
 
 
@@ -23,7 +24,7 @@ def train(config: Path, overrides: list[str], dry_run: bool) -> None:
     if dry_run:
         from epmoe.cli.explain import explain
 
-        print(explain(cfg, env.world_size()))
+        print(printable(explain(cfg, env.world_size())))
         return
     refuse_if_stuck(Path(cfg.out), cfg.model_dump(mode="json"))
     from epmoe.train.run import train as run_training

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import lzma
 import math
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from epmoe.data.indexed import TOKENS_AT_A_TIME
 from epmoe.data.prepared import PreparedData, PreparedSplit
 from epmoe.data.stream import TokenStream, open_stream, read_span
 from epmoe.data.tokenizer import Tokenizer
-from epmoe.errors import DataError
+from epmoe.errors import DataError, warn
 
 XZ_WINDOW_BYTES = 64 << 20
 """How far back ``xz -9`` looks; training text further from its end cannot help and is left out."""
@@ -81,7 +80,7 @@ def yardsticks(prepared: PreparedData, source: str, *, should_stop: StopFlag = n
     try:
         write_json(cache, {"fingerprint": prepared.fingerprint, **asdict(result)})
     except OSError as error:
-        print(f"warning: {cache} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        warn(f"{cache} cannot be written: {error.strerror}")
     return result
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from epmoe.errors import printable
 from epmoe.observe.health import Bin, LayerSummary, RouterHistory
 
 WIDTH, LEFT, RIGHT = 960, 76, 28
@@ -95,7 +96,7 @@ def render_chart(history: RouterHistory, title: str) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("chart.svg.jinja").render(
-        title=title,
+        title=printable(title),
         subtitle=_subtitle(bins),
         width=WIDTH,
         height=round(bottom + 46 + (_LEGEND if maps else 0)),

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from epmoe.errors import printable
 from epmoe.observe.record import LayerHealth, StepRecord
 from epmoe.observe.trackers import Tracker
 
@@ -77,7 +78,8 @@ class LiveDisplay:
         self._losses.append(record.loss)
         if record.val:
             losses = "  ".join(f"{name} {value:.4f}" for name, value in record.val.items())
-            self._console.print(Text(f"step {record.step:,}: validation loss {losses}", style="bold"))
+            said = printable(f"step {record.step:,}: validation loss {losses}")
+            self._console.print(Text(said, style="bold"))
         self._live.update(panel(record, self._total, self._losses), refresh=True)
 
     def close(self) -> None:
@@ -104,7 +106,7 @@ class _Console(Console):
 def say(text: str) -> None:
     """Prints and flushes a line or more. Nobody reading any more (``| head``) is no reason to stop training."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except OSError:
         _silence(sys.stdout)
 
@@ -146,7 +148,7 @@ def plain_line(record: StepRecord, total_steps: int) -> str:
         pairs["loss_scale"] = f"{record.loss_scale:g}"
         pairs["overflows"] = str(record.overflowed_steps)
     pairs["eta"] = duration(seconds_left(record, total_steps)).replace(" ", "")
-    return " ".join(f"{key}={value}" for key, value in pairs.items())
+    return printable(" ".join(f"{key}={value}" for key, value in pairs.items()))
 
 
 def panel(record: StepRecord, total_steps: int, losses: deque[float]) -> RenderableType:
@@ -171,7 +173,7 @@ def _numbers(record: StepRecord, losses: deque[float]) -> Text:
     if record.clip < 1:
         text.append(" clipped", style="yellow")
     for name, value in record.aux.items():
-        text.append(f"  {name} {value:.3f}")
+        text.append(printable(f"  {name} {value:.3f}"))
     speed = f"{record.mfu:.1%} MFU" if record.mfu is not None else flops(record.flops_per_second)
     text.append(f"\n{record.tokens_per_second:,.0f} tok/s  {speed}  {record.memory_gib:.2f} GiB")
     if record.layers:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from epmoe.errors import warn
 from epmoe.observe.record import StepRecord, read_records, record_from_json, record_to_json
 
 
@@ -166,4 +166,4 @@ class Trackers:
 
 def _warn(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # stderr may be gone too
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(text)

@@ -24,6 +24,7 @@ from epmoe.parallel.rendezvous import join
 
 MAX_KEYS = 10
 """Keys that are named when configurations differ."""
+SAME_COMMAND = "start every node with the same file and the same overrides"
 MIN_PATIENCE_S = 2.0
 """Nobody is named for a shorter wait, however short the time-out: every rank says where it is four times in it."""
 PATIENCE_S = 5.0
@@ -195,8 +196,11 @@ def on_rank_zero(action: Callable[[], object], kind: type[EpmoeError]) -> None:
     raise_together(error)
 
 
-def require_equal(name: str, text: str) -> None:
+def require_equal(name: str, text: str, *, fix: str = SAME_COMMAND) -> None:
     """Checks that every rank was given the same text, for example the resolved configuration. A collective.
+
+    Args:
+        fix: What to do where they differ.
 
     Raises:
         ConfigError: On every rank, naming the ranks that differ from rank 0, and of JSON objects the keys.
@@ -212,7 +216,7 @@ def require_equal(name: str, text: str) -> None:
             why="; ".join([f"rank 0 and rank {different[0]}: {keys[0]}", *keys[1:MAX_KEYS], *more])
             if keys
             else f"{len(digests)} ranks, {len(set(digests))} different versions (compared by sha256)",
-            fix="start every node with the same file and the same overrides",
+            fix=fix,
         )
 
 

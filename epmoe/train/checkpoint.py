@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from epmoe import env
 from epmoe.data.files import sync_folder, write_json
-from epmoe.errors import CheckpointError, EpmoeError
+from epmoe.errors import CheckpointError, EpmoeError, warn
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.runtime import gather_text, on_rank_zero, raise_together
 from epmoe.train.engine import Engine
@@ -202,7 +201,7 @@ def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        print(f"warning: {path} cannot be removed: {error.strerror}", file=sys.stderr, flush=True)
+        warn(f"{path} cannot be removed: {error.strerror}")
 
 
 def remove_unfinished(folder: Path) -> list[str]:

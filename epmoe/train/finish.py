@@ -54,7 +54,7 @@ def finish(
                 "stopped during the final report; training is done and its checkpoint is written",
                 fix="run the same command to get the report",
             ) from None
-        say("\n".join(_verdict(evaluation, sticks)))
+        say("\n".join(_verdict(evaluation, sticks, sparse=config.moe is not None)))
         results.append(
             {**asdict(evaluation), "perplexity": evaluation.perplexity, "yardsticks": asdict(sticks)}
         )
@@ -80,13 +80,14 @@ def finish(
     write_json(folder / SUMMARY, summary)
 
 
-def _verdict(evaluation: Evaluation, sticks: Yardsticks) -> list[str]:
+def _verdict(evaluation: Evaluation, sticks: Yardsticks, *, sparse: bool) -> list[str]:
     """Bits per byte and what they mean, line by line."""
     bits = evaluation.bits_per_byte
+    dropped = f", drop rate {evaluation.drop_rate:.1%}" if sparse else ""
     lines = [
         f"validation {evaluation.name}: {evaluation.loss:.4f} nats per token, perplexity {evaluation.perplexity:.2f}"
         f"{'' if bits is None else f', {bits:.4f} bits per byte'} "
-        f"({evaluation.num_tokens:,} tokens, drop rate {evaluation.drop_rate:.1%})"
+        f"({evaluation.num_tokens:,} tokens{dropped})"
     ]
     if bits is None:
         return [*lines, f"  no bits per byte: {evaluation.bits_left_out}"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from epmoe import env
 from epmoe.config import Config
 from epmoe.data.loader import TrainData
 from epmoe.data.prepared import PreparedData
-from epmoe.errors import CheckpointError
+from epmoe.errors import CheckpointError, warn
 from epmoe.observe.display import say
 from epmoe.parallel.runtime import on_rank_zero
 from epmoe.train.checkpoint import (
@@ -129,7 +128,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
     )
     if folder.is_writer:
         for reason in found.rejected:
-            print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr)
+            warn(f"passed over a checkpoint: {reason}")
         say(f"resuming from {found.checkpoint.path} (step {record.step})")
         for line in changes:
             say(f"  changed since: {line}")

@@ -52,6 +52,13 @@ from epmoe.train.signals import StopFlag, stop_on_signals
 from epmoe.train.status import read_status
 
 METRICS = "metrics.jsonl"
+SAME_RUN = (
+    *("out:", "data.cache", "data.num_workers", "parallel.", "checkpoint.", "profile.", "train.sample."),
+    *("train.steps", "train.device", "train.compile", "train.recompute", "train.micro_batch_size"),
+    *("train.log_every", "train.eval_", "train.max_minutes"),
+)
+"""Beginnings of settings with which a finished run is still the one that was asked for."""
+SAME_TEXT = "put data.cache on a disk that all nodes share, or the same text on every node (`stdlib` differs by Python)"
 RESOLVED = "config.yaml"
 """The resolved configuration, in the run folder."""
 
@@ -87,8 +94,7 @@ def _train_in(folder: RunFolder, config: Config, place: Runtime, stop: StopFlag,
         # Rank 0's answer counts: another rank may look later, or at another disk.
         done = int(runtime.gather_text(str(_finished_at(folder.path)))[0])
     if done >= config.train.steps:
-        if folder.is_writer:
-            _say_finished(folder.path, config, done)
+        runtime.on_rank_zero(lambda: _say_finished(folder.path, config, done), ConfigError)
         return
     record_state(folder, "running")
     run: Run | None = None
@@ -128,12 +134,19 @@ def _finished_at(folder: Path) -> int:
 
 
 def _say_finished(folder: Path, config: Config, done: int) -> None:
-    say(f"{folder} is finished: {done} steps are done. Nothing to do.")
     try:
         before = json.loads((folder / "run.json").read_bytes())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         before = None
-    for line in changed_keys(before, config) if isinstance(before, dict) else ():
+    changes = changed_keys(before, config) if isinstance(before, dict) else []
+    if others := [line for line in changes if not line.startswith(SAME_RUN) and ": None -> " not in line]:
+        raise ConfigError(
+            f"{folder} is finished, and it is another run than this one",
+            why="; ".join(others[:10]),
+            fix="choose another out= for a new run, or undo these changes",
+        )
+    say(f"{folder} is finished: {done} steps are done. Nothing to do.")
+    for line in changes:
         say(f"  it was trained with another setting of {line}")
     say("To train on, raise train.steps; for a new run, choose another out=.")
 
@@ -161,7 +174,7 @@ class Run:
             runtime.raise_together(compiler_problem())
         self.prepared = _prepare(config, place, stop)
         # The embedded corpus is each node's own Python: other versions hold other text.
-        runtime.require_equal("prepared data", self.prepared.fingerprint)
+        runtime.require_equal("prepared data", _as_numbers(self.prepared), fix=SAME_TEXT)
         data = TrainData(self.prepared, config.data, config.seed)
         num_experts = config.moe.num_experts if config.moe else 1
         ep_size = choose_ep_size(config.parallel.ep_size, place.world_size, num_experts)
@@ -391,6 +404,17 @@ def _prepare(config: Config, place: Runtime, stop: StopFlag) -> PreparedData:
     if prepared is None:
         raise AssertionError("no data and no error")
     return prepared
+
+
+def _as_numbers(prepared: PreparedData) -> str:
+    """What of prepared data may differ between ranks, as JSON: documents and tokens of every source, and a hash."""
+    numbers: dict[str, object] = {"sha256 of all tokens": prepared.fingerprint}
+    for source in prepared.sources:
+        for name, split in (("train", source.train), ("val", source.val)):
+            if split is not None:
+                counts = {"documents": split.facts.documents, "tokens": split.facts.stream_tokens}
+                numbers[f"{source.name}, {name}"] = counts
+    return json.dumps(numbers)
 
 
 def _layout(config: Config, trainer: Trainer) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from epmoe import env
 from epmoe.data.files import write_json
-from epmoe.errors import EpmoeError, NoProgress
+from epmoe.errors import EpmoeError, NoProgress, warn
 from epmoe.train import lock
 
 STATUS, ATTEMPTS, CHECKPOINTS = "run_status.json", "attempts.json", "ckpt"
@@ -67,7 +66,7 @@ def write_status(folder: Path, status: Status) -> None:
     try:
         write_json(folder / STATUS, env.masked(written.model_dump()))
     except OSError as error:
-        print(f"warning: {folder / STATUS} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        warn(f"{folder / STATUS} cannot be written: {error.strerror}")
 
 
 # ------------------------------------------------------------------------------------------- restart budget

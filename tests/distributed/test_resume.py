@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.distributed.runs import (
     run,
     status,
     tensors,
+    write_text,
 )
 
 
@@ -306,6 +308,31 @@ def test_a_finished_run_says_so(base: Path, reference: Path, capfd: pytest.Captu
     finish(base, make_config(base, "reference"))
     assert "is finished: 20 steps are done. Nothing to do." in capfd.readouterr().out
     assert facts() == before
+
+
+def test_a_finished_run_is_not_taken_for_another_one(base: Path, reference: Path) -> None:
+    for end in ends(base, make_config(base, "reference", "seed=1", "train.log_every=5")):
+        assert end.code == 2
+        assert (
+            f"{reference} is finished, and it is another run than this one\n  why: seed: 5 -> 1\n"
+            in end.message
+        )
+
+
+def _in_a_folder_of_its_own(rank: int, base: Path, config: Config) -> End:
+    os.chdir(base / f"node{rank}")
+    return attempt(rank, config)
+
+
+def test_other_text_on_another_node_is_named_with_its_numbers(base: Path, tmp_path: Path) -> None:
+    config = make_config(base, "other-text", "data.cache=cache", "data.sources.0.path=text")
+    for rank in (0, 1):
+        write_text(tmp_path / f"node{rank}" / "text", 6_000 + 1_000 * rank)
+    for end in run_ranks(2, _in_a_folder_of_its_own, tmp_path, tmp_path, config):
+        assert end.code == 2
+        assert "the prepared data of rank(s) [1] differs from rank 0's" in end.message
+        assert "words, train.tokens is 6001, and 7001" in end.message
+        assert "put data.cache on a disk that all nodes share" in end.message
 
 
 def test_a_finished_run_trains_on_when_it_gets_more_steps(base: Path, reference: Path) -> None:

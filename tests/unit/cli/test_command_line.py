@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import epmoe
 import epmoe.cli
@@ -88,11 +90,55 @@ def test_a_configuration_mistake_does_not_wait_for_torch(tmp_path: Path, command
     assert took < 1.0
 
 
-def test_version_names_epmoe_torch_and_cuda(capsys: pytest.CaptureFixture[str]):
-    assert exit_code("--version") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["epmoe", "torch", "CUDA"]
-    assert lines[0] == f"epmoe {epmoe.__version__}"
+def test_version_names_epmoe_torch_and_cuda_without_importing_torch():
+    done, took = run_without_torch("--version")
+    cuda = torch.version.cuda or "none (CPU build)"
+    assert done.stdout == f"epmoe {epmoe.__version__}\ntorch {torch.__version__}\nCUDA  {cuda}\n"
+    assert took < 0.5
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "code"),
+    [
+        ("torch", "train run.yaml", 2),
+        ("torch", "train run.yaml --dry-run", 0),
+        ("torch", "prepare run.yaml", 0),
+        ("torch", "eval .", 2),
+        ("torch", "doctor", 1),
+        ("torch", "--version", 0),
+        ("tokenizers", "train run.yaml --dry-run", 2),
+        ("tokenizers", "prepare run.yaml", 2),
+    ],
+)
+def test_a_missing_package_is_named_without_a_traceback(tmp_path: Path, package: str, words: str, code: int):
+    (tmp_path / "text.txt").write_text("words and more words\n" * 200)
+    (tmp_path / "run.yaml").write_text("data: {sources: [{path: text.txt}], tokenizer: byte, seq_len: 8}\n")
+    program = (
+        f"import sys; sys.modules[{package!r}] = None; from epmoe.cli import main; main({words.split()})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.returncode == code, done.stderr
+    if code == 2:
+        assert done.stderr.startswith(f"error: the package {package} is not installed for {sys.executable}\n")
+        assert f"pip install {package}" in done.stderr
+
+
+def test_an_import_that_is_our_own_mistake_keeps_its_traceback(body):
+    body("train", "train", ModuleNotFoundError("no epmoe.x", name="epmoe.x"))
+    with pytest.raises(ModuleNotFoundError):
+        epmoe.cli.main(["train", "a.yaml"])
+
+
+def test_control_characters_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "bad.yaml"
+    path.write_text('"\\e]0;title\\a": 1\n')
+    assert exit_code("train", str(path), "moe.\x1b[2J=1", "out=\u202egpj.exe", "seed=\x9b31m") == 2
+    shown = capsys.readouterr().err
+    assert not re.search("[^\\n\\t -~]", shown), shown
+    assert r"\x1b]0;title\x07: unknown key" in shown
 
 
 def test_arguments_reach_the_bodies(body):

@@ -89,8 +89,8 @@ def test_scalars_follow_yaml_1_2(write):
         ("train: {steps: true}\n", ["train.steps", "expects a whole number, got true"]),
         ('train: {steps: "3"}\n', ["train.steps", "expects a whole number, got '3'"]),
         ("data: {cross_document: no}\n", ["data.cross_document", "expects true or false, got 'no'"]),
-        ("out: 5\n", ["run.yaml:1:6: out: expects text, got 5", '"5", with the quotes']),
-        ("optimizer: {lr: .inf}\n", ["optimizer.lr", "finite number, got inf"]),
+        ("out: 5\n", ["run.yaml:1:6: out: expects text, got 5", 'as text: "5"']),
+        ("optimizer: {lr: .inf}\n", ["optimizer.lr", "finite number, got .inf"]),
         ("moe: {capacity_factor: -1}\n", ["greater than 0, got -1", "null = dropless"]),
         ("train: {device: cudda}\n", ["'cudda' is not a choice", "did you mean cuda?", "auto, cpu, cuda"]),
         ("moe: {router: gshard}\n", ["moe.router", "did you mean gshard_top2?", "switch, topk"]),
@@ -146,7 +146,17 @@ def test_scalars_follow_yaml_1_2(write):
         ("seed: 1\nseed: 2\n", ["run.yaml:2:1: seed: this key is given twice", "run.yaml:1:1"]),
         ("out: !!python/object/apply:os.system [ls]\n", ["run.yaml:1:6: out: the tag", "is not allowed"]),
         ("out: !!python/name:os.system\n", ["run.yaml:1:6: out: the tag", "is not allowed"]),
-        ("seed: !!int x\n", ["seed: 'x' does not fit its tag"]),
+        ("seed: !!int x\n", ["seed: 'x' cannot be read as int"]),
+        ("out: 007\n", ["got 007", 'as text: "007"']),
+        ("data: {eos_token: [SEP]}\n", ["expects text, got a list", 'as text: "[SEP]"']),
+        ('data: {eos_token: ["it\'s"]}\n', ["as text: '[\"it''s\"]'"]),
+        ("data: {sources: [{weight: .inf}]}\n", ["sources.0.weight: expects a finite number"]),
+        ("data: {sources: [{path: !!set x}]}\n", ["sources.0.path: the tag !!set is not allowed"]),
+        ("data: {sources: [!!set x]}\n", ["sources.0: the tag !!set is not allowed"]),
+        (f"train: {{steps: {10**20}}}\n", ["train.steps: expects a number of at most 2147483647"]),
+        (f"seed: {'9' * 5000}\n", ["seed: '99999", "cannot be read as int"]),
+        ('out: "a\\0b"\n', ["out: a text with a null character is not a path"]),
+        ('data: {sources: [{path: ""}]}\n', ["sources.0.path: an empty text is not a path"]),
         ("? [a, b]\n: 1\n", ["run.yaml:1:3", "a key must be plain text"]),
         ("- 1\n", ["not a mapping of sections"]),
         ("a: [1\n", ["run.yaml:2:1", "not valid YAML"]),
@@ -159,6 +169,7 @@ def test_a_mistake_names_place_key_and_remedy(write, text: str, expected: list[s
     message = mistakes(write(text))
     for part in expected:
         assert part in message, message
+    assert "mistakes in" not in message, "one mistake is one message"
 
 
 def test_all_mistakes_come_together_in_reading_order(write):
@@ -254,6 +265,10 @@ def test_a_section_can_be_switched_off_and_on(write):
         ("train.steps.x=3", ["command line: train.steps: expects a whole number, got a mapping"]),
         ("data.sources.2.path=x", ["data.sources is a list", "next one is number 1"]),
         ("data.sources.x=x", ["data.sources is a list"]),
+        (f"data.sources.{'9' * 5000}.path=x", ["data.sources is a list"]),
+        ("data.sources.0.path=", ["path: expects text, got nothing", "fix: path: ``stdlib``"]),
+        ("data.eos_token=[SEP]", ["got a list", """as text: 'data.eos_token="[SEP]"'"""]),
+        ("data.cache=1e5", ["got 1e5", """as text: 'data.cache="1e5"'"""]),
         ("optimizer.betas=[1", ["command line: optimizer.betas", "not valid YAML"]),
     ],
 )

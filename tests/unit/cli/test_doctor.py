@@ -50,6 +50,15 @@ def test_a_rendezvous_that_can_be_reached_from_outside_is_a_warning(address, sta
     assert finding.status == status
 
 
+def test_a_package_that_is_missing_is_one_problem(monkeypatch: pytest.MonkeyPatch):
+    real = module._installed
+    monkeypatch.setattr(module, "_installed", lambda name: None if name == "torch" else real(name))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    findings = examine()
+    assert [f.name for f in findings if f.status == "failure"] == ["torch"]
+    assert "not looked at: torch is not installed" in [f.value for f in findings]
+
+
 def test_a_look_that_fails_is_a_finding_and_the_exit_code_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

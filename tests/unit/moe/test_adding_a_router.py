@@ -13,6 +13,7 @@ import pytest
 import epmoe
 
 OPTIONS = '''
+
 class MineOptions(RouterOptions):
     """A router that leans towards the experts it used less in the last step."""
 
@@ -23,8 +24,6 @@ class MineOptions(RouterOptions):
     def num_weights(self, *, d_model: int, num_experts: int) -> int:
         """A limit for every expert."""
         return num_experts * d_model + num_experts
-
-
 '''
 FAMILY = '''"""Leans towards the experts that were used less."""
 
@@ -111,7 +110,7 @@ def with_mine(tmp_path: Path) -> Path:
     package = tmp_path / "epmoe"
     shutil.copytree(Path(epmoe.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     options, build = package / "config_routers.py", package / "moe" / "build.py"
-    insert(options, "if TYPE_CHECKING:\n    AnyRouterOptions", OPTIONS)
+    options.write_text(options.read_text() + OPTIONS)
     (package / "moe" / "routers" / "mine.py").write_text(FAMILY)
     insert(build, '    "dense",\n', '    "mine",\n')
     (tmp_path / "run.yaml").write_text(RUN)

@@ -38,7 +38,7 @@ def test_the_results_of_a_run(reference: Path) -> None:
 
 def test_the_verdict_says_better_or_worse_than_what() -> None:
     result = Evaluation(name="words", loss=0.5, num_tokens=1000, bits_per_byte=2.0, drop_rate=0.25)
-    lines = _verdict(result, Yardsticks(unigram=4.0, xz=1.6, xz_after_train=None))
+    lines = _verdict(result, Yardsticks(unigram=4.0, xz=1.6, xz_after_train=None), sparse=True)
     assert (
         "0.5000 nats per token, perplexity 1.65, 2.0000 bits per byte (1,000 tokens, drop rate 25.0%)"
         in lines[0]
@@ -47,9 +47,11 @@ def test_the_verdict_says_better_or_worse_than_what() -> None:
         "50.0% below 4.0000, the unigram model of the same tokens",
         "25.0% above 1.6000, the xz -9e of the validation text",
     ]
-    known = _verdict(result, Yardsticks(unigram=4.0, xz=None, xz_after_train=0.0))
+    known = _verdict(result, Yardsticks(unigram=4.0, xz=None, xz_after_train=0.0), sparse=True)
     assert "inf% above 0.0000" in known[-1]
-    without = _verdict(result, Yardsticks(unigram=4.0, xz=None, xz_after_train=None, xz_left_out="too long"))
+    sticks = Yardsticks(unigram=4.0, xz=None, xz_after_train=None, xz_left_out="too long")
+    without = _verdict(result, sticks, sparse=False)
+    assert "(1,000 tokens)" in without[0], "a dense model drops nothing"
     assert [line for line in without if "xz" in line] == [
         "  no comparison with xz of the validation text: too long"
     ]
