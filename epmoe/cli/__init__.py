@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(sys, name) is None:  # closed by whoever started us: the next file would get its place
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
     env.prefer_huge_pages()
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a terminal that knows ASCII alone still gets the rest, escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:  # accepted anywhere on the line, though only the program as a whole declares it

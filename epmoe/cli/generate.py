@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -62,10 +63,31 @@ def generate(
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
     if prompt_file is None:
-        return prompt
-    if prompt_file == "-":
-        return sys.stdin.read()
+        return None if prompt is None else _typed(prompt)
     try:
-        return Path(prompt_file).read_text(encoding="utf-8")
+        data = _standard_input() if prompt_file == "-" else Path(prompt_file).read_bytes()
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the prompt from {prompt_file}", why=str(error)) from None
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed", fix="--prompt-file FILE, or --prompt TEXT")
+    buffer = getattr(sys.stdin, "buffer", None)  # its bytes: the locale may take them for another encoding
+    return sys.stdin.read().encode() if buffer is None else bytes(buffer.read())
+
+
+def _typed(prompt: str) -> str:
+    """A prompt from the command line, whatever the locale took its bytes for."""
+    try:
+        prompt.encode()
+        return prompt
+    except UnicodeEncodeError:  # half surrogates stand for bytes that the locale's encoding does not know
+        pass
+    try:
+        return os.fsencode(prompt).decode("utf-8")
+    except UnicodeError as error:
+        raise ConfigError(
+            "the prompt is not UTF-8", why=str(error), fix="type it in UTF-8, or give it with --prompt-file"
+        ) from None

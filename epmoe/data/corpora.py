@@ -32,7 +32,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from epmoe.config import SourceConfig
+from epmoe.config import DataConfig, SourceConfig
 from epmoe.data.files import BLOCK_BYTES, Report, StopFlag, never_stop, silent, stop_if
 from epmoe.data.forms import BYTE_ORDER_MARK, Form, form_of
 from epmoe.data.known import Cut, KnownFiles
@@ -147,6 +147,20 @@ def is_indexed(source: SourceConfig) -> bool:
             fix="correct data.sources[].path (relative paths start in the working folder)",
         )
     return False
+
+
+def refuse_as_source(cfg: DataConfig, out: Path) -> None:
+    """DataError when a run is about to be written into the very folder of a source; one below it is left out."""
+    for source in cfg.sources:
+        for path in filter(None, (source.path, source.val_path)):
+            if (
+                Path(path).expanduser().is_dir()
+                and out.expanduser().resolve() == Path(path).expanduser().resolve()
+            ):
+                raise DataError(
+                    f"out={out} is the folder of source {source.name}, so what the run writes would become its text",
+                    fix=f"another out, such as out=runs/{source.name} or a folder inside {path}",
+                )
 
 
 def scan(

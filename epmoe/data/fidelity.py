@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,7 @@ PROBES = (
 )
 """Letters of both cases, spaces, composed and compatible characters, and every byte that UTF-8 can have."""
 CONTEXT_TOKENS = 16
+PART_TOKENS = 1 << 18
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -62,6 +65,20 @@ class RoundTrip:
         wanted, found = Counter(part.text), Counter(decoded)
         # At least one, also where the same characters stand in another order.
         return min(max((wanted - found).total(), (found - wanted).total(), 1), max(len(part.text), 1))
+
+
+def decoded_parts(tokenizer: Tokenizer, ids: NDArray[Any]) -> Iterator[str]:
+    """The text of a document in parts, so that one of any length needs little memory; a part ends with a character."""
+    before: list[int] = []
+    start = 0
+    while start < len(ids):
+        for stop in range(start + PART_TOKENS, start + PART_TOKENS + CONTEXT_TOKENS):
+            block = ids[start:stop].tolist()
+            text = tokenizer.decode([*before, *block])
+            if stop >= len(ids) or not text.endswith("\ufffd"):
+                break
+        yield text[len(tokenizer.decode(before)) if before else 0 :]
+        before, start = block[-CONTEXT_TOKENS:], start + len(block)
 
 
 def count_text_bytes(pair: IndexedPair, tokenizer: Tokenizer) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from epmoe.config import SourceConfig
-from epmoe.data.fidelity import count_text_bytes, gives_text_back
+from epmoe.data.fidelity import count_text_bytes, decoded_parts, gives_text_back
 from epmoe.data.files import StopFlag, crc32_of, stop_if
 from epmoe.data.indexed import (
     IndexedPair,
@@ -118,9 +118,7 @@ def _decoded_bytes(pair: IndexedPair, tokenizer: Tokenizer, should_stop: StopFla
     for start, end in zip(pair.document_offsets[:-1], pair.document_offsets[1:], strict=True):
         stop_if(should_stop)
         ids = pair.tokens[start:end]
-        size = len(tokenizer.decode(ids.tolist()).encode())
-        marked = size
-        if pair.mask is not None:
-            marked = len(tokenizer.decode(ids[pair.mask[start:end] != 0].tolist()).encode())
-        total, counted = total + size, counted + marked
+        marked = ids if pair.mask is None else ids[pair.mask[start:end] != 0]
+        total += sum(len(part.encode()) for part in decoded_parts(tokenizer, ids))
+        counted += sum(len(part.encode()) for part in decoded_parts(tokenizer, marked))
     return total, counted

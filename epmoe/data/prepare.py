@@ -23,7 +23,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -66,6 +66,7 @@ MADE_BY = 2
 BPE_TRAINING_CHARS = 256 << 20
 """Text that trains a tokenizer, at most; every source gives an equal share, its first documents."""
 LOCK_POLL_S = 0.2
+ABANDONED_S = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +221,18 @@ def _build(plan: _Plan, work: Path, folder: Path, progress: Report, should_stop:
     os.rename(result, folder)
     sync_folder(folder.parent)
     shutil.rmtree(work, ignore_errors=True)
+    _sweep(folder.parent)
+
+
+def _sweep(cache: Path) -> None:
+    """Removes what preparations of other configurations left here and nobody went on with for a week."""
+    for work in cache.glob(".*.work"):
+        lock = work.with_suffix(".lock")
+        with suppress(OSError), lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            places = (work, *work.iterdir())
+            if time.time() - max(place.stat().st_mtime for place in places) > ABANDONED_S:
+                shutil.rmtree(work)
 
 
 def _work_tokenizer(plan: _Plan, folder: Path, progress: Report, should_stop: StopFlag) -> Tokenizer:

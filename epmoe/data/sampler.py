@@ -18,8 +18,8 @@ from math import lcm
 
 from epmoe.errors import ConfigError
 
-MAX_PATTERN = 1000
-"""Longest interleaving pattern; weights that need a longer one are rounded to it."""
+PATTERN, MAX_PATTERN = 1000, 100_000
+"""Longest interleaving pattern, as a rule and where a source's share needs a longer one; shares are rounded to it."""
 ROUNDS = 8
 _MASK64 = 2**64 - 1
 
@@ -74,17 +74,17 @@ class Mixture:
 def mixture(weights: Sequence[float]) -> Mixture:
     """Interleaves sources by weight: exact when the decimal weights allow a pattern of 1000 entries or fewer.
 
-    Raises ConfigError when a weight is too small for the pattern: its source would never be seen.
+    The pattern is a hundred times as long where a source would otherwise have no entry. Raises ConfigError when
+    a weight is too small for that as well: its source would never be seen.
     """
     shares = [Fraction(str(weight)) for weight in weights]
     shares = [share / sum(shares) for share in shares]
     length = lcm(*(share.denominator for share in shares))
-    counts = [int(share * min(length, MAX_PATTERN)) for share in shares]
-    if length > MAX_PATTERN:
-        length = MAX_PATTERN
-        by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i] * length, i))
-        for source in by_remainder[: length - sum(counts)]:
-            counts[source] += 1
+    counts = [int(share * length) for share in shares]
+    if length > PATTERN:
+        length, counts = PATTERN, _rounded(shares, PATTERN)
+    if 0 in counts:
+        length, counts = MAX_PATTERN, _rounded(shares, MAX_PATTERN)
     if 0 in counts:
         unseen = counts.index(0)
         raise ConfigError(
@@ -94,6 +94,15 @@ def mixture(weights: Sequence[float]) -> Mixture:
         )
     pattern, rank = _spread(counts)
     return Mixture(pattern=tuple(pattern), rank=tuple(rank), counts=tuple(counts))
+
+
+def _rounded(shares: Sequence[Fraction], length: int) -> list[int]:
+    """Entries of each source in a pattern of this length, the largest remainders rounded up."""
+    counts = [int(share * length) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i] * length, i))
+    for source in by_remainder[: length - sum(counts)]:
+        counts[source] += 1
+    return counts
 
 
 def _spread(counts: Sequence[int]) -> tuple[list[int], list[int]]:

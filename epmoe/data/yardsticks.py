@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epmoe.data.fidelity import decoded_parts
 from epmoe.data.files import StopFlag, never_stop, read_json, stop_if, write_json
 from epmoe.data.indexed import TOKENS_AT_A_TIME
 from epmoe.data.prepared import PreparedData, PreparedSplit
@@ -119,8 +120,10 @@ def _texts(
     limits = stream.pair.document_offsets
     for document in documents:
         stop_if(should_stop)
-        ids = stream.pair.tokens[limits[document] : limits[document + 1]]
-        yield tokenizer.decode(ids.tolist()).encode()
+        # A token stands for a byte at least, so no more of them are needed than xz sees bytes.
+        start = max(limits[document], limits[document + 1] - max(XZ_WINDOW_BYTES, XZ_LIMIT_BYTES))
+        ids = stream.pair.tokens[start : limits[document + 1]]
+        yield b"".join(part.encode() for part in decoded_parts(tokenizer, ids))
 
 
 def _exact_text(

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record as report_to
 from epmoe import env
 from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
+from epmoe.data.corpora import refuse_as_source
 from epmoe.data.files import silent
 from epmoe.data.loader import TrainData, validation_sets
 from epmoe.data.prepare import prepare
@@ -80,6 +81,7 @@ def train(config: Config, argv: Sequence[str]) -> None:
             with runtime.watching(place, step=0, phase="start-up"):
                 runtime.require_equal("configuration", config.model_dump_json())
                 check_layout(config, place.world_size)
+                refuse_as_source(config.data, Path(config.out))
                 folder = open_run_folder(Path(config.out))
             try:
                 _train_in(folder, config, place, stop, argv)

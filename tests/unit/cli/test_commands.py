@@ -20,7 +20,7 @@ from epmoe.cli.explain import explain
 from epmoe.cli.generate import generate
 from epmoe.config import Config
 from epmoe.config_file import dump_config, load_config
-from epmoe.data.tokenizer import JsonTokenizer, json_tokenizer
+from epmoe.data.tokenizer import JsonTokenizer, json_tokenizer, load_tokenizer
 from epmoe.models.sizes import count_parameters
 from tests.distributed.harness import rank_outcomes
 from tests.distributed.runs import finish, make_config
@@ -74,6 +74,9 @@ def precise(base: Path) -> Path:
 def done(base: Path, reference: Path, precise: Path) -> dict[str, Done]:
     file = base / "prompt.txt"
     file.write_text(PROMPT, encoding="utf-8")
+    (base / "marked.txt").write_text(PROMPT, encoding="utf-8-sig")
+    (base / "latin.txt").write_text("naïve", encoding="latin-1")
+    (base / "short").write_text("short")
     again = ["generate", str(reference), "--max-tokens", "4", "--prompt", "def "]
     likeliest = ["generate", str(reference), "--max-tokens", "6", "--temperature", "0"]
     config = base / "prepare.yaml"
@@ -97,6 +100,8 @@ def done(base: Path, reference: Path, precise: Path) -> dict[str, Done]:
             "moe.capacity_factor=4",
             "train.micro_batch_size=2",
         ],
+        "eval little text": ["eval", str(reference), f"data.sources.0.path={base}/short"],
+        "eval some": ["eval", str(reference), "--json", "train.final_eval_samples=7"],
         "eval half": ["eval", str(reference), "--json", "train.precision=bf16_params"],
         "sample": [*again, "--seed", "5"],
         "seed 1": [*again, "--seed", "1", "--temperature", "2"],
@@ -106,6 +111,10 @@ def done(base: Path, reference: Path, precise: Path) -> dict[str, Done]:
         "prompt file": [*likeliest, "--prompt-file", str(file)],
         "prompt stdin": [*likeliest, "--prompt-file", "-"],
         "prompt of the run": likeliest,
+        "prompt marked": [*likeliest, "--prompt-file", str(base / "marked.txt")],
+        "prompt latin file": [*likeliest, "--prompt-file", str(base / "latin.txt")],
+        "prompt latin": [*likeliest, "--prompt", "caf\udce9"],
+        "prompt ascii locale": [*likeliest, "--prompt", PROMPT.encode().decode("ascii", "surrogateescape")],
         "prompt empty": [*likeliest, "--prompt", ""],
         "prompt missing": [*likeliest, "--prompt-file", str(base / "none.txt")],
         "prepare": ["prepare", str(config)],
@@ -181,6 +190,24 @@ def test_eval_without_validation_text_says_why(done: dict[str, Done]) -> None:
     assert "data.sources.0.val_path=PATH" in done["eval no text"].err
 
 
+def test_eval_needs_no_training_text(done: dict[str, Done]) -> None:
+    assert done["eval little text"].code == 0
+    assert done["eval little text"].out == done["eval"].out
+
+
+def test_eval_of_some_windows_has_no_bits_per_byte(done: dict[str, Done]) -> None:
+    some, whole = (json.loads(done[name].out)["dropless"][0] for name in ("eval some", "eval json"))
+    assert 0 < some["num_tokens"] < whole["num_tokens"]
+    assert some["bits_per_byte"] is None
+    assert some["bits_left_out"] == "7 of 57 windows were read"
+    assert whole["bits_left_out"] is None
+
+
+def test_eval_names_the_tokenizer_of_the_run(done: dict[str, Done], reference: Path) -> None:
+    assert f"data.tokenizer={reference}/tokenizer uses the run's own" in done["eval other tokenizer"].err
+    assert load_tokenizer(reference / "tokenizer").name == "byte"
+
+
 # ------------------------------------------------------------------------------------------- generate
 def metaspace() -> JsonTokenizer:
     """A tokenizer of whole words whose decoder leaves out the space before the first of them."""
@@ -222,6 +249,11 @@ def test_the_prompt_may_come_from_anywhere(done: dict[str, Done]) -> None:
     assert done["prompt"].out.startswith(PROMPT)
     assert len(done["prompt"].out) > len(PROMPT) + 1
     assert done["prompt"] == done["prompt file"] == done["prompt stdin"]
+    assert done["prompt"] == done["prompt marked"] == done["prompt ascii locale"]
+    for name in ("prompt latin", "prompt latin file"):
+        assert done[name].code == 2
+        assert "prompt" in done[name].err
+    assert "the prompt is not UTF-8" in done["prompt latin"].err
     assert done["prompt of the run"].out.startswith("def ")
     assert done["prompt empty"].code == 0
     assert done["prompt missing"].code == 2

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import normalizers
 
 from epmoe.data.encoding import encode_text
-from epmoe.data.fidelity import RoundTrip, gives_text_back
+from epmoe.data.fidelity import RoundTrip, decoded_parts, gives_text_back
 from epmoe.data.indexed import open_indexed
 from epmoe.data.loader import validation_sets
 from epmoe.data.prepare import prepare
@@ -59,6 +60,16 @@ def test_parts_of_a_long_text_come_back_as_well(kind: str, monkeypatch: pytest.M
     trip = RoundTrip(tokenizer)
     assert len(parts) > 3
     assert [trip.lost(part) for part in parts] == [0] * len(parts)
+
+
+@pytest.mark.parametrize("kind", [*KEEPING, *LOSING])
+def test_a_long_document_is_decoded_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epmoe.data.fidelity.PART_TOKENS", 5)
+    tokenizer = (KEEPING | LOSING)[kind]()
+    ids = np.array(tokenizer.encode(text(2, 200) + "👩‍👩‍👧"))
+    parts = list(decoded_parts(tokenizer, ids))
+    assert len(parts) > 5
+    assert "".join(parts) == tokenizer.decode(ids.tolist())
 
 
 def saved(tokenizer: Tokenizer, folder: Path) -> str:

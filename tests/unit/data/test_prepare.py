@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -407,6 +408,88 @@ def test_damage_after_preparation(tmp_path: Path) -> None:
     record.write_text(record.read_text().replace('"documents"', '"papers"'))
     with pytest.raises(DataError, match=r"prepared\.json is damaged(.|\n)*documents: Field required"):
         open_prepared(prepared.folder, cfg)
+
+
+@pytest.mark.parametrize("beside", ['{"license": "cc0"}', "[1]", "no JSON", '{"tokenizer": "x"}'])
+def test_a_json_of_somebody_else_beside_a_pair_says_nothing(tmp_path: Path, beside: str) -> None:
+    pair = write_pair(tmp_path / "p", [[*range(40), 256]])
+    cfg = config(tmp_path, pair, source={"val_path": str(pair)})
+    wanted = prepare(cfg).sources[0].train.facts
+    facts_path(pair).write_text(beside)
+    assert prepare(cfg).sources[0].train.facts == wanted
+    assert facts_path(pair).read_text() == beside
+    facts_path(pair).write_text(wanted.model_dump_json().replace('"documents":1', '"documents":-1'))
+    with pytest.raises(DataError, match=r"p\.json is damaged(.|\n)*move it away"):
+        prepare(cfg)
+
+
+def test_no_advice_deletes_anything() -> None:
+    for path in Path(corpora.__file__).parent.glob("*.py"):
+        assert not re.search(r"fix=.*\b(delete|remove)\b(?! the line)", path.read_text()), path
+
+
+def test_what_was_abandoned_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    cfg = config(tmp_path, write_folder(tmp_path / "texts", 5))
+    cache = Path(cfg.cache)
+    for name in ("old", "held", "new"):
+        (cache / f".{name}.work" / "shards").mkdir(parents=True)
+        if name != "new":
+            for place in (cache / f".{name}.work" / "shards", cache / f".{name}.work"):
+                os.utime(place, (1e9, 1e9))
+    with (cache / ".held.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        prepare(cfg)
+    assert {path.name for path in cache.glob(".*.work")} == {".held.work", ".new.work"}
+
+
+def test_an_interrupted_shard_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = several_shards(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("epmoe.data.shards.write_json", full)
+        with pytest.raises(DataError, match="No space left"):
+            prepare(cfg)
+    [shards] = Path(cfg.cache).glob(".*.work/shards")
+    assert list(shards.iterdir()) == []
+    (shards / ".s0-00000.123").mkdir()  # of a process that was killed
+    prepare(cfg)
+
+
+def memory_of(cfg: DataConfig) -> int:
+    """Largest resident size of a process that prepares, in bytes."""
+    code = (
+        "import resource, sys; from epmoe.config import DataConfig; from epmoe.data.prepare import prepare;"
+        "prepare(DataConfig.model_validate_json(sys.argv[1]));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, cfg.model_dump_json()],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return 1024 * int(found.stdout)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_memory_for_a_long_document(tmp_path: Path, suffix: str) -> None:
+    """Two processes, because what a process once had it keeps."""
+    sizes = (20_000, 24_000_000)
+    used = []
+    for size in sizes:
+        value = (text(1, 4000) * 2000)[:size]
+        path = tmp_path / f"{size}{suffix}"
+        if suffix == ".jsonl":
+            write_jsonl(path, [{"text": value}])
+        else:
+            path.write_text(value, encoding="utf-8")
+        used.append(memory_of(config(tmp_path, path)))
+    largest = (tmp_path / f"{sizes[1]}{suffix}").stat().st_size
+    assert used[1] - used[0] < (4 * largest if suffix == ".jsonl" else largest)
 
 
 def test_tokenizer_beside_the_data_must_be_theirs(tmp_path: Path) -> None:

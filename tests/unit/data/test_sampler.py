@@ -115,6 +115,21 @@ def test_each_source_is_read_in_order_and_never_falls_behind(weights: list[float
         assert abs(count / length - weight / sum(weights)) <= 1 / length
 
 
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [
+        ([0.999, 0.0009, 0.0001], (99_900, 90, 10)),
+        ([1.0, 0.0004], (99_960, 40)),
+        ([0.99995, 0.00005], (99_995, 5)),
+        ([0.99999, 0.00001], (99_999, 1)),
+    ],
+)
+def test_a_small_source_makes_the_pattern_longer(weights: list[float], counts: tuple[int, ...]) -> None:
+    mixed = mixture(weights)
+    assert mixed.counts == counts
+    assert Counter(mixed.pattern) == dict(enumerate(counts))
+
+
 def test_a_weight_that_would_never_be_seen() -> None:
-    with pytest.raises(ConfigError, match=r"sources\[1\].weight=0.0001 is 0.0001 of the total"):
-        mixture([1.0, 0.0001])
+    with pytest.raises(ConfigError, match=r"sources\[1\].weight=1e-06 is 1e-06 of the total.*1/100000"):
+        mixture([1.0, 0.000001])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from epmoe.config import SourceConfig
-from epmoe.data.corpora import is_validation, on_one_side, scan
+from epmoe.data.corpora import is_validation, on_one_side, refuse_as_source, scan
 from epmoe.data.forms import form_of_bytes
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import source_lines, text_warning
@@ -390,3 +390,14 @@ def test_a_text_of_many_blocks_is_that_of_one(
         for path, wanted in whole.items():
             found = documents(scan(source(path)))
             assert [(d.text, d.split) for d in found] == [(d.text, d.split) for d in wanted]
+
+
+def test_a_run_in_the_folder_of_a_source_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "texts", 3)
+    cfg = config(tmp_path, folder)
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder, tmp_path / "link", folder / "part0" / ".."):
+        with pytest.raises(DataError, match="is the folder of source s0"):
+            refuse_as_source(cfg, out)
+    for out in (folder / "runs", tmp_path, tmp_path / "texts2"):
+        refuse_as_source(cfg, out)
