@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(shell $(PYTHON) -c 'import xdis
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test test-slow test-long test-slurm sanitize check bench build cuda-check gpu-check wheel
+.PHONY: help train test test-slow test-long test-slurm test-docker sanitize check bench build cuda-check gpu-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
@@ -35,6 +35,7 @@ help:
 	@echo "make cuda-check   only compile the CUDA kernels: needs nvcc, neither a GPU nor a torch with CUDA"
 	@echo "make gpu-check    build, tests, benchmarks and a training run on one GPU; PART=build|test|bench|train: one of them"
 	@echo "make wheel   a wheel with the native kernels in dist/"
+	@echo "make test-docker  build the CPU image and run it: as root, with mmdebstrap, buildah and bubblewrap; not in CI"
 	@echo "PYTHON=...   use this interpreter as it is and install nothing"
 
 train: $(READY)
@@ -78,6 +79,9 @@ gpu-check: $(READY)
 
 wheel: $(READY)
 	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+test-docker:
+	docker/test.sh
 
 # torch comes first: the native kernels are compiled against it, which an isolated build could not see.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
