@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from epmoe.moe.build import build_moe_layer
     from epmoe.moe.experts import ModuleExperts
     from epmoe.moe.layer import MoELayer
+    from epmoe.parallel.clip import clip_grad_norm_
     from epmoe.parallel.parallelize import shard_experts
     from epmoe.types import RouterReport, Routing, TokenContext
 
@@ -49,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "build_moe_layer",
+    "clip_grad_norm_",
     "load_config",
     "shard_experts",
 ]
@@ -65,6 +67,7 @@ def _home(name: str) -> str | None:
         "Routing": "epmoe.types",
         "TokenContext": "epmoe.types",
         "build_moe_layer": "epmoe.moe.build",
+        "clip_grad_norm_": "epmoe.parallel.clip",
         "load_config": "epmoe.config_file",
         "shard_experts": "epmoe.parallel.parallelize",
     }

@@ -54,6 +54,24 @@ class Exchange:
         """Ranks that share the experts, W."""
         return math.prod(self.sizes)
 
+    def __deepcopy__(self, _: object) -> Exchange:
+        return self  # a copy of a layer talks to the same ranks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Disconnected, ()
+
+
+class Disconnected:
+    """What a process group is in a file: a layer that was saved with its experts spread over ranks."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(
+            "this layer was loaded from a file, where its experts were spread over ranks; call "
+            "epmoe.shard_experts(model, mesh) to join it to the ranks of this job"
+        )
+
 
 def flat(group: Group) -> Exchange:
     """One step: every rank sends to every other."""
@@ -279,8 +297,39 @@ def exchange_counts(exchange: Exchange, tokens_per_expert_E: Tensor) -> Tensor:
     return torch.stack(stages)
 
 
-def sum_counts(count_X: Tensor, group: Group) -> Tensor:
-    """Integers added up over the ranks of ``group``: an all-reduce of a few numbers, no gradient."""
-    total_X = count_X.clone()
-    dist.all_reduce(total_X, group=group)
-    return total_X
+def require_equal_rows(exchange: Exchange, num_rows: int, device: torch.device) -> None:
+    """Checks that all ranks of an exchange send as many rows. A collective.
+
+    Raises:
+        ValueError: On every rank that meets another number.
+    """
+    mine = torch.tensor([num_rows], device=device)
+    for group in exchange.groups:
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(found, mine, group=group)
+        numbers = sorted({int(number) for number in found})
+        if len(numbers) > 1:
+            raise ValueError(
+                f"padded dispatch sends {num_rows} rows from this rank and {' or '.join(map(str, numbers))} from those "
+                f"it shares experts with; feed the same [B, S] everywhere (fill up with TokenContext.valid_BS), or use "
+                f"moe.dispatcher='all_to_all'"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SumCounts:
+    """Adds integers up over the ranks of a group: an all-reduce of a few numbers, no gradient."""
+
+    group: Group
+
+    def __call__(self, count_X: Tensor) -> Tensor:
+        """``[X]`` -> the sums, ``[X]``."""
+        total_X = count_X.clone()
+        dist.all_reduce(total_X, group=self.group)
+        return total_X
+
+    def __deepcopy__(self, _: object) -> SumCounts:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Disconnected, ()

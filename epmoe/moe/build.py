@@ -6,6 +6,7 @@ The names a configuration may use are listed in ``epmoe.config``, which does not
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.losses import (
-    LossFunction,
     LossInputs,
     affinity_counts,
     balance_loss,
@@ -56,62 +56,47 @@ ROUTERS: dict[str, Family] = {name: import_module(f"epmoe.moe.routers.{name}").F
 ROUTERS["soft"] = soft.FAMILY
 
 
-def _balance(moe: MoEConfig) -> LossFunction:
+def _balance(moe: MoEConfig, inputs: LossInputs) -> Tensor:
+    routing, count_GE = inputs.routing, inputs.plan.demand_GE
     first_only = balance_count(moe) == "top1"
     count_per_token = 1 if first_only else moe.top_k
-
-    def over_groups(inputs: LossInputs, num_groups: int) -> Tensor:
-        routing, count_GE = inputs.routing, inputs.plan.demand_GE
-        if first_only or num_groups != count_GE.shape[0]:
-            count_GE = choice_counts(routing, num_groups, moe.num_experts, first_only=first_only)
-        return balance_loss(routing.probs_TE, count_GE, routing.valid_T, count_per_token=count_per_token)
-
-    def over_all(inputs: LossInputs) -> Tensor:
+    if moe.balance_scope == "global":
         count_E, num_tokens = inputs.global_count_E, inputs.global_tokens
         assert count_E is not None  # the layer counts for this scope
         assert num_tokens is not None
-        return global_balance_loss(
-            inputs.routing.probs_TE, count_E, num_tokens, count_per_token=count_per_token
-        )
-
-    scopes: dict[str, LossFunction] = {
-        "group": lambda inputs: over_groups(inputs, inputs.plan.demand_GE.shape[0]),
-        "sequence": lambda inputs: over_groups(inputs, _num_sequences(inputs)),
-        "micro_batch": lambda inputs: over_groups(inputs, 1),
-        "global": over_all,
-    }
-    return scopes[moe.balance_scope]
+        return global_balance_loss(routing.probs_TE, count_E, num_tokens, count_per_token=count_per_token)
+    scopes = {"group": count_GE.shape[0], "sequence": _num_sequences(inputs), "micro_batch": 1}
+    num_groups = scopes[moe.balance_scope]
+    if first_only or num_groups != count_GE.shape[0]:
+        count_GE = choice_counts(routing, num_groups, moe.num_experts, first_only=first_only)
+    return balance_loss(routing.probs_TE, count_GE, routing.valid_T, count_per_token=count_per_token)
 
 
 def _num_sequences(inputs: LossInputs) -> int:
     return inputs.routing.valid_T.shape[0] // max(inputs.seq_len, 1)
 
 
-def _z(_: MoEConfig) -> LossFunction:
-    return lambda inputs: z_loss(inputs.routing.logits_TE, inputs.routing.valid_T)
+def _z(_: MoEConfig, inputs: LossInputs) -> Tensor:
+    return z_loss(inputs.routing.logits_TE, inputs.routing.valid_T)
 
 
-def _importance(moe: MoEConfig) -> LossFunction:
-    return lambda inputs: importance_loss(importance(inputs.routing, moe.num_experts), inputs.routing.valid_T)
+def _importance(moe: MoEConfig, inputs: LossInputs) -> Tensor:
+    return importance_loss(importance(inputs.routing, moe.num_experts), inputs.routing.valid_T)
 
 
-def _load(_: MoEConfig) -> LossFunction:
-    return lambda inputs: load_loss(
-        inputs.routing.load_E, inputs.plan.demand_GE, inputs.routing.valid_T, inputs.routing.probs_TE.dtype
-    )
+def _load(_: MoEConfig, inputs: LossInputs) -> Tensor:
+    routing = inputs.routing
+    return load_loss(routing.load_E, inputs.plan.demand_GE, routing.valid_T, routing.probs_TE.dtype)
 
 
-def _sequence_balance(moe: MoEConfig) -> LossFunction:
-    def loss(inputs: LossInputs) -> Tensor:
-        routing = inputs.routing
-        count_GE = affinity_counts(routing.logits_TE, routing.valid_T, _num_sequences(inputs), moe.top_k)
-        return balance_loss(routing.probs_TE, count_GE, routing.valid_T, count_per_token=moe.top_k)
-
-    return loss
+def _sequence_balance(moe: MoEConfig, inputs: LossInputs) -> Tensor:
+    routing = inputs.routing
+    count_GE = affinity_counts(routing.logits_TE, routing.valid_T, _num_sequences(inputs), moe.top_k)
+    return balance_loss(routing.probs_TE, count_GE, routing.valid_T, count_per_token=moe.top_k)
 
 
-def _device_balance(moe: MoEConfig) -> LossFunction:
-    return lambda inputs: device_balance_loss(
+def _device_balance(moe: MoEConfig, inputs: LossInputs) -> Tensor:
+    return device_balance_loss(
         inputs.routing.probs_TE,
         inputs.plan.demand_GE.sum(0),
         inputs.routing.valid_T,
@@ -120,9 +105,9 @@ def _device_balance(moe: MoEConfig) -> LossFunction:
     )
 
 
-def _communication_balance(moe: MoEConfig) -> LossFunction:
+def _communication_balance(moe: MoEConfig, inputs: LossInputs) -> Tensor:
     groups = moe.router.expert_groups
-    return lambda inputs: communication_balance_loss(
+    return communication_balance_loss(
         inputs.routing.probs_TE,
         tokens_per_device(inputs.routing, groups, moe.num_experts),
         inputs.routing.valid_T,
@@ -130,11 +115,11 @@ def _communication_balance(moe: MoEConfig) -> LossFunction:
     )
 
 
-def _batchwise_threshold(_: MoEConfig) -> LossFunction:
-    return lambda inputs: batchwise_threshold_loss(inputs.routing)
+def _batchwise_threshold(_: MoEConfig, inputs: LossInputs) -> Tensor:
+    return batchwise_threshold_loss(inputs.routing)
 
 
-LOSSES: dict[str, Callable[[MoEConfig], LossFunction]] = {
+LOSSES: dict[str, Callable[[MoEConfig, LossInputs], Tensor]] = {
     "balance": _balance,
     "z": _z,
     "importance": _importance,
@@ -222,8 +207,10 @@ def build_moe_layer(
         vocab_size: Token ids, for a router that has a table of them.
 
     Raises:
-        ValueError: No hidden width, or ``experts`` of another number than ``moe.num_experts``.
+        ValueError: No hidden width, or ``experts`` that are a list, or of another number than ``moe.num_experts``.
     """
+    if isinstance(experts, nn.ModuleList | list | tuple):
+        raise ValueError(f"experts is a {type(experts).__name__}; wrap the modules: ModuleExperts([...])")
     if experts is None:
         hidden = moe.d_ff or d_ff
         if hidden is None:
@@ -246,7 +233,21 @@ def build_moe_layer(
         seed=seed,
     )
     layer_class = soft.SoftMoELayer if moe.router.name == "soft" else MoELayer
-    moe_layer = layer_class(router, experts, moe, {name: LOSSES[name](moe) for name in moe.losses})
+    moe_layer = layer_class(router, experts, moe, {name: partial(LOSSES[name], moe) for name in moe.losses})
     if moe.dispatcher != "all_to_all":  # which needs ranks; until then the layer keeps its local one
         moe_layer.dispatcher = build_dispatcher(moe, None, device_type="cpu")
+    refuse_batch_statistics(moe_layer)
     return moe_layer
+
+
+def refuse_batch_statistics(layer: MoELayer) -> None:
+    """Raises ValueError where blocks with rows of zeros would meet experts that look at their rows together."""
+    if not isinstance(layer.dispatcher, PaddedDispatcher) or isinstance(layer, soft.SoftMoELayer):
+        return
+    for name, module in layer.experts.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, and padded dispatch gives experts rows of zeros in unfilled "
+                f"slots, which its statistics would count; use moe.dispatcher='all_to_all' (on one rank 'local'), or a "
+                f"norm of single rows"
+            )

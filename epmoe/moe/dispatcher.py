@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from epmoe.comm.exchange import Exchange, exchange_counts
+from epmoe.comm.exchange import Exchange, exchange_counts, require_equal_rows
 from epmoe.moe.plan import ALONE, Spread, equal_parts, plan_exchange, plan_local, plan_padded, plan_slots
 from epmoe.moe.trip import Pipeline, bring_home, to_experts
 from epmoe.ops import DROPLESS, combine, permute
@@ -145,13 +146,15 @@ class PaddedDispatcher:
     see the zero rows; what they make of them is thrown away.
 
     Args:
-        exchange: How rows get to the ranks that share the experts, which feed the same number of tokens; None = this
-            rank holds all experts, and no process group is needed.
+        exchange: How rows get to the ranks that share the experts, which feed the same number of tokens (ValueError
+            when they begin with different ones); None = this rank holds all experts, and no process group is needed.
         num_parts: Rows travel in this many parts, one while another is computed; 0 = nothing overlaps.
     """
 
     def __init__(self, exchange: Exchange | None, *, weigh_rows: bool = False, num_parts: int = 0) -> None:
         self.exchange, self.weigh_rows = exchange, weigh_rows
+        self.agreed: set[int] = set()
+        """Numbers of rows that the ranks have compared."""
         self.ragged: Dispatcher
         if exchange is None:
             self.ragged, self.overlap, self.spread = LocalDispatcher(weigh_rows=weigh_rows), False, ALONE
@@ -179,6 +182,7 @@ class PaddedDispatcher:
                 routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
             )
             plan = replace(plan, parts=self.parts(num_experts, plan.token_N))
+            self._agree(plan.token_N)
         weight_N1 = _weights(routing, plan).unsqueeze(1) if self.weigh_rows else None
         return self.send_blocks(permute(x_TD, plan.token_N), plan.parts, weight_N1), plan
 
@@ -187,6 +191,19 @@ class PaddedDispatcher:
         if not plan.parts:  # the experts are here, and no block has a fixed size
             return self.ragged.combine(rows_RD, routing, plan)
         return _sum(self.blocks_home(rows_RD, plan.parts), routing, plan, self.weigh_rows)
+
+    def _agree(self, token_N: Tensor) -> None:
+        """The ranks compare every new size once: blocks of different sizes would end in the depths of the library."""
+        num_rows, exchange = token_N.shape[0], self.exchange
+        if (
+            exchange is None
+            or exchange.num_ranks == 1
+            or num_rows in self.agreed
+            or torch.compiler.is_compiling()
+        ):
+            return
+        require_equal_rows(exchange, num_rows, token_N.device)  # a copy to the host
+        self.agreed.add(num_rows)
 
     def parts(self, num_experts: int, rows_ND: Tensor) -> tuple[PartPlan, ...]:
         """How equal blocks of these rows, one for every expert in the order of sending, travel."""

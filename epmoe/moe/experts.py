@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 
@@ -24,33 +24,55 @@ class FFNExperts(nn.Module):
         activation: ``swiglu`` (w_in holds gate and up columns) | ``gelu`` | ``relu``.
     """
 
+    draws = False
+    """Whether a pass may take numbers from torch's generators."""
+
     def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str = "swiglu") -> None:
         super().__init__()
         width_in = 2 * d_ff if activation == "swiglu" else d_ff
         self.num_experts = num_experts
         self.first_expert = 0
         """Global id of local expert 0."""
+        self.num_local = num_experts
+        """Experts on this rank, L."""
         self.activation = activation
         self.w_in = nn.Parameter(torch.empty(num_experts, d_model, width_in))
         self.w_out = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Each matrix N(0, 1/fan_in). A model's own initialisation may overwrite it."""
+        """Each matrix N(0, 1/fan_in). A model's own initialisation may overwrite it.
+
+        The numbers of all experts are drawn, whichever are here: ranks with the same seed have different experts, and
+        the same ones as a single process.
+        """
         for weight_LXY in (self.w_in, self.w_out):
-            nn.init.normal_(weight_LXY, std=weight_LXY.shape[1] ** -0.5)
+            drawn_XY = torch.empty_like(weight_LXY[0])
+            for expert in range(self.num_experts):
+                nn.init.normal_(drawn_XY, std=drawn_XY.shape[0] ** -0.5)
+                if 0 <= expert - self.first_expert < self.num_local:
+                    weight_LXY[expert - self.first_expert].copy_(drawn_XY)
 
-    @property
-    def num_local(self) -> int:
-        """Experts on this rank, L."""
-        return int(self.w_in.shape[0])
-
+    @torch.no_grad()
     def keep(self, first: int, count: int) -> None:
-        """Leaves only experts ``first`` to ``first + count - 1`` on this rank."""
-        self.first_expert = self.first_expert + first
-        with torch.no_grad():
-            self.w_in = nn.Parameter(self.w_in[first : first + count].clone())
-            self.w_out = nn.Parameter(self.w_out[first : first + count].clone())
+        """Leaves only experts ``first`` to ``first + count - 1`` on this rank.
+
+        The parameters stay the objects that they are, with their gradients: what refers to them goes on to.
+        """
+        for weight in (self.w_in, self.w_out):
+            if weight.shape[0] != count:  # else a layer that it is shared with has cut it already
+                gradient, weight.grad = weight.grad, None
+                weight.data = weight.data[first : first + count].clone()
+                weight.grad = None if gradient is None else gradient[first : first + count].clone()
+        self.first_expert, self.num_local = self.first_expert + first, count
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(layer)``."""
+        held = (
+            f"{self.first_expert} to {self.first_expert + self.num_local - 1} of {self.num_experts} experts"
+        )
+        return f"{held}, D={self.w_in.shape[1]}, F={self.w_out.shape[1]}, {self.activation}"
 
     def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
         """Each row through its expert, times its weight if it has one -> ``[R, D]``; a pipeline's rows come home."""
@@ -76,6 +98,9 @@ class FFNExperts(nn.Module):
 class ModuleExperts(nn.Module):
     """Any modules that map rows ``[n, D]`` to rows as experts.
 
+    They may draw random numbers (dropout), also where their activations are recomputed. With batch statistics they are
+    refused in padded dispatch, whose blocks hold rows of zeros.
+
     Args:
         modules: Experts of this rank, in ascending global order.
         num_experts: Experts over all ranks, E; None = these are all.
@@ -85,13 +110,14 @@ class ModuleExperts(nn.Module):
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        modules: Iterable[nn.Module],
         *,
         num_experts: int | None = None,
         first_expert: int = 0,
         d_out: int | None = None,
     ) -> None:
         super().__init__()
+        modules = list(modules)
         self.d_out = d_out
         self.num_experts = num_experts or len(modules)
         self.first_expert = first_expert

@@ -14,17 +14,11 @@ from epmoe.config_routers import SmoothingOptions
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
-from epmoe.moe.recompute import Remake, Replay, kept, plain
+from epmoe.moe.recompute import Remake, Replay, kept, plain, same_random_numbers
 from epmoe.moe.router import Router
 from epmoe.moe.routers.common import missing_draws
 from epmoe.moe.smoothing import noisy_copy
 from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
-
-UNREDUCED = (
-    "the experts of this layer are spread over ranks, and nobody sums their gradients over the ranks that hold the "
-    "same ones; call prepare(model, mesh) of epmoe.parallel.ddp, .fsdp or .deepspeed before the model is wrapped, or "
-    "make epmoe.parallel.gradients.Gradients(model, mesh) and reduce with it"
-)
 
 
 class MoELayer(nn.Module):
@@ -47,8 +41,8 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher(weigh_rows=moe.save == "hidden")
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         """Adds counts up over all ranks; None = there is only this one."""
-        self.unreduced = False
-        """Its experts are spread over ranks, and nobody sums their gradients yet: it cannot be trained."""
+        self.before_training: Callable[[MoELayer], None] | None = None
+        """Called before a pass that will be differentiated, to refuse what would train wrongly."""
         self.moe, self.losses = moe, dict(losses)
 
     def forward(
@@ -77,7 +71,7 @@ class MoELayer(nn.Module):
                 ``ctx.sample_B`` is missing.
             RuntimeError: In training, its experts are spread over ranks and nobody reduces their gradients.
         """
-        self.refuse_if_unreduced()
+        self.check_training()
         ctx = ctx or TokenContext()
         copies = self.copies(x_BSD, ctx)
         if self.rerouted:
@@ -87,10 +81,10 @@ class MoELayer(nn.Module):
             return y_BSD if beside is None else y_BSD + beside(x_BSD), report
         return self._chain(x_BSD, copies, ctx, beside, replay, remake)
 
-    def refuse_if_unreduced(self) -> None:
+    def check_training(self) -> None:
         """The beginning of every forward pass, whatever the layer computes."""
-        if self.unreduced and self.training and torch.is_grad_enabled():
-            raise RuntimeError(UNREDUCED)
+        if self.before_training is not None and self.training and torch.is_grad_enabled():
+            self.before_training(self)
 
     def _chain(
         self,
@@ -118,7 +112,9 @@ class MoELayer(nn.Module):
             )
             if beside is not None and beside_BSD is None:
                 beside_BSD = beside(x_BSD)
-            outputs.append(self.dispatcher.combine(self.experts(batch), routing, plan))
+            with same_random_numbers(replay, self.experts):
+                rows_RD = self.experts(batch)
+            outputs.append(self.dispatcher.combine(rows_RD, routing, plan))
         y_BSD = mean_of(outputs).to(x_BSD.dtype).unflatten(0, x_BSD.shape[:2])
         if beside_BSD is not None:
             y_BSD = y_BSD + beside_BSD

@@ -7,14 +7,14 @@ is the one that is differentiated, whatever is computed a second time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from epmoe.types import DispatchPlan, Routing
@@ -29,13 +29,19 @@ class Replay:
     the second pass takes the routing and the plan from here; it exchanges no counts, and makes neither losses nor
     metrics. One object belongs to one layer and one micro-batch:
 
-        checkpoint(layer, x_BSD, ctx, replay=Replay(), use_reentrant=False, preserve_rng_state=False)
+        checkpoint(layer, x_BSD, ctx, replay=Replay(), use_reentrant=False)
+
+    Experts that are modules and draw random numbers (dropout) draw the same ones again, whatever checkpoint preserves.
     """
 
     routing: Routing | None = None
     plan: DispatchPlan | None = None
     copies: list[Replay] = field(default_factory=list)
     """Of the noisy copies of the input, where the layer routes each on its own (``smoothing.reroute``)."""
+
+    random_states: list[tuple[Tensor, ...]] = field(default_factory=list)
+    """Of torch's generators before each call of experts that may draw from them."""
+    _next_call: int = 0
 
     def of_copies(self) -> Iterator[Replay]:
         """That of every copy in its order, as many as are asked for."""
@@ -47,6 +53,37 @@ class Replay:
     def remember(self, routing: Routing, plan: DispatchPlan) -> None:
         """Keeps both, cut off from the graph: it would hold this object, and this object the graph."""
         self.routing, self.plan = pytree.tree_map_only(Tensor, _cut, (routing, plan))
+
+
+@contextmanager
+def same_random_numbers(replay: Replay | None, experts: nn.Module) -> Iterator[None]:
+    """Around a call of the experts: a second pass finds torch's generators as the first did, and leaves no trace."""
+    if replay is None or not getattr(experts, "draws", True):
+        yield
+        return
+    call = replay._next_call
+    if replay.plan is None:  # the first pass
+        replay.random_states.append(_random_state())
+        yield
+        return
+    replay._next_call = (call + 1) % len(replay.random_states)
+    now = _random_state()
+    _set_random_state(replay.random_states[call])
+    try:
+        yield
+    finally:
+        _set_random_state(now)
+
+
+def _random_state() -> tuple[Tensor, ...]:
+    cpu = torch.get_rng_state()
+    return (cpu, torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else (cpu,)
+
+
+def _set_random_state(state: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(state[0])
+    for of_device in state[1:]:
+        torch.cuda.set_rng_state(of_device)
 
 
 def _cut(tensor: Tensor) -> Tensor:

@@ -55,15 +55,38 @@ class Router(nn.Module):
         self.parts = family.parts(options, num_experts)
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, d_model)) if family.has_weight else None
-        if self.weight is not None:
-            nn.init.normal_(self.weight, std=0.02)
         for part in self.parts:
             shape = (part.num_rows, d_model) if part.projects else (part.num_rows,)
             if part.update is None and part.dtype is None:
                 self.register_parameter(part.name, nn.Parameter(torch.empty(shape)))
             else:
-                self.register_buffer(part.name, torch.empty(shape, dtype=part.dtype))
-        self._initialise()
+                dtype = part.dtype or compute_dtype(torch.get_default_dtype())
+                self.register_buffer(part.name, torch.empty(shape, dtype=dtype))
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(layer)``."""
+        return f"{self.options.name}, {self.num_experts} experts, top_k={self.top_k}, layer={self.layer}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {
+            key: value for key, value in state.items() if key != "parts"
+        }  # functions, which the family has
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.parts = self.family.parts(self.options, self.num_experts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """``to`` and the like leave buffers that an optimizer step updates at least float32: its steps are small."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            now: Tensor = getattr(self, name)
+            if now.is_floating_point() and now.dtype != (wide := compute_dtype(now.dtype)):
+                setattr(self, name, buffer.to(now.device, wide))
+        return self
 
     def initial_laws(self) -> dict[str, Init]:
         """How the tensors start that do not follow the model's law, by name."""
@@ -75,7 +98,10 @@ class Router(nn.Module):
         return laws if weight_init is None else laws | {"weight": weight_init}
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def reset_parameters(self) -> None:
+        """The family's first values; N(0, 0.02) where it has none of its own. Nothing on the meta device."""
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=0.02)
         rng = np.random.default_rng(self.seed)
         for name, law in self.initial_laws().items():
             tensor: Tensor = getattr(self, name)

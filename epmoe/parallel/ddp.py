@@ -7,22 +7,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from epmoe.parallel.layers import spread_layers, take_over
+from epmoe.parallel.layers import expert_parameters, spread_layers, take_over
 from epmoe.parallel.mesh import ExpertMesh
 
 
 def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
     """Makes a model whose experts are spread over ranks ready for ``DistributedDataParallel``. A collective.
 
-    Call it after ``epmoe.shard_experts`` and before DDP is made; without it, training stops at the first forward pass.
-    DDP alone would give every rank the experts of rank 0 and average gradients of different experts. Afterwards it
-    leaves experts alone: their gradients are summed over the ranks that hold the same ones, in every backward pass, and
-    divided by the size of the world, which is what DDP does with all others.
+    Call it after ``epmoe.shard_experts``, before or after the model is wrapped; without it, training stops at the first
+    forward pass. DDP leaves experts alone, as ``shard_experts`` has told it. Their gradients are summed over the ranks
+    that hold the same ones, in every backward pass, and divided by the size of the world, which is what DDP does with
+    all others. What is frozen may be trained later.
 
     Raises:
         ValueError: A layer does not hold this rank's share of the experts.
     """
-    layers = spread_layers(model, mesh)
+    spread_layers(model, mesh)
     take_over(model)
     if mesh.ep_size == 1:
         return  # every rank holds all experts, and DDP does the right thing
@@ -34,11 +34,18 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
             dist.all_reduce(total, group=mesh.edp_group)
         return total
 
-    ignored = []
-    for name, layer in layers:
-        for child, parameter in layer.experts.named_parameters():
-            ignored.append(".".join(part for part in (name, "experts", child) if part))
-            with torch.no_grad():
-                dist.broadcast(parameter, group=mesh.edp_group, group_src=0)
-            parameter.register_hook(reduced)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    for parameter in expert_parameters(model).values():
+        with torch.no_grad():
+            dist.broadcast(parameter, group=mesh.edp_group, group_src=0)
+        trainable = parameter.requires_grad
+        parameter.requires_grad_(True).register_hook(reduced)  # there also for one that is trained later
+        parameter.requires_grad_(trainable)
+
+
+def leave_experts_to_us(model: nn.Module) -> None:
+    """Tells a ``DistributedDataParallel`` that is made of this model that its experts are not the same on all ranks."""
+    experts = {id(parameter) for parameter in expert_parameters(model).values()}
+    every_name = model.named_parameters(remove_duplicate=False)  # DDP may meet a shared one by any of them
+    ignored = {name for name, parameter in every_name if id(parameter) in experts}
+    ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))

@@ -20,7 +20,7 @@ from torch import nn
 from epmoe import env
 from epmoe.errors import ConfigError
 from epmoe.moe.layer import MoELayer
-from epmoe.parallel.layers import spread_layers, take_over
+from epmoe.parallel.layers import expert_parameters, spread_layers, take_over
 from epmoe.parallel.mesh import ExpertMesh
 
 OLDEST = (0, 19, 8)
@@ -85,7 +85,8 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
     take_over(model)
     load_deepspeed(mesh.device_mesh.device_type)
     _adopt_groups(mesh)
-    if layers:
+    # DeepSpeed wants the groups where experts are trained, and fails on a model that names some and trains none.
+    if any(parameter.requires_grad for parameter in expert_parameters(model).values()):
         model.add_module(MARKER, _marker(layers[0][1].moe.num_experts, mesh))
 
 

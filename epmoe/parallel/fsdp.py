@@ -105,7 +105,7 @@ def _cut(module: nn.Module, over: DeviceMesh, policy: MixedPrecisionPolicy) -> F
     return module
 
 
-def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
+def prepare(model: nn.Module, mesh: ExpertMesh, mp_policy: MixedPrecisionPolicy | None = None) -> None:
     """Makes any model whose experts are spread over ranks ready for ``fully_shard``. A collective.
 
     Call it after ``epmoe.shard_experts`` and before ``fully_shard``, which then leaves experts alone; without it,
@@ -113,13 +113,18 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
     ones. Afterwards their first axis is cut over the ranks that hold the same ones, and their gradients are divided by
     the size of the world, which is what FSDP does with all others.
 
+    Args:
+        model: Any.
+        mesh: The one ``shard_experts`` was given.
+        mp_policy: Of the experts; give ``fully_shard`` the same one for the rest.
+
     Raises:
         ValueError: A layer does not hold this rank's share of the experts, or they are modules.
     """
     for name, layer in spread_layers(model, mesh):
         if not isinstance(layer.experts, FFNExperts):
             raise ValueError(_only_stacked(f"{name}.experts", layer.experts))
-        experts = _cut(layer.experts, mesh.device_mesh["edp"], MixedPrecisionPolicy())
+        experts = _cut(layer.experts, mesh.device_mesh["edp"], mp_policy or MixedPrecisionPolicy())
         # Not by a divide factor: torch 2.13 applies one twice where no rank holds the same experts and gradients are
         # neither float32 nor bfloat16.
         experts.set_all_reduce_hook(lambda total: total.div_(mesh.world_size))  # type: ignore[arg-type]

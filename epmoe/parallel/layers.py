@@ -1,11 +1,49 @@
-"""The MoE layers of a model whose experts are spread over ranks, and whether somebody reduces their gradients."""
+"""The MoE layers of a model whose experts are spread over ranks: whose parameters are experts', and whether somebody
+reduces their gradients. The layers are asked; a name says nothing."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
+
+UNREDUCED = (
+    "the experts of this layer are spread over ranks, and nobody sums their gradients over the ranks that hold the "
+    "same ones; call prepare(model, mesh) of epmoe.parallel.ddp, .fsdp or .deepspeed, or make "
+    "epmoe.parallel.gradients.Gradients(model, mesh) and reduce with it"
+)
+
+
+def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """Names and MoE layers of a model."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of experts, by their names in the model; one that several layers share stands once."""
+    ids = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.experts.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+def refuse_shared_with_dense(model: nn.Module) -> None:
+    """Experts are summed over some ranks and dense parameters over all: a parameter cannot be both.
+
+    Raises:
+        ValueError: One is.
+    """
+    experts = {id(parameter) for parameter in expert_parameters(model).values()}
+    inside = {id(module) for _, layer in moe_layers(model) for module in layer.experts.modules()}
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(module) not in inside and id(parameter) in experts:
+                shared = f"{name}.{leaf}" if name else leaf
+                raise ValueError(
+                    f"{shared} is shared with an expert, which other ranks will not have; give one of them a parameter "
+                    f"of its own before shard_experts"
+                )
 
 
 def spread_layers(model: nn.Module, mesh: ExpertMesh) -> list[tuple[str, MoELayer]]:
@@ -14,7 +52,7 @@ def spread_layers(model: nn.Module, mesh: ExpertMesh) -> list[tuple[str, MoELaye
     Raises:
         ValueError: A layer does not hold this rank's share of the experts.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+    layers = moe_layers(model)
     for name, layer in layers:
         held, wanted = getattr(layer.experts, "num_local", None), layer.moe.num_experts // mesh.ep_size
         if held != wanted:
@@ -28,6 +66,34 @@ def spread_layers(model: nn.Module, mesh: ExpertMesh) -> list[tuple[str, MoELaye
 def take_over(model: nn.Module) -> None:
     """Lets the MoE layers of ``model`` train: whoever calls this reduces the gradients of their experts over the ranks
     that hold the same ones."""
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            module.unreduced = False
+    for _, layer in moe_layers(model):
+        if layer.before_training is not None:  # its experts are spread
+            layer.before_training = refuse_if_ddp_has_experts
+
+
+def refuse_if_unreduced(_: MoELayer) -> None:
+    """Of a layer whose experts are spread over ranks, until somebody takes over.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(UNREDUCED)
+
+
+def refuse_if_ddp_has_experts(layer: MoELayer) -> None:
+    """Looks once, in the first pass in training, whether DDP was told to leave the layer's experts alone.
+
+    Raises:
+        RuntimeError: It was not: it has given every rank the experts of rank 0.
+    """
+    if torch.compiler.is_compiling():
+        return
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    experts = {id(parameter) for parameter in layer.experts.parameters()}
+    for name, parameter in () if wrapper is None else wrapper.module.named_parameters():
+        if id(parameter) in experts and name not in wrapper.parameters_to_ignore:
+            raise RuntimeError(
+                f"DDP treats {name} as though all ranks had the same experts, and has overwritten them with rank 0's; "
+                f"wrap the module that shard_experts was given, after it, or give it the module that is wrapped"
+            )
+    layer.before_training = None

@@ -62,9 +62,15 @@ def build_mesh(runtime: Runtime, ep_size: int, parallel: ParallelConfig | None =
         parallel: Exchange and overlap; None = flat, nothing overlaps.
 
     Raises:
+        ValueError: ``ep_size`` does not divide the number of ranks.
         ConfigError: A hierarchical exchange, and nodes that the ep groups do not fit.
     """
     parallel = parallel or ParallelConfig()
+    if ep_size < 1 or runtime.world_size % ep_size:
+        valid = ", ".join(str(n) for n in range(1, runtime.world_size + 1) if runtime.world_size % n == 0)
+        raise ValueError(
+            f"ep_size={ep_size} does not divide {runtime.world_size} ranks; valid values: {valid}"
+        )
     edp_size = runtime.world_size // ep_size
     ranks = torch.arange(runtime.world_size, dtype=torch.int).view(edp_size, ep_size)
     edp_rank, ep_rank = divmod(runtime.rank, ep_size)

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from epmoe.comm.exchange import sum_counts
-from epmoe.moe.build import build_dispatcher
+from epmoe.comm.exchange import SumCounts
+from epmoe.config import choose_ep_size
+from epmoe.moe.build import build_dispatcher, refuse_batch_statistics
 from epmoe.moe.experts import FFNExperts, ModuleExperts
 from epmoe.moe.layer import MoELayer
+from epmoe.parallel.ddp import leave_experts_to_us
 from epmoe.parallel.deepspeed import mark_experts
+from epmoe.parallel.layers import moe_layers, refuse_if_unreduced, refuse_shared_with_dense
 from epmoe.parallel.mesh import ExpertMesh
 
 
 def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
     """Leaves every MoE layer of ``model`` only this rank's experts and connects it to the ranks with the others.
 
-    Stacked experts are cut; their parameters are new objects afterwards: build optimizers later. Experts that are
-    modules must already be this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``). A layer whose
-    experts are spread is not trained before something reduces their gradients: ``Gradients`` of
-    ``epmoe.parallel.gradients``, or ``prepare`` of ``epmoe.parallel.ddp``, ``.fsdp`` or ``.deepspeed``.
+    Stacked experts are cut. Their parameters stay the objects that they are: what is frozen or shared, hooks, and an
+    optimizer that was made before and has not stepped yet stay what they were. Experts that are modules must already be
+    this rank's (``ModuleExperts(..., num_experts=E, first_expert=...)``). A layer whose experts are spread is not
+    trained before something reduces their gradients: ``Gradients`` of ``epmoe.parallel.gradients``, or ``prepare`` of
+    ``epmoe.parallel.ddp``, ``.fsdp`` or ``.deepspeed``.
 
     Raises:
-        ValueError: ``dispatcher: local`` while the experts are spread over several ranks; modules that are not this
-            rank's experts, the message says which ones are; an overlap with fewer experts on a rank than parts, or
-            with experts of another kind.
+        ValueError: ``dispatcher: local`` while the experts are spread over several ranks; experts that the ranks cannot
+            share out evenly; modules that are not this rank's experts, the message says which ones are; an overlap with
+            fewer experts on a rank than parts, or with experts of another kind; a parameter that experts share with the
+            rest of the model; a model that DDP has wrapped already.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "shard_experts comes before DistributedDataParallel, which has taken all experts for the same"
+        )
+    if mesh.ep_size > 1:
+        refuse_shared_with_dense(model)
     num_parts = mesh.parallel.overlap_chunks
     if num_parts == 1 and not mesh.parallel.overlap_shared:
         num_parts = 0
-    for layer in model.modules():
-        if not isinstance(layer, MoELayer):
-            continue
+    for _, layer in moe_layers(model):
+        choose_ep_size(mesh.ep_size, mesh.world_size, layer.moe.num_experts)
         dispatcher = build_dispatcher(
             layer.moe,
             replace(mesh.exchange, layer=layer.router.layer),
@@ -48,11 +58,14 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
             )
         _keep_local_experts(layer, mesh)
         layer.dispatcher = dispatcher
+        refuse_batch_statistics(layer)
         if mesh.ep_size > 1:
             mark_experts(layer, mesh)
-            layer.unreduced = True
+            layer.before_training = refuse_if_unreduced
         if mesh.world_size > 1:
-            layer.sum_over_ranks = partial(sum_counts, group=mesh.world_group)
+            layer.sum_over_ranks = SumCounts(mesh.world_group)
+    if mesh.ep_size > 1:
+        leave_experts_to_us(model)
 
 
 def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:

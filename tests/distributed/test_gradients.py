@@ -16,7 +16,7 @@ from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from epmoe.parallel.norm import clip_coefficient, global_norm, scale, sharded_norm, sum_of_squares
 from epmoe.parallel.runtime import start
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import NUM_EXPERTS, draw, tiny_model
+from tests.distributed.tiny import NUM_EXPERTS, BareLayer, draw, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -107,12 +107,11 @@ def test_bfloat16_parameters_accumulate_in_float32(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- norm
-class OwnExperts(nn.Module):
+class OwnExperts(BareLayer):
     """Two experts of one number each per rank."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2, 1))})
+        super().__init__(nn.ParameterDict({"w": nn.Parameter(torch.zeros(2, 1))}))
 
 
 def _known_norm(rank: int) -> tuple[float, float, float]:

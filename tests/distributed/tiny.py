@@ -1,5 +1,5 @@
 """A model small enough to write down, with everything that matters to groups and checkpoints: stacked experts,
-experts that are modules, tied embeddings, norms, a scalar, a buffer. No MoE layer is needed for that."""
+experts that are modules, tied embeddings, norms, a scalar, a buffer. Of MoE layers only the experts are needed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.config import OptimizerConfig
+from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.train.engine import NativeEngine
 from epmoe.train.manifest import TrainingRecord
@@ -20,6 +21,14 @@ def draw(name: str, *shape: int) -> Tensor:
     """Values that depend on the name alone, so that every rank and every layout draws the same."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, generator=generator)
+
+
+class BareLayer(MoELayer):
+    """A layer of which only the experts are there."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.experts, self.before_training = experts, None
 
 
 class StackedExperts(nn.Module):
@@ -46,18 +55,17 @@ class ListedExperts(nn.Module):
             self.experts[str(expert)] = linear
 
 
-class Tiny(nn.Module):
+class Tiny(BareLayer):
     """Dense and expert parameters; nothing is ever computed with it."""
 
     steps_seen: Tensor
 
     def __init__(self, first: int, count: int, *, listed: bool = False, width: int = 3) -> None:
-        super().__init__()
+        super().__init__(StackedExperts(first, count))
         self.embed = nn.Embedding(7, width)
         self.embed.weight = nn.Parameter(draw("embed", 7, width))
-        self.experts = StackedExperts(first, count)
         if listed:
-            self.other = nn.ModuleDict({"experts": ListedExperts(first, count)})
+            self.other = BareLayer(ListedExperts(first, count))
         self.norm = nn.Parameter(draw("norm", width))
         self.temperature = nn.Parameter(draw("temperature"))
         self.head = nn.Linear(width, 7, bias=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -59,3 +61,15 @@ class Family:
     """Of the router's weight [E, D]; None = as the model's other matrices."""
     has_weight: bool = True
     """False: there is none, and the logits are zeros (NaN for a token whose vector is not finite)."""
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """A family that is its module's ``FAMILY`` is pickled as that name; its functions need none of their own."""
+        module = self.route.__module__
+        if getattr(sys.modules.get(module), "FAMILY", None) is self:
+            return _family_of, (module,)
+        return super().__reduce__()
+
+
+def _family_of(module: str) -> Family:
+    family: Family = import_module(module).FAMILY
+    return family

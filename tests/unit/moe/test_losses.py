@@ -261,7 +261,7 @@ def assert_skew_costs(moe, loss):
         routed = route(moe, logits, [True] * 16, calm)
         plan = local_plan(routed, num_experts=8, group_size=16, capacity=DROPLESS)
         counts = {"global_count_E": plan.demand_GE.sum(0), "global_tokens": torch.tensor(16)}
-        value = LOSSES[loss](moe)(LossInputs(routing=routed, plan=plan, seq_len=16, **counts))
+        value = LOSSES[loss](moe, LossInputs(routing=routed, plan=plan, seq_len=16, **counts))
         values.append(value.item() / 16)
         value.backward()
         assert logits.grad.isfinite().all()
@@ -300,7 +300,7 @@ def check_against_loops(moe, kind, num_tokens, group_size, names):
         "batchwise_threshold": lambda: oracle.batchwise_threshold_loss(decision, experts),
     }
     for name in names:
-        got, wanted = LOSSES[name](moe)(inputs), loops[name]()
+        got, wanted = LOSSES[name](moe, inputs), loops[name]()
         assert got.dtype == torch.float64
         assert got.item() == pytest.approx(wanted.item(), rel=1e-12, abs=1e-12), name
         if not decision.probs:
