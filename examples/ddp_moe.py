@@ -12,7 +12,7 @@ import torch
 from reverser import Reverser, batch
 from torch.nn.parallel import DistributedDataParallel
 
-from epmoe import shard_experts
+from epmoe import clip_grad_norm_, shard_experts
 from epmoe.parallel import runtime
 from epmoe.parallel.ddp import prepare
 from epmoe.parallel.mesh import build_mesh
@@ -31,6 +31,7 @@ def main(steps: int = 80) -> float:
         loss = wrapped(batch(step, place.rank, place.world_size).to(place.device))
         optimizer.zero_grad()
         loss.backward()
+        clip_grad_norm_(model, mesh, max_norm=10.0)
         optimizer.step()
     runtime.stop(place)
     return loss.item()

@@ -12,7 +12,7 @@ import torch
 from reverser import Reverser, batch
 from torch.distributed.fsdp import fully_shard
 
-from epmoe import shard_experts
+from epmoe import clip_grad_norm_, shard_experts
 from epmoe.parallel import runtime
 from epmoe.parallel.fsdp import prepare
 from epmoe.parallel.mesh import build_mesh
@@ -32,6 +32,7 @@ def main(steps: int = 80) -> float:
         loss = model(batch(step, place.rank, place.world_size).to(place.device))
         optimizer.zero_grad()
         loss.backward()
+        clip_grad_norm_(model, mesh, max_norm=10.0)
         optimizer.step()
     runtime.stop(place)
     return loss.item()

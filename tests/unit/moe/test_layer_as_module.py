@@ -123,3 +123,13 @@ def test_a_printed_layer_says_its_sizes():
     )
     assert "Router(switch, 4 experts, top_k=1, layer=3)" in text
     assert "FFNExperts(0 to 3 of 4 experts, D=8, F=12, swiglu)" in text
+
+
+def test_which_experts_a_token_took():
+    layer = make_layer(config("top2"))
+    x_BSD = tokens(2, 5)
+    routing = layer.route(x_BSD)
+    logits_TE = x_BSD.flatten(0, 1) @ layer.router.weight.t()
+    for t in range(10):
+        taken = routing.expert_A[routing.active_A & (routing.token_A == t)]
+        assert sorted(taken.tolist()) == sorted(logits_TE[t].topk(2).indices.tolist())
