@@ -128,7 +128,7 @@ def test_a_printed_layer_says_its_sizes():
 def test_which_experts_a_token_took():
     layer = make_layer(config("top2"))
     x_BSD = tokens(2, 5)
-    routing = layer.route(x_BSD)
+    routing = layer.route(x_BSD, context(x_BSD))
     logits_TE = x_BSD.flatten(0, 1) @ layer.router.weight.t()
     for t in range(10):
         taken = routing.expert_A[routing.active_A & (routing.token_A == t)]
