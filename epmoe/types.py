@@ -210,7 +210,8 @@ class RouterReport:
     and steps add up without weights."""
 
     losses: dict[str, Tensor]
-    """Differentiable sums over valid tokens, without coefficients. The trainer divides by the token count."""
+    """Differentiable sums over valid tokens, without coefficients. The trainer divides by the number of
+    valid tokens of the step."""
     metrics: dict[str, Tensor]
     """Detached: demand_E, kept_E, assignments, overflow_tokens, valid_tokens, nonfinite_tokens, entropy."""
 

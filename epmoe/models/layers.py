@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,10 +33,38 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A lookup table ``[V, D]`` that is left unset: ``init_weights`` draws it."""
+    """A lookup table ``[V, D]`` that is left unset: ``init_weights`` draws it.
+
+    The gradient of a row is a sum over all tokens that have its id. On a CPU torch adds in the table's own dtype, and a
+    bfloat16 stands still after 256 equal contributions; here they are added up in at least float32.
+    """
+
+    def forward(self, token_X: Tensor) -> Tensor:
+        """Token ids ``[...]`` -> ``[..., D]``."""
+        if self.weight.device.type != "cpu" or self.weight.dtype == compute_dtype(self.weight.dtype):
+            return super().forward(token_X)
+        return _LowPrecisionLookup.apply(self.weight, token_X)  # type: ignore[no-any-return, no-untyped-call]
 
     def reset_parameters(self) -> None:
         """Does nothing, for the reason given in ``Linear``."""
+
+
+class _LowPrecisionLookup(torch.autograd.Function):
+    """``weight[token]`` with a gradient that is summed in the compute dtype and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, token_X: Tensor) -> Tensor:
+        ctx.save_for_backward(token_X)
+        ctx.num_rows = weight_VD.shape[0]
+        return F.embedding(token_X, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        [d_out_XD] = grads
+        [token_X] = ctx.saved_tensors
+        wide_XD = d_out_XD.to(compute_dtype(d_out_XD.dtype))
+        d_weight_VD = torch.ops.aten.embedding_dense_backward(wide_XD, token_X, ctx.num_rows, -1, False)
+        return d_weight_VD.to(d_out_XD.dtype), None
 
 
 class RMSNorm(nn.Module):

@@ -1,7 +1,7 @@
 """Auxiliary losses: pure functions, each a differentiable sum over valid tokens without its coefficient.
 
-The trainer divides every sum by the global number of tokens of the step, exactly like the task loss. What may change
-a loss besides its tokens:
+The trainer divides every sum by the number of valid tokens of the whole step, over all ranks, whether they count in the
+task loss or not. What may change a loss besides its tokens:
 
     z, sequence_balance, balance over groups (moe.group: sequence) or sequences   nothing
     balance over all ranks (scope global)                   accumulation: counts of the micro-batches so far stand

@@ -127,7 +127,7 @@ def plain_line(record: StepRecord, total_steps: int) -> str:
     """``step=20/100 loss=4.2150 ...``: the record on one line for logs and ``grep``."""
     pairs = {
         "step": f"{record.step}/{total_steps}",
-        "loss": f"{record.loss:.4f}",
+        "loss": loss_text(record),
         **{f"val_{name}": f"{value:.4f}" for name, value in record.val.items()},
         **{name: f"{value:.4f}" for name, value in record.aux.items()},
         "lr": f"{record.lr:.2e}",
@@ -144,6 +144,8 @@ def plain_line(record: StepRecord, total_steps: int) -> str:
         pairs["dead"] = str(sum(len(layer.dead_experts) for layer in layers))
     if record.skipped_steps:
         pairs["skipped"] = str(record.skipped_steps)
+    if record.empty_steps:
+        pairs["empty"] = str(record.empty_steps)
     if record.loss_scale is not None:
         pairs["loss_scale"] = f"{record.loss_scale:g}"
         pairs["overflows"] = str(record.overflowed_steps)
@@ -167,7 +169,7 @@ def panel(record: StepRecord, total_steps: int, losses: deque[float]) -> Rendera
 
 def _numbers(record: StepRecord, losses: deque[float]) -> Text:
     text = Text("loss ")
-    text.append(f"{record.loss:.4f}", style="bold")
+    text.append(loss_text(record), style="bold")
     text.append(f" {sparkline(losses)}", style="cyan")
     text.append(f"  lr {record.lr:.2e}  grad {record.grad_norm:.2f}")
     if record.clip < 1:
@@ -180,6 +182,8 @@ def _numbers(record: StepRecord, losses: deque[float]) -> Text:
         text.append(f"  drop {record.drop_rate:.1%}")
     if record.skipped_steps:
         text.append(f"  {record.skipped_steps} steps skipped", style="bold yellow")
+    if record.empty_steps:
+        text.append(f"  {record.empty_steps} steps empty", style="bold yellow")
     if record.loss_scale is not None:
         text.append(f"  loss scale {record.loss_scale:g}, {record.overflowed_steps} overflows")
     return text
@@ -212,6 +216,11 @@ def load_strip(layer: LayerHealth) -> Text:
     return strip
 
 
+def loss_text(record: StepRecord) -> str:
+    """The loss; ``null`` where no token counted in it."""
+    return "null" if record.loss_tokens == 0 else f"{record.loss:.4f}"
+
+
 def sparkline(values: deque[float]) -> str:
     """The last values as a row of blocks, lowest to highest; nothing where a value is not finite."""
     finite = [v for v in values if abs(v) < float("inf")]
@@ -222,10 +231,8 @@ def sparkline(values: deque[float]) -> str:
 
 
 def seconds_left(record: StepRecord, total_steps: int) -> float:
-    """Estimated from the current speed and the tokens per step so far; NaN while there is no speed."""
-    if not record.step or not record.tokens_per_second > 0:
-        return float("nan")
-    return (total_steps - record.step) * (record.tokens / record.step) / record.tokens_per_second
+    """Estimated from the last steps; NaN where nobody measured them."""
+    return (total_steps - record.step) * record.seconds_per_step
 
 
 def duration(seconds: float) -> str:

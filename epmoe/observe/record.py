@@ -86,21 +86,25 @@ class StepRecord:
 
     step: int
     tokens: int
-    """Tokens trained on so far."""
+    """Tokens that counted in the loss so far."""
     samples: int
     """Sequences trained on so far."""
     loss: float
-    """Cross-entropy, nats per token, without auxiliary losses."""
+    """Cross-entropy, nats per token that counts, without auxiliary losses; NaN where no token did."""
+    loss_tokens: int | None = None
+    """Tokens it is the mean of; None in records that do not say."""
     aux: dict[str, float] = field(default_factory=dict)
-    """Auxiliary losses per token and without coefficients, by name."""
+    """Auxiliary losses per routed token and without coefficients, by name."""
     lr: float
     grad_norm: float
     """Global norm before clipping."""
     clip: float = 1.0
     """What the gradient was multiplied by; 1 = not clipped."""
     tokens_per_second: float
+    """Processed tokens: all but padding, whether they count in the loss or not."""
     flops_per_second: float
     """Of the arithmetic the active parameters need, over all ranks."""
+    seconds_per_step: float = math.nan
     mfu: float | None = None
     """Part of the devices' peak; None where the peak is not known."""
     memory_gib: float
@@ -110,6 +114,8 @@ class StepRecord:
     """Updates left out so far because a loss or gradient was not finite."""
     overflowed_steps: int = 0
     """Updates left out so far because gradients overflowed and the loss scale was halved."""
+    empty_steps: int = 0
+    """Steps so far without an update because no token counted in the loss."""
     loss_scale: float | None = None
     """What the loss is multiplied by; None where gradients need no scale."""
     layers: dict[int, LayerHealth] = field(default_factory=dict)
@@ -178,7 +184,7 @@ def _plain(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
             value = {key: math.nan if child is None else child for key, child in value.items()}
         elif isinstance(value, list):
             value = tuple(value)
-        elif value is None and known.name not in ("mfu", "loss_scale"):
+        elif value is None and known.name not in ("mfu", "loss_scale", "loss_tokens"):
             value = math.nan
         arguments[known.name] = value
     return arguments

@@ -104,10 +104,13 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "train/grad_norm": record.grad_norm,
         "train/clip": record.clip,
         "train/skipped_steps": record.skipped_steps,
+        "train/empty_steps": record.empty_steps,
         "speed/tokens_per_second": record.tokens_per_second,
         "speed/flops_per_second": record.flops_per_second,
         "speed/memory_gib": record.memory_gib,
     }
+    if record.loss_tokens == 0:
+        del values["train/loss"]
     if record.loss_scale is not None:
         values["train/loss_scale"] = record.loss_scale
         values["train/overflowed_steps"] = record.overflowed_steps

@@ -99,7 +99,7 @@ class Gradients:
             first = members[0][1]
             flat = torch.zeros(length, dtype=compute_dtype(first.dtype), device=first.device)
             for (name, parameter), start in zip(members, starts, strict=True):
-                self.views[name] = flat[start : start + parameter.numel()].view(parameter.shape)
+                self.views[name] = _as_in_memory(parameter, flat[start : start + parameter.numel()])
             buckets.append(Bucket(flat=flat, group=group))
         return buckets
 
@@ -178,6 +178,12 @@ def _follow_up(parameter: nn.Parameter, view: Tensor) -> None:
     else:
         view.copy_(found)
     parameter.grad = view
+
+
+def _as_in_memory(parameter: Tensor, flat: Tensor) -> Tensor:
+    """The buffer in the shape and memory order of a parameter: fused optimizers read both in memory order."""
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return flat.as_strided(parameter.shape, strides)
 
 
 def _split(named: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:

@@ -39,6 +39,8 @@ class Progress:
     skipped_in_a_row: int = 0
     overflowed: int = 0
     """Steps without an update because gradients overflowed under a loss scale that can shrink; not among the former."""
+    empty: int = 0
+    """Steps without an update because no token counted in the loss."""
     loss_scale: LossScale | None = None
     """``fp16_autocast`` alone."""
 
@@ -51,6 +53,8 @@ class StepResult:
     """``loss``, ``aux.<name>``, ``<layer>.<metric>``."""
     num_tokens: int
     """Tokens that counted in the loss."""
+    num_routed: int
+    """Tokens that were processed: all but padding."""
     grad_norm: float
     clip: float
     """Factor the gradients were multiplied by."""
@@ -59,6 +63,14 @@ class StepResult:
     """False: the update was left out."""
     overflow: bool = False
     """The reason: the loss scale, which is smaller now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepTokens:
+    """Tokens of a step over all ranks and micro-batches."""
+
+    in_loss: int
+    routed: int
 
 
 class StopRequested(Agreed):
@@ -114,7 +126,7 @@ class Trainer:
             batches = [self.data.batch(self.sample_numbers(micro)) for micro in range(self.num_micro)]
         except DataError as error:
             batches, damaged = [], error
-        num_tokens = self._agree(batches, damaged, out_of_time)
+        tokens = self._agree(batches, damaged, out_of_time)
         self.model.train()
         self.engine.zero()
         local: Sums = {}
@@ -122,7 +134,8 @@ class Trainer:
             sums = micro_step(
                 self.model,
                 with_counts(batch.to(self.runtime.device), self.model, local),
-                num_tokens=max(num_tokens, 1),
+                num_tokens=max(tokens.in_loss, 1),
+                num_routed=max(tokens.routed, 1),
                 coefficients=self.config.moe.losses if self.config.moe else {},
                 precision=self.config.train.precision,
                 backward=self._backward,
@@ -133,7 +146,7 @@ class Trainer:
         if self.progress.loss_scale is not None:
             self.engine.clip(torch.tensor(1 / self.progress.loss_scale.factor))
         sums = all_reduce_sums(local, self.mesh.world_group)
-        return self._update(sums, num_tokens, self.engine.norm())
+        return self._update(sums, tokens, self.engine.norm())
 
     def _backward(self, objective: Tensor) -> None:
         loss_scale = self.progress.loss_scale
@@ -147,10 +160,11 @@ class Trainer:
         )
         return list(range(start, start + self.micro_batch))
 
-    def _agree(self, batches: list[Batch], damaged: DataError | None, out_of_time: bool) -> int:
+    def _agree(self, batches: list[Batch], damaged: DataError | None, out_of_time: bool) -> _StepTokens:
         """Tokens of the step over all ranks; the same small all-reduce tells whether anybody has to stop."""
         local = {
-            "tokens": sum(int(batch.loss_BS.sum()) for batch in batches),
+            "in_loss": sum(int(batch.loss_BS.sum()) for batch in batches),
+            "routed": sum(_num_routed(batch) for batch in batches),
             "damaged": damaged is not None,
             "stop": self.stop.requested,
             "time": out_of_time,
@@ -163,7 +177,7 @@ class Trainer:
             raise StopRequested
         if agreed["time"] > 0:
             raise TimeUp
-        return int(agreed["tokens"])
+        return _StepTokens(in_loss=int(agreed["in_loss"]), routed=int(agreed["routed"]))
 
     def check_stop(self) -> None:
         """Raises StopRequested on all ranks when any of them was asked to stop. A collective."""
@@ -176,7 +190,7 @@ class Trainer:
             some = next(part.local for part in self.engine.gradients().values() if part.local.numel())
             some.view(-1)[0] = float(value)
 
-    def _update(self, sums: Sums, num_tokens: int, norm: Tensor) -> StepResult:
+    def _update(self, sums: Sums, tokens: _StepTokens, norm: Tensor) -> StepResult:
         progress, optimizer = self.progress, self.config.optimizer
         lr = learning_rate(optimizer, progress.step, self.config.train.steps)
         coefficient = clip_coefficient(norm, optimizer.clip_norm)
@@ -193,7 +207,9 @@ class Trainer:
             progress.overflowed += 1
         elif not finite:
             self._skip(float(sums["loss"]), grad_norm, broken_tokens)
-        elif num_tokens > 0:  # without a token in the loss, auxiliary losses alone would move the weights
+        elif tokens.in_loss == 0:  # auxiliary losses alone would move the weights
+            progress.empty += 1
+        else:
             if clip != 1.0:
                 self.engine.clip(coefficient)
             self.engine.step(lr)
@@ -202,10 +218,11 @@ class Trainer:
             progress.skipped_in_a_row = 0
         progress.step += 1
         progress.samples += self.config.train.global_batch_size
-        progress.tokens += num_tokens
+        progress.tokens += tokens.in_loss
         return StepResult(
             sums=sums,
-            num_tokens=num_tokens,
+            num_tokens=tokens.in_loss,
+            num_routed=tokens.routed,
             grad_norm=grad_norm,
             clip=clip,
             lr=lr,
@@ -228,3 +245,8 @@ class Trainer:
             fix="lower optimizer.lr, or start from an earlier checkpoint; "
             "train.nonfinite=skip with a larger train.max_nonfinite goes on for longer",
         )
+
+
+def _num_routed(batch: Batch) -> int:
+    valid_BS = batch.context.valid_BS
+    return batch.token_BS.numel() if valid_BS is None else int(valid_BS.sum())

@@ -142,13 +142,28 @@ def build_torch(
         groups.setdefault(kind, []).append(tensor)
     settings = [
         {"params": tensors, "weight_decay": config.weight_decay if decayed else 0.0}
-        for (decayed, _, _), tensors in groups.items()
+        for (decayed, *_), tensors in groups.items()
     ]
+    fused = all(map(_in_one_order, trained.values()))
     if config.name == "sgd":
-        return torch.optim.SGD(settings, lr=config.lr, fused=True)
+        return torch.optim.SGD(settings, lr=config.lr, fused=fused)
     if config.name == "apex_fused_adam":
         return _fused_adam(config, settings)
-    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def _in_one_order(tensor: Tensor) -> bool:
+    """Whether a parameter and its gradient lie in memory alike, without holes: a fused optimizer on a CPU takes the
+    n-th number of one for that of the n-th of the other. Without a gradient yet, autograd's will lie as it does."""
+    together = torch.empty_like(tensor, device="meta")
+    orders = [_memory_order(one) for one in (together, tensor, tensor.grad) if one is not None]
+    return all(order == orders[0] for order in orders)
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    if tensor.numel() == 0:
+        return []
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 # ------------------------------------------------------------------------------------------- apex

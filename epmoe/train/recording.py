@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,7 +44,7 @@ class Recorder:
 
     def _clear(self) -> None:
         self._sums: Sums = {}
-        self._tokens_seen, self._tokens_counted = 0, 0
+        self._steps, self._tokens, self._routed, self._seen = 0, 0, 0, 0
         self._last: StepResult | None = None
 
     @contextmanager
@@ -57,16 +58,19 @@ class Recorder:
 
     def add(self, result: StepResult) -> None:
         """Takes one step."""
-        self._tokens_seen += result.num_tokens
+        self._steps += 1
+        self._seen += result.num_routed
         self._last = result
         if result.finite:  # one NaN would hide the other steps of the interval
             add_sums(self._sums, result.sums)
-            self._tokens_counted += result.num_tokens
+            self._tokens += result.num_tokens
+            self._routed += result.num_routed
 
     def record(self, progress: Progress, val: Mapping[str, float]) -> StepRecord | None:
         """The record of the steps since the last one; with no step, but a validation, the last one with that.
 
-        Loss and loads are means and sums over all finite steps; learning rate, norm and clip are the last step's.
+        Loss and loads are means and sums over all finite steps; learning rate, norm and clip are the last step's. The
+        loss is a mean over the tokens that count in it, auxiliary losses over those that were routed.
 
         Returns:
             None if there is nothing new.
@@ -78,29 +82,32 @@ class Recorder:
             return replace(self.latest, val=dict(val))
         spent = self.clock.lap()
         self.seconds += spent
-        sums, tokens = self._sums, max(self._tokens_counted, 1)
+        sums, tokens, routed = self._sums, self._tokens, max(self._routed, 1)
         if not sums:  # no step of the interval was finite
-            sums, tokens = result.sums, max(result.num_tokens, 1)
-        per_second = self._tokens_seen / max(spent, 1e-9)
+            sums, tokens, routed = result.sums, result.num_tokens, max(result.num_routed, 1)
+        per_second = self._seen / max(spent, 1e-9)
         flops = per_second * self.flops_per_token
         peak = peak_flops(self.device)
-        aux = {name[4:]: float(v) / tokens for name, v in sums.items() if name.startswith("aux.")}
+        aux = {name[4:]: float(v) / routed for name, v in sums.items() if name.startswith("aux.")}
         self.latest = StepRecord(
             step=progress.step,
             tokens=progress.tokens,
             samples=progress.samples,
-            loss=float(sums["loss"]) / tokens,
+            loss=float(sums["loss"]) / tokens if tokens else math.nan,
+            loss_tokens=tokens,
             aux=aux,
             lr=result.lr,
             grad_norm=result.grad_norm,
             clip=result.clip,
             tokens_per_second=per_second,
             flops_per_second=flops,
+            seconds_per_step=spent / self._steps,
             mfu=flops / (peak * self.world_size) if peak else None,
             memory_gib=memory_gib(self.device),
             seconds=self.seconds,
             skipped_steps=progress.skipped,
             overflowed_steps=progress.overflowed,
+            empty_steps=progress.empty,
             loss_scale=progress.loss_scale.factor if progress.loss_scale else None,
             layers={layer: layer_health(sums, index) for index, layer in enumerate(self.layers)},
             val=dict(val),

@@ -198,6 +198,8 @@ class Run:
         """Step of the newest checkpoint."""
         self.recorder = Recorder(config, vocab_size, place.device, place.world_size, seconds)
         self.trackers = Trackers([])
+        self.warned_of_empty = False
+        """That there are steps in which nothing is learnt has been said."""
 
     def describe(self, argv: Sequence[str]) -> None:
         """Writes down what is run. Not before it is known that the checkpoint allows it: a refused configuration
@@ -321,6 +323,7 @@ class Run:
             "skipped": progress.skipped,
             "skipped_in_a_row": progress.skipped_in_a_row,
             "overflowed": progress.overflowed,
+            "empty": progress.empty,
             **scale_numbers(progress.loss_scale),
         }
         return TrainingRecord(
@@ -378,8 +381,24 @@ class Run:
 
     def _log(self, evaluations: list[Evaluation]) -> None:
         record = self.recorder.record(self.progress, {one.name: one.loss for one in evaluations})
-        if record is not None:
-            self.trackers.log(record)
+        if record is None:
+            return
+        self.trackers.log(record)
+        known = (
+            10 * record.step >= self.config.train.steps
+        )  # of the first few steps the share would say little
+        if record.empty_steps and known and not self.warned_of_empty and self.folder.is_writer:
+            self.warned_of_empty = True
+            say(empty_warning(record.empty_steps, record.step))
+
+
+def empty_warning(empty: int, steps: int) -> str:
+    """What a person should know about steps in which no token counted in the loss."""
+    return (
+        f"warning: {empty} of {steps} steps so far ({empty / steps:.0%}) had no token that counts in the loss and "
+        "changed nothing. Ranges of loss_field that are short against data.seq_len do that; a larger "
+        "train.global_batch_size gives every step some of them"
+    )
 
 
 def _due(every: int, step: int) -> bool:

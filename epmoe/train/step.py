@@ -43,14 +43,19 @@ def micro_step(
     batch: Batch,
     *,
     num_tokens: float,
+    num_routed: float,
     coefficients: Mapping[str, float],
     precision: str,
     backward: Callable[[Tensor], None],
 ) -> Sums:
     """Forward and backward of one micro-batch; ``backward`` takes the objective.
 
-    The objective is (task loss + sum of coefficient * auxiliary loss) / ``num_tokens``, all of them sums over tokens;
-    with ``num_tokens`` counted over all ranks and micro-batches of the step, gradients only ever need to be summed.
+    The objective is a mean task loss plus the coefficients times mean auxiliary losses: sums over tokens, divided by
+    numbers of tokens of all ranks and micro-batches of the step. So gradients only ever need to be summed.
+
+    Args:
+        num_tokens: Tokens that count in the loss, at least 1.
+        num_routed: Tokens that are routed, at least 1: all but padding.
 
     Returns:
         Sums over this micro-batch: ``loss``, ``aux.<name>`` and ``<layer>.<metric>``.
@@ -61,7 +66,7 @@ def micro_step(
     objective = loss
     for report in reports:
         for name, value in report.losses.items():
-            objective = objective + coefficients[name] * value
+            objective = objective + coefficients[name] * (num_tokens / num_routed) * value
     backward(objective / num_tokens)
     return {"loss": loss.detach(), **report_sums(reports)}
 

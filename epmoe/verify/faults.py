@@ -169,6 +169,12 @@ def _own_mean(original: Any, model: Any, batch: Any, *, num_tokens: float, **res
     return original(model, batch, num_tokens=own * dist.get_world_size(), **rest)
 
 
+def _auxiliary_per_loss_token(
+    original: Any, *args: Any, num_tokens: float, num_routed: float, **rest: Any
+) -> Any:
+    return original(*args, num_tokens=num_tokens, num_routed=num_tokens, **rest)
+
+
 def _balance_divided(original: Any, layer: MoELayer, *args: Any) -> Any:
     report = original(layer, *args)
     losses = dict(report.losses)
@@ -292,6 +298,13 @@ FAULTS: tuple[Fault, ...] = (
         consequence="tokens of ranks with much padding weigh more",
         plant=_around(loop, "micro_step", _own_mean),
         about_experts=False,
+    ),
+    Fault(
+        name="auxiliary losses divided by the tokens in the loss",
+        consequence="the fewer tokens count, the more the router is trained by them alone",
+        plant=_around(loop, "micro_step", _auxiliary_per_loss_token),
+        about_experts=False,
+        loss="balance",
     ),
     Fault(
         name="balance loss divided by the ranks",

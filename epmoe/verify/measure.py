@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +18,7 @@ from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh, is_expert
 from epmoe.parallel.norm import clip_coefficient
 from epmoe.parallel.runtime import Runtime
+from epmoe.parallel.sums import Sums, all_reduce_sums
 from epmoe.train.engine import Engine, Part, expert_part
 from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
@@ -39,9 +41,13 @@ class Measurement:
     losses: list[float]
     """Nats per token, over all ranks."""
     auxiliary: dict[str, list[float]]
-    """Auxiliary losses per token, over all ranks, without coefficients."""
+    """Auxiliary losses per routed token, over all ranks, without coefficients."""
     counts: dict[str, list[list[float]]]
     """Demand and kept assignments of each layer's experts, over all ranks."""
+    objectives: list[float]
+    """What was differentiated, summed over all ranks and micro-batches,"""
+    meant: list[float]
+    """and what it should be: mean loss plus coefficients times mean auxiliary losses."""
     norms: list[float]
     clips: list[float]
     gradients: dict[str, Part]
@@ -67,15 +73,19 @@ class ObservedEngine:
         self._engine, self._counter = engine, counter
         self.first_gradients: dict[str, Part] = {}
         self.micro: list[dict[str, int]] = []
+        self.objectives: list[float] = []
+        """This rank's part, by step."""
 
     def zero(self) -> None:
         """Counting starts here."""
         self._engine.zero()
         self.micro = []
+        self.objectives.append(0.0)
         self._counter.clear()
 
     def backward(self, objective: Tensor) -> None:
         """Notes the collectives of a micro-batch."""
+        self.objectives[-1] += float(objective.detach())
         self._engine.backward(objective)
         self.micro.append(dict(self._counter))
         self._counter.clear()
@@ -144,18 +154,24 @@ def measure(
     known, clipped = (None, None) if cell.engine == "deepspeed" else probe_norm(trainer.engine)
     sums = [result.sums for result in results]
     tokens = [max(result.num_tokens, 1) for result in results]
+    routed = [max(_routed_tokens(step), 1) for step in sums]
+    own = {"objectives": torch.tensor(engine.objectives, dtype=torch.float64)}
+    losses = [float(s["loss"]) / n for s, n in zip(sums, tokens, strict=True)]
+    auxiliary = {
+        name: [float(s[name]) / n for s, n in zip(sums, routed, strict=True)]
+        for name in sums[0]
+        if name.startswith("aux.")
+    }
     return Measurement(
-        losses=[float(s["loss"]) / n for s, n in zip(sums, tokens, strict=True)],
-        auxiliary={
-            name: [float(s[name]) / n for s, n in zip(sums, tokens, strict=True)]
-            for name in sums[0]
-            if name.startswith("aux.")
-        },
+        losses=losses,
+        auxiliary=auxiliary,
         counts={
             name: [s[name].tolist() for s in sums]
             for name in sums[0]
             if name.endswith(("demand_E", "kept_E"))
         },
+        objectives=all_reduce_sums(own, mesh.world_group)["objectives"].tolist(),
+        meant=_objectives(losses, auxiliary, config.moe.losses if config.moe else {}),
         norms=[result.grad_norm for result in results],
         clips=[result.clip for result in results],
         gradients=in_order(trainer.model, engine.first_gradients),
@@ -166,6 +182,20 @@ def measure(
         clipped_norm=clipped,
         margin=gaps.smallest,
     )
+
+
+def _objectives(
+    losses: list[float], auxiliary: Mapping[str, list[float]], coefficients: Mapping[str, float]
+) -> list[float]:
+    return [
+        loss + sum(coefficients[name[4:]] * values[step] for name, values in auxiliary.items())
+        for step, loss in enumerate(losses)
+    ]
+
+
+def _routed_tokens(sums: Sums) -> int:
+    """As the routers counted them; the same in every layer."""
+    return next((int(value) for name, value in sums.items() if name.endswith(".valid_tokens")), 0)
 
 
 def in_order(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:

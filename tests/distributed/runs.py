@@ -167,7 +167,7 @@ def tensors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
 def history(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("tokens_per_second", "flops_per_second", "seconds", "memory_gib", "mfu")
+    clock = ("tokens_per_second", "flops_per_second", "seconds_per_step", "seconds", "memory_gib", "mfu")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 

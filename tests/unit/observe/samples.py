@@ -37,6 +37,7 @@ def record(step: int, **changes: Any) -> StepRecord:
         "clip": 1.0,
         "tokens_per_second": 500.0,
         "flops_per_second": 2.5e9,
+        "seconds_per_step": 2.0,
         "memory_gib": 1.5,
         "seconds": 2.0 * step,
         "layers": {1: health(4, 3, 2, 1)},

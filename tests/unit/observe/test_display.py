@@ -26,6 +26,7 @@ from epmoe.observe.display import (
     seconds_left,
     sparkline,
 )
+from epmoe.observe.trackers import scalars
 from tests.unit.observe.samples import health, record
 
 
@@ -137,8 +138,18 @@ def test_small_formats():
     ]
     assert sparkline(deque([3.0, 2.0, math.nan, 1.0])) == "█▄ ▁"
     assert sparkline(deque([math.nan])) == ""
-    assert math.isnan(seconds_left(record(0), 10))
-    assert math.isnan(seconds_left(record(5, tokens_per_second=math.nan), 10))
+    assert seconds_left(record(5, seconds_per_step=0.5), 25) == 10.0
+    assert math.isnan(seconds_left(record(5, seconds_per_step=math.nan), 10))
+
+
+def test_a_loss_of_no_token_is_null_and_such_steps_are_counted():
+    empty = record(5, loss=math.nan, loss_tokens=0, empty_steps=3)
+    assert " loss=null " in plain_line(empty, 10)
+    assert " empty=3 " in plain_line(empty, 10)
+    assert "train/loss" not in scalars(empty)
+    assert scalars(empty)["train/empty_steps"] == 3
+    assert "loss=nan" in plain_line(record(5, loss=math.nan), 10)  # which something broke
+    assert "empty" not in plain_line(record(5), 10)
 
 
 SCRIPT = """

@@ -183,3 +183,40 @@ def test_wsd_is_flat_and_then_falls_linearly() -> None:
 
 def test_constant_stays_at_the_peak() -> None:
     assert _rates(9, schedule="constant", warmup_steps=0) == [2.0] * 9
+
+
+# ------------------------------------------------------------------------------------------- memory order
+class Transposed(nn.Module):
+    """A matrix that lies in memory column by column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(draw("weight", 5, 3).t())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("gradients_as_it_lies", [True, False])
+def test_a_parameter_in_another_memory_order_gets_its_own_gradient(
+    name: str, gradients_as_it_lies: bool
+) -> None:
+    """A fused optimizer on a CPU reads parameter and gradient number by number as they lie in memory."""
+    ours, plain = Transposed(), Transposed()
+    plain.weight = nn.Parameter(plain.weight.detach().contiguous())
+    for model in (ours, plain):
+        views = Gradients(model, NO_GROUPS).views
+        if not gradients_as_it_lies:
+            views = {"weight": torch.zeros(3, 5)}
+        optimizer = Optimizer(OptimizerConfig(name=name), model, views)  # type: ignore[arg-type]
+        for step in range(3):
+            views["weight"].copy_(draw(f"{step}", 3, 5))
+            optimizer.step(0.1)
+    torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-6, atol=1e-7)
+
+
+def test_the_buffer_of_gradients_lies_in_memory_as_the_parameter_does() -> None:
+    model = Transposed()
+    [view] = Gradients(model, NO_GROUPS).views.values()
+    assert view.stride() == model.weight.stride() == (1, 3)
+    (model.weight * torch.arange(15.0).view(3, 5)).sum().backward()
+    assert torch.equal(view, torch.arange(15.0).view(3, 5))
+    assert model.weight.grad is view

@@ -75,6 +75,36 @@ def test_more_ranks_and_the_log_interval_do_not_change_what_is_learned(base: Pat
         assert layer["valid_tokens"] == sum(m["layers"]["1"]["valid_tokens"] for m in members)
 
 
+def _write_questions(path: Path, answered_every: int) -> None:
+    """Documents of seven windows; of some of them the last letters count in the loss."""
+    with path.open("w") as lines:
+        for number in range(60):
+            text = f"question {number} " * 9
+            ranges = [[len(text) - 6, len(text)]] if number % answered_every == 0 else []
+            lines.write(json.dumps({"text": text, "ranges": ranges}) + "\n")
+
+
+def test_steps_without_a_token_in_the_loss_are_null_counted_and_warned_about(
+    base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _write_questions(base / "questions.jsonl", answered_every=3)
+    source = {"name": "q", "path": str(base / "questions.jsonl"), "loss_field": "ranges"}
+    config = make_config(base, "empty", "checkpoint.every=0", f"data.sources=[{json.dumps(source)}]")
+    [outcome] = rank_outcomes(1, attempt, base, config)
+    assert outcome.result == End(0), outcome.error
+    lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    empty = [line for line in lines if line["loss_tokens"] == 0]
+    assert 0 < len(empty) == lines[-1]["empty_steps"] < len(lines)
+    for line in lines:
+        assert (line["loss"] is None) == (line["loss_tokens"] == 0)
+        assert 0.9 < line["aux"]["balance"] < 2.0  # not a hundred times as much
+        valid = line["layers"]["1"]["valid_tokens"]
+        assert line["tokens_per_second"] == pytest.approx(valid / line["seconds_per_step"])
+    said = capfd.readouterr().out
+    assert said.count("had no token that counts in the loss") == 1
+    assert "eta=?" not in said
+
+
 @pytest.mark.parametrize(
     ("text", "step"),
     [

@@ -34,6 +34,7 @@ def values(*shape: int) -> Tensor:
 def measured(gradients: Mapping[str, Tensor], **changes: object) -> Measurement:
     plain: dict[str, object] = {
         "losses": [4.0, 3.9], "auxiliary": {"aux.balance": [1.1, 1.1]}, "counts": {"0.demand_E": [[3, 3], [3, 3]]},
+        "objectives": [4.011, 3.911], "meant": [4.011, 3.911],
         "norms": [2.0, 2.0], "clips": [0.5, 0.5], "gradients": {n: part(g) for n, g in gradients.items()},
         "weights": {}, "micro_collectives": [{"all_to_all_single": 4}], "end_collectives": {}, "known_norm": KNOWN_NORM,
         "clipped_norm": 1.0, "margin": 1.0,
@@ -90,6 +91,7 @@ def test_the_first_wrong_tensor_of_the_model_is_named():
         ({"losses": [4.1, 3.9]}, "gradients", "loss 4.1 instead of 4"),
         ({"losses": [4.0, float("nan")]}, "gradients", "second step"),
         ({"auxiliary": {"aux.balance": [2.2, 1.1]}}, "balance", "auxiliary loss balance is 2.2 instead of 1.1"),
+        ({"objectives": [4.02, 3.9]}, "balance", "what is differentiated is 4.02"),
         ({"counts": {"0.demand_E": [[2, 4], [3, 3]]}}, "gradients", "other assignments"),
         ({"norms": [2.1, 2.0]}, "norm", "gradient norm 2.1 instead of 2"),
         ({"known_norm": 7.236068}, "norm", "7.236068, not 10.954451"),
