@@ -406,18 +406,10 @@ class OptimizerConfig(Section):
     """Learning rate at the end, relative to the peak."""
 
 
-def _is_text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it is not UTF-8, or holds half a surrogate pair") from None
-    return value
-
-
 class SampleConfig(Section):
     """The text generated at the end of training."""
 
-    prompt: Annotated[str, AfterValidator(_is_text)] = "def "
+    prompt: str = "def "
     tokens: Count = 120
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

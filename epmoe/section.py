@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Meaning = Mapping[str, tuple[Callable[[Any], bool], str, str]]
 """An option that means nothing without others -> whether it has an effect; else why not, and what would give it one."""
@@ -18,6 +18,14 @@ class Section(BaseModel):
 
     meaning: ClassVar[Meaning] = {}
     """Options that are refused where they have no effect, unless they have their default."""
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """A configuration is stored and sent as UTF-8, which knows no halves of surrogate pairs."""
+        if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError("it is not UTF-8")
+        return value
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:

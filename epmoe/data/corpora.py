@@ -209,9 +209,10 @@ def on_one_side(corpora: Sequence[Corpus]) -> list[Corpus]:
 
 
 def also_training(corpora: Sequence[Corpus], corpus: Corpus) -> int:
-    """Pieces of a corpus's validation text that are training text too, here or in another source."""
+    """Pieces with validation text of a corpus that are training text too, here or in another source."""
     trained = {piece.sha256 for other in corpora for piece in other.pieces if piece.split == "train"}
-    return sum(p.split == "val" and p.end > p.start and p.sha256 in trained for p in corpus.pieces)
+    held_out = ("val", None) if corpus.kind == "files" else ("val",)  # None: a file whose end is validation
+    return sum(p.split in held_out and p.end > p.start and p.sha256 in trained for p in corpus.pieces)
 
 
 def read_piece(corpus: Corpus, piece: Piece) -> Iterator[Passage]:

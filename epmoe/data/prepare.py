@@ -258,6 +258,7 @@ def _training_texts(corpora: Sequence[Corpus], progress: Report, should_stop: St
             for first, others in documents(read_piece(corpus, piece)):
                 if first.split == "train":
                     for text in training_parts(passage.text for passage in chain([first], others)):
+                        stop_if(should_stop)
                         room -= len(text)
                         yield text
             done += piece.end - piece.start

@@ -30,7 +30,7 @@ from epmoe.data.corpora import (
 )
 from epmoe.data.encoding import PART_CHARS, Encoded, encode_text
 from epmoe.data.fidelity import RoundTrip
-from epmoe.data.files import read_json, write_json
+from epmoe.data.files import StopFlag, never_stop, read_json, stop_if, write_json
 from epmoe.data.indexed import FileSums, IndexedWriter, token_dtype
 from epmoe.data.tokenizer import Tokenizer
 from epmoe.errors import DataError
@@ -96,26 +96,33 @@ def plan_shards(corpus: Corpus, folder: Path, tokenizer: Path) -> list[ShardJob]
     ]
 
 
-def make_shard(job: ShardJob, tokenizer: Tokenizer) -> None:
+def make_shard(job: ShardJob, tokenizer: Tokenizer, should_stop: StopFlag = never_stop) -> None:
     """Tokenises a shard into a folder that appears complete, or not at all."""
     out = Path(job.out)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     unfinished.mkdir()
     try:
-        _write_shard(job, tokenizer, unfinished)
+        _write_shard(job, tokenizer, unfinished, should_stop)
         os.rename(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_shard(job: ShardJob, tokenizer: Tokenizer, folder: Path) -> None:
+def _write_shard(job: ShardJob, tokenizer: Tokenizer, folder: Path, should_stop: StopFlag) -> None:
     with_mask = job.corpus.loss_field is not None
     writers = {split: _SplitWriter(tokenizer, folder / split, with_mask=with_mask) for split in SPLITS}
     for piece in job.corpus.pieces:
-        for first, others in documents(read_piece(job.corpus, piece)):
+        for first, others in documents(_stoppable(read_piece(job.corpus, piece), should_stop)):
             writers[first.split].add(first, chain([first], others))
     record = {split: [asdict(writer.counts), asdict(writer.finish())] for split, writer in writers.items()}
     write_json(folder / COUNTS_FILE, record)
+
+
+def _stoppable(passages: Iterator[Passage], should_stop: StopFlag) -> Iterator[Passage]:
+    """A long document may take minutes."""
+    for passage in passages:
+        stop_if(should_stop)
+        yield passage
 
 
 def merge_shard(job: ShardJob, split: Split, writer: IndexedWriter) -> Counts:

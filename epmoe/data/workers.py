@@ -46,8 +46,7 @@ def make_shards(
     """
     if min(num_workers, len(jobs)) <= 1:
         for job in jobs:
-            stop_if(should_stop)
-            make_shard(job, tokenizer)
+            make_shard(job, tokenizer, should_stop)
             yield job
         return
     waiting = deque(jobs)

@@ -205,6 +205,11 @@ def test_files_that_are_no_configuration(write, tmp_path: Path):
 
 
 # ---------------------------------------------------------------------------------------- overrides
+@pytest.mark.parametrize("key", ["train.sample.prompt", "data.sources.0.path", "data.eos_token", "out"])
+def test_bytes_that_are_no_utf8_are_refused(write, key: str):
+    assert mistakes(write(""), f"{key}=caf\udce9") == f"command line: {key}: it is not UTF-8"
+
+
 def test_overrides_are_yaml_scalars_or_flow_collections(write):
     config = load_config(
         write("optimizer: {betas: [0.5, 0.6]}\ntrain: {steps: 7}\n"),

@@ -201,6 +201,14 @@ def test_stop_flag_anywhere_leaves_nothing_half_done(tmp_path: Path, calls: int)
     assert prepare(cfg).sources[0].train.facts.documents > 0
 
 
+def test_stop_flag_inside_a_long_document(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(text(1, 1000) * 1000)
+    cfg = config(tmp_path, tmp_path / "long.txt")
+    polls: list[int] = []
+    prepare(cfg, should_stop=lambda: polls.append(1) or False)  # type: ignore[func-returns-value]
+    assert len(polls) > 6  # once for each megabyte, and around
+
+
 def test_stop_flag_ends_the_workers(tmp_path: Path) -> None:
     cfg = several_shards(tmp_path, num_workers=2)
     done: list[int] = []

@@ -267,7 +267,7 @@ def test_patterns(tmp_path: Path, glob: str, count: int) -> None:
         assert names == sorted(p.relative_to(folder).as_posix() for p in folder.glob(glob) if p.is_file())
 
 
-@pytest.mark.parametrize("glob", ["", "/etc/*", "../*", "a/../../*"])
+@pytest.mark.parametrize("glob", [".", "/etc/*", "../*", "a/../../*"])
 def test_patterns_that_lead_out_of_the_folder_are_refused(tmp_path: Path, glob: str) -> None:
     write_folder(tmp_path, 3)
     with pytest.raises(DataError, match="does not work"):
@@ -343,6 +343,14 @@ def test_validation_that_is_training_text_is_named(tmp_path: Path) -> None:
     same = text_warning(prepare(config(tmp_path, folder, source={"val_path": str(folder)})))
     assert "6 validation file(s)" in str(same)
     assert text_warning(prepare(config(tmp_path, folder))) is None
+
+
+def test_a_held_out_end_that_another_source_trains_on_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "texts", 6)
+    files = sorted(folder.rglob("*.txt"))
+    book = next(f for f in files if not is_validation(f.relative_to(folder).as_posix().encode()))
+    warning = text_warning(prepare(config(tmp_path, folder, book)))
+    assert warning == "1 validation file(s) or pieces of source s1 are training text too"
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
