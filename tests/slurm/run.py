@@ -71,7 +71,8 @@ def dead_node(trial: Trial) -> None:
         trial.cluster.fail_node(node, number)
         wait_until(lambda number=number: trial.cluster.job(number).restarts > 0, 120, "the loss is noticed")
         trial.cluster.start_node(node)
-        trial.expect(number, "COMPLETED", restarts=1)
+        # What Slurm still had to tell the lost node can meet the next start there, which then is one more loss.
+        trial.expect(number, "COMPLETED", restarts=1, at_least=True)
         trial.assert_same(out)
 
 
