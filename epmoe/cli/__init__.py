@@ -111,6 +111,7 @@ def _app() -> typer.Typer:
     app.command("generate")(_generate)
     app.command("verify")(_verify)
     app.command("doctor")(_doctor)
+    app.command("rewind")(_rewind)
     app.command("launch", context_settings={"ignore_unknown_options": True})(_launch)
     return app
 
@@ -224,6 +225,16 @@ def _require_one_process(command: str) -> None:
             why="each of them would load the whole model and do all of the work",
             fix=f"run `epmoe {command} ...` without torchrun; unset WORLD_SIZE if it is left over",
         )
+
+
+def _rewind(
+    run: Annotated[Path, typer.Argument(help="A run folder that no process trains in.")],
+    step: Annotated[int, typer.Argument(min=0, max=10**9 - 1, help="Of a checkpoint it holds.")],
+) -> None:
+    """Let the next start of a run go on from an earlier checkpoint; newer ones are set aside."""
+    from epmoe.cli.rewind import rewind
+
+    rewind(run, step)
 
 
 def _doctor(

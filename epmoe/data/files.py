@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from epmoe.errors import DataError, Preempted
 
@@ -41,13 +43,35 @@ def stop_if(should_stop: StopFlag) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either the old one or the complete new one, also after a power cut."""
+    """Writes a file so that it is either the old one or the complete new one, also after a power cut.
+
+    A link of that name is replaced, its target left alone. What could not be written in full is removed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # of an earlier process with this number
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading. A pipe or a device would be waited for, perhaps for ever.
+
+    Raises:
+        OSError: It cannot be opened, or is something else.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(0, "it is not a regular file", str(path))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,11 +90,13 @@ def read_json(path: Path) -> Any:
 
 
 def crc32_of(path: Path, should_stop: StopFlag = never_stop) -> int:
-    """CRC-32 of a whole file, about 2 GB/s."""
+    """CRC-32 of the bytes that a regular file holds when it is opened, about 2 GB/s."""
     crc = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
+    with open_regular(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
             crc = zlib.crc32(block, crc)
+            left -= len(block)
             stop_if(should_stop)
     return crc
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from epmoe.data.files import write_atomically
 from epmoe.errors import printable
 from epmoe.observe.health import Bin, LayerSummary, RouterHistory
 
@@ -77,7 +78,7 @@ class HeatMap:
 
 def write_chart(history: RouterHistory, path: Path, title: str) -> None:
     """Writes the SVG of a run; an empty history gives a picture that says so."""
-    path.write_text(render_chart(history, title), encoding="utf-8")
+    write_atomically(path, render_chart(history, title).encode())
 
 
 def render_chart(history: RouterHistory, title: str) -> str:

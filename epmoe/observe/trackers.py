@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from epmoe.data.files import write_atomically
 from epmoe.errors import warn
 from epmoe.observe.record import StepRecord, read_records, record_from_json, record_to_json
 
@@ -59,11 +59,8 @@ def _drop_later_lines(path: Path, start_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= start_step]
-    if len(kept) < len(lines):
-        # A second file and a rename: a crash in between leaves the old metrics or the new, never half of them.
-        shorter = path.with_name(path.name + ".tmp")
-        shorter.write_text("".join(kept), encoding="utf-8")
-        os.replace(shorter, path)
+    if len(kept) < len(lines) or path.is_symlink():  # nothing is ever appended to a link's target
+        write_atomically(path, "".join(kept).encode())
 
 
 def _step_of(line: str) -> float:

@@ -4,13 +4,15 @@
         manifest.json               by rank 0, when every tensor and every expert is there exactly once; fsync
     -> rename to step_000000120 -> latest.json -> the oldest go
 
-Nothing is read before ``verify_checkpoint`` has seen every byte. A tensor is stored once, whole, whatever the layout:
+Nothing is read before ``verify_checkpoint`` has seen every byte, and nothing goes unless as many as are to be kept have
+been seen whole by this process: those it verified or wrote. A tensor is stored once, whole, whatever the layout:
 stacked experts are shards of one tensor whose dim 0 is the global expert id, so reading them on another number of
 ranks is DCP's ordinary job. The disk never holds a pickle: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,7 +25,6 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -48,22 +49,28 @@ from epmoe.train.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
+    TensorRecord,
     TrainingRecord,
     candidates,
     damaged_files,
-    looks_complete,
     read_manifest,
     step_folder,
     unlisted_shards,
     write_manifest,
 )
+from epmoe.train.replicas import differing_replicas
 from epmoe.train.run_folder import software_versions
-from epmoe.train.shards import ShardWriter, incomplete_tensors
+from epmoe.train.shards import ShardReader, ShardWriter, incomplete_tensors
 
-UNFINISHED = ".tmp-"
+UNFINISHED = ".tmp-step_"
+REPLACED = "-replaced"
 LATEST = "latest.json"
 FOLDER = "ckpt"
 """Where a run keeps its checkpoints, inside its folder."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_seen_whole: set[Path] = set()
+"""Checkpoints that this process verified or wrote, by resolved path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +101,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes one checkpoint and removes the oldest beyond ``keep``. A collective: all ranks succeed, or all raise.
 
+    On a full disk older checkpoints make room, but for the newest that this process has seen whole.
+
     Args:
         folder: The run's checkpoint folder; made if missing.
         record: Where training stands.
@@ -102,17 +111,37 @@ def save_checkpoint(
         The new checkpoint's folder.
 
     Raises:
-        CheckpointError: The disk is full or not writable, or the ranks do not hold every expert exactly once.
-            Older checkpoints are untouched.
+        CheckpointError: The disk is full or not writable, the ranks do not hold every expert exactly once, or what
+            several ranks hold is not the same on all of them. Older checkpoints are untouched.
     """
     tensors = local_tensors(model, engine)
-    layouts = _agree_on_layout(held_by_this_rank(model, tensors), mesh)
+    entries = as_entries(tensors, mesh)
+    layout = _agree_on_layout(held_by_this_rank(model, tensors), mesh)
+    _require_equal_replicas(entries, mesh)
+    try:
+        path = _write(folder, entries, layout, mesh, record)
+    except CheckpointError as error:
+        if not _disk_is_full(error) or not _make_room(folder, whole_tensors(layout)):
+            raise
+        path = _write(folder, entries, layout, mesh, record)
+    _seen_whole.add(path.resolve())
+    on_rank_zero(lambda: prune(folder, keep), CheckpointError)
+    return path
+
+
+def _write(
+    folder: Path,
+    entries: dict[str, Tensor],
+    layout: dict[str, Held],
+    mesh: ExpertMesh,
+    record: TrainingRecord,
+) -> Path:
     name = step_folder(record.step)
-    temporary = folder / gather_text(f"{UNFINISHED}{name}-{uuid.uuid4().hex[:8]}")[0]
+    temporary = folder / gather_text(f".tmp-{name}-{uuid.uuid4().hex[:8]}")[0]
     try:
         on_rank_zero(lambda: temporary.mkdir(parents=True), CheckpointError)
         env.fault("ckpt.stage", step=record.step)
-        files = _write_shards(temporary, as_entries(tensors, mesh), record.step)
+        files = _write_shards(temporary, entries, record.step)
         manifest = Manifest(
             format=FORMAT,
             record=record,
@@ -120,10 +149,10 @@ def save_checkpoint(
             ep_size=mesh.ep_size,
             versions=software_versions(),
             files=files,
-            tensors=whole_tensors(layouts[0]),
+            tensors=whole_tensors(layout),
         )
         on_rank_zero(lambda: _write_manifest(temporary, manifest), CheckpointError)
-        on_rank_zero(lambda: _publish(temporary, folder / name, keep, record.step), CheckpointError)
+        on_rank_zero(lambda: _publish(temporary, folder / name, record.step), CheckpointError)
     except EpmoeError:
         if not dist.is_initialized() or dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -131,7 +160,8 @@ def save_checkpoint(
     return folder / name
 
 
-def _agree_on_layout(mine: dict[str, Held], mesh: ExpertMesh) -> list[dict[str, Held]]:
+def _agree_on_layout(mine: dict[str, Held], mesh: ExpertMesh) -> dict[str, Held]:
+    """What rank 0 holds, if it goes with what the others do."""
     layouts = [
         {key: Held(*entry) for key, entry in json.loads(text).items()}
         for text in gather_text(json.dumps(mine))
@@ -142,7 +172,19 @@ def _agree_on_layout(mine: dict[str, Held], mesh: ExpertMesh) -> list[dict[str, 
             why="; ".join(problems[:MAX_LISTED]),
             fix="rank r of an ep group must hold experts r*L to r*L+L-1, and all ranks the same dense tensors",
         )
-    return layouts
+    return layouts[0]
+
+
+def _require_equal_replicas(entries: Mapping[str, Tensor], mesh: ExpertMesh) -> None:
+    problems = differing_replicas(entries, mesh)
+    if problems:
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise CheckpointError(
+            f"nothing was saved: {len(problems)} tensors are not the same on all ranks that hold them",
+            why="; ".join(problems[:MAX_LISTED]) + more,
+            fix="find what changes them on one rank alone (weights set by hand, a gradient that is not reduced, a "
+            "faulty device); the checkpoints before are untouched",
+        )
 
 
 def _write_shards(temporary: Path, entries: dict[str, Tensor], step: int) -> dict[str, FileRecord]:
@@ -171,35 +213,103 @@ def _write_manifest(temporary: Path, manifest: Manifest) -> None:
     env.fault("ckpt.after_manifest", step=manifest.record.step)
 
 
-def _publish(temporary: Path, final: Path, keep: int, step: int) -> None:
+def _publish(temporary: Path, final: Path, step: int) -> None:
     env.fault("ckpt.before_rename", step=step)
-    if final.exists():  # an earlier attempt at this step, passed over because it was damaged
-        os.rename(final, temporary.with_name(f"{temporary.name}-replaced"))
+    if os.path.lexists(final):  # an earlier attempt at this step, passed over because it was damaged
+        os.rename(final, temporary.with_name(f"{temporary.name}{REPLACED}"))
     os.rename(temporary, final)
     sync_folder(final.parent)
     env.fault("ckpt.after_rename", step=step)
     env.fault("ckpt.before_latest", step=step)
     write_json(final.parent / LATEST, {"step": step, "folder": final.name})
-    prune(final.parent, keep)
 
 
+# ------------------------------------------------------------------------------------------- retention
 def prune(folder: Path, keep: int) -> None:
-    """Removes checkpoints older than the newest ``keep`` complete ones. Damaged ones do not count as kept."""
+    """Removes checkpoints older than the newest ``keep`` that this process has seen whole, if there are as many.
+
+    Others do not count as kept. Links, and what is newer than the newest of those, stay.
+    """
     found = candidates(folder)
-    kept = [path for path in found if looks_complete(path)][:keep]
-    if not kept:
-        return
-    for path in found[found.index(kept[0]) + 1 :]:
-        if path not in kept:
+    kept = [path for path in found if path.resolve() in _seen_whole][:keep]
+    if len(kept) == keep:
+        for path in _older(found, kept):
             _remove(path)
-    for path in folder.glob(f"{UNFINISHED}*-replaced"):
-        _remove(path)
+    if kept:
+        for path in folder.glob(f"{UNFINISHED}*{REPLACED}"):
+            _remove(path)
+
+
+def _older(found: list[Path], kept: list[Path]) -> list[Path]:
+    """What is older than the newest that is kept, and no link."""
+    rest = found[found.index(kept[0]) + 1 :]
+    return [path for path in rest if path not in kept and not path.is_symlink()]
+
+
+def _disk_is_full(error: CheckpointError) -> bool:
+    """By the text, which all ranks have: the exception is rank 0's or another's."""
+    return any(os.strerror(code) in error.what for code in FULL)
+
+
+def _make_room(folder: Path, tensors: Mapping[str, TensorRecord]) -> bool:
+    """Removes the oldest checkpoints, until one more fits, but for the newest seen whole -> whether any went."""
+    removed: list[str] = []
+
+    def remove() -> None:
+        remove_unfinished(folder)
+        found = candidates(folder)
+        kept = [path for path in found if path.resolve() in _seen_whole][:1]
+        for path in reversed(_older(found, kept) if kept else []):
+            warn(f"the disk is full; {path.name} makes room")
+            _remove(path)
+            removed.append(path.name)
+            if shutil.disk_usage(folder).free > 1.01 * checkpoint_bytes(tensors):
+                return
+
+    on_rank_zero(remove, CheckpointError)
+    return bool(gather_text("".join(removed))[0])
+
+
+def checkpoint_bytes(tensors: Mapping[str, TensorRecord]) -> int:
+    """Bytes of a checkpoint, but for headers and manifest."""
+    return sum(tensor.size for tensor in tensors.values())
+
+
+def require_space(folder: Path, *, model: nn.Module, engine: Engine, keep: int) -> None:
+    """Compares what is free with what ``keep`` checkpoints, and one more while it is written, will take. A collective.
+
+    Warns where not all of them fit.
+
+    Raises:
+        CheckpointError: Not even one fits, whatever older ones make room.
+    """
+    size = checkpoint_bytes(whole_tensors(held_by_this_rank(model, local_tensors(model, engine))))
+    on_rank_zero(lambda: _compare_space(folder, size, keep), CheckpointError)
+
+
+def _compare_space(folder: Path, size: int, keep: int) -> None:
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    disk, here = shutil.disk_usage(place), candidates(folder)
+    here = [path for path in here if not path.is_symlink()]
+    numbers = f"a checkpoint takes {size:,} bytes, the file system of {place} has {disk.free:,} free"
+    if disk.free < size and len(here) < 2 and disk.total:
+        raise CheckpointError(
+            f"no checkpoint fits: {numbers}", fix="free some space, or put out= on a larger disk"
+        )
+    if disk.free < (missing := max(1, keep + 1 - len(here)) * size) and disk.total:
+        warn(
+            f"{numbers}; {missing:,} will be needed for checkpoint.keep={keep} and the one being written. "
+            "Older ones than the newest will make room when the disk is full"
+        )
 
 
 def _remove(path: Path) -> None:
-    """An old checkpoint that cannot be deleted costs space; it is no reason to end a run."""
+    """Something old that cannot be deleted costs space; it is no reason to end a run. Links are not followed."""
     try:
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except OSError as error:
         warn(f"{path} cannot be removed: {error.strerror}")
 
@@ -208,10 +318,7 @@ def remove_unfinished(folder: Path) -> list[str]:
     """Removes what interrupted saves left behind -> names. Only for the run that owns the folder; rank 0 calls it."""
     left = sorted([*folder.glob(f"{UNFINISHED}*"), *folder.glob(f".{LATEST}.*")])
     for path in left:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
     return [path.name for path in left]
 
 
@@ -226,25 +333,45 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
         manifest = read_manifest(path)
-        problems = damaged_files(path, manifest, sorted(manifest.files)[rank::world_size])
-        problems += unlisted_shards(path, manifest)
-        if problems:
-            raise CheckpointError(
-                f"{path} is damaged: {'; '.join(problems[:MAX_LISTED])}",
-                fix="use an older checkpoint; a run resumes from the newest undamaged one by itself",
-            )
+        _require_whole(path, manifest, sorted(manifest.files)[rank::world_size], headers=rank == 0)
     except CheckpointError as caught:
         error = caught
-    raise_together(error)
+    except OSError as caught:
+        error = CheckpointError(f"{path} cannot be read: {caught.strerror}", fix="use an older checkpoint")
+    try:
+        raise_together(error)
+    except CheckpointError:
+        _seen_whole.discard(path.resolve())
+        raise
     if manifest is None:
         raise AssertionError("a checkpoint without a manifest passed")
+    _seen_whole.add(path.resolve())
     return Checkpoint(path=path, manifest=manifest)
 
 
+def _require_whole(path: Path, manifest: Manifest, mine: list[str], *, headers: bool) -> None:
+    """Reads this rank's files, and on one rank the headers of all."""
+    problems = damaged_files(path, manifest, mine)
+    problems += unlisted_shards(path, manifest)
+    if headers and not problems:
+        problems += incomplete_tensors(path, sorted(manifest.files), manifest.tensors)
+    if problems:
+        raise CheckpointError(
+            f"{path} is damaged: {'; '.join(problems[:MAX_LISTED])}",
+            fix="use an older checkpoint; a run resumes from the newest undamaged one by itself",
+        )
+
+
 def find_resumable(folder: Path) -> Resumable:
-    """The newest checkpoint of a folder that is undamaged, if there is one. A collective."""
+    """The newest checkpoint of a folder that is undamaged, if there is one. A collective.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+    """
+    names: list[str] = []
+    on_rank_zero(lambda: names.extend(path.name for path in candidates(folder)), CheckpointError)
     rejected: list[str] = []
-    for name in json.loads(gather_text(json.dumps([path.name for path in candidates(folder)]))[0]):
+    for name in json.loads(gather_text(json.dumps(names))[0]):
         try:
             return Resumable(checkpoint=verify_checkpoint(folder / name), rejected=tuple(rejected))
         except CheckpointError as error:
@@ -252,14 +379,24 @@ def find_resumable(folder: Path) -> Resumable:
     return Resumable(checkpoint=None, rejected=tuple(rejected))
 
 
+def warn_passed_over(found: Resumable) -> None:
+    """Says on rank 0 why newer checkpoints than the one in use were passed over."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    for reason in found.rejected:
+        warn(f"passed over a checkpoint: {reason}")
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint a user names: its own folder, or a run's folder for the newest undamaged one. A collective.
+
+    Newer ones that are passed over are named on standard error.
 
     Raises:
         CheckpointError: It is damaged, or there is none.
     """
     # Rank 0 looks, and all follow: another rank may see another disk.
-    inside = "" if (path / MANIFEST).exists() else FOLDER if (path / FOLDER).is_dir() else "."
+    inside = "" if (path / MANIFEST).exists() else FOLDER if os.path.lexists(path / FOLDER) else "."
     inside = gather_text(inside)[0]
     if not inside:
         return verify_checkpoint(path)
@@ -272,6 +409,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             or f"no {step_folder(0)[:5]}... folder with a {MANIFEST} in {folder}",
             fix="name a run folder, or a step_... folder inside its ckpt folder",
         )
+    warn_passed_over(found)
     return found.checkpoint
 
 
@@ -286,7 +424,7 @@ def load_checkpoint(
     """
     tensors = local_tensors(model, engine)
     _require_match(checkpoint, held_by_this_rank(model, tensors), prefix="", same_dtype=True)
-    _read(checkpoint.path, as_entries(tensors, mesh))
+    _read(checkpoint, as_entries(tensors, mesh))
     engine.publish()
     return checkpoint.manifest.record
 
@@ -310,7 +448,7 @@ def load_weights(
     tensors = local_tensors(model, engine)
     weights = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
     _require_match(checkpoint, held_by_this_rank(model, weights), prefix="model.", same_dtype=False)
-    _read(checkpoint.path, as_entries(weights, mesh))
+    _read(checkpoint, as_entries(weights, mesh))
     if engine is not None:
         engine.publish()
     return checkpoint.manifest.record
@@ -332,18 +470,18 @@ def _require_match(
     raise_together(error)
 
 
-def _read(path: Path, entries: dict[str, Tensor]) -> None:
+def _read(checkpoint: Checkpoint, entries: dict[str, Tensor]) -> None:
     """Fills the tensors in place, each rank reading only its own rows."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             load(
                 entries,
-                storage_reader=HuggingFaceStorageReader(str(path)),
+                storage_reader=ShardReader(checkpoint.path, checkpoint.manifest),
                 no_dist=not dist.is_initialized(),
             )
         except CheckpointException as error:
-            raise _first_failure(error, f"reading {path} failed") from error
+            raise _first_failure(error, f"reading {checkpoint.path} failed") from error
 
 
 def _first_failure(error: CheckpointException, what: str) -> CheckpointError:

@@ -18,6 +18,8 @@ from epmoe.models.decoder import Decoder
 from epmoe.train.checkpoint import Checkpoint, load_weights, open_checkpoint
 from epmoe.train.setup import build_model
 
+EMBEDDING = "model.embed.weight"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
@@ -57,20 +59,35 @@ def load_trained(path: Path, *, device: torch.device, overrides: Sequence[str] =
     config = config.model_copy(update={"model": plain})
     if overrides:
         config = override_config(config, overrides)
-    # Resolved: the name may be relative to the checkpoints' folder, and "step_..." alone has no parents.
-    tokenizer_folder = checkpoint.path.resolve().parent.parent / TOKENIZER_FOLDER
-    if not tokenizer_folder.is_dir():
-        raise CheckpointError(
-            f"{tokenizer_folder} is missing",
-            why="a checkpoint is read together with its run's tokenizer folder",
-        )
+    tokenizer_folder = _tokenizer_folder(path, checkpoint.path)
     tokenizer = load_tokenizer(tokenizer_folder)
     if tokenizer.sha256 != record.tokenizer_hash:
         raise CheckpointError(
             f"{tokenizer_folder} has hash {tokenizer.sha256[:12]}, "
             f"{checkpoint.path.name} was trained with {record.tokenizer_hash[:12]}"
         )
-    vocab_size = checkpoint.manifest.tensors["model.embed.weight"].shape[0]
+    embedding = checkpoint.manifest.tensors.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        found = "not in it" if embedding is None else f"{list(embedding.shape)}, not [entries, width]"
+        raise CheckpointError(
+            f"{checkpoint.path} is not a checkpoint of a language model of epmoe: {EMBEDDING} is {found}"
+        )
+    vocab_size = embedding.shape[0]
     model = build_model(config, vocab_size, device=device, init=False)
     load_weights(checkpoint, model=model)
     return Trained(model=model.eval(), tokenizer=tokenizer, config=config, checkpoint=checkpoint)
+
+
+def _tokenizer_folder(named: Path, checkpoint: Path) -> Path:
+    """The tokenizer of the run that was named, or, where links lead elsewhere, of the run a checkpoint lies in."""
+    # Absolute: the name may be relative to the checkpoints' folder, and "step_..." alone has no parents.
+    here = named.absolute()
+    around = [here, *here.parents[:3], *checkpoint.resolve().parents[:3]]
+    for folder in around:
+        if (folder / TOKENIZER_FOLDER).is_dir():
+            return folder / TOKENIZER_FOLDER
+    raise CheckpointError(
+        f"{checkpoint.absolute().parent.parent / TOKENIZER_FOLDER} is missing",
+        why="a checkpoint is read together with its run's tokenizer folder",
+        fix="name the run's folder, or put a copy of its tokenizer folder beside the ckpt folder",
+    )

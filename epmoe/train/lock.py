@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 from epmoe import env
+from epmoe.data.files import open_regular, write_atomically
 from epmoe.errors import ConfigError
 
 NAME = ".lock"
 BEAT_S = 15.0
 """The owner touches the file this often."""
+MAX_BYTES = 4096
 SILENT_S = 300.0
 """An owner on another machine that has not touched it for so long is gone; network disks tell times a minute late."""
 
@@ -35,6 +37,21 @@ def take(lock: Path) -> None:
             file.write(identity())
         return
     raise ConfigError(f"{lock} keeps changing hands", why="several runs start in this folder at once")
+
+
+def _require_file(lock: Path) -> None:
+    """Raises when what could not be read is there all the same."""
+    if not os.path.lexists(lock):
+        return
+    if lock.is_symlink():
+        what = f"{lock} is a link to {os.readlink(lock)}"
+    else:
+        what = f"{lock} is no file that can be read"
+    raise ConfigError(
+        what,
+        why="a run locks its folder with a file of that name",
+        fix="move it away, or choose another out=",
+    )
 
 
 def keep(lock: Path) -> threading.Event:
@@ -71,6 +88,7 @@ def _reclaim(lock: Path) -> None:
         time.sleep(0.2)
         owner = owner_of(lock)
     if owner is None:
+        _require_file(lock)
         return
     if owner and not is_gone(owner, _age_on_disk_s(lock)):
         host, pid, *_ = owner.split(":")
@@ -97,7 +115,8 @@ def _reclaim(lock: Path) -> None:
 def owner_of(lock: Path) -> str | None:
     """What the lock says; None when there is none."""
     try:
-        return lock.read_text()
+        with open_regular(lock) as file:
+            return file.read(MAX_BYTES).decode(errors="replace")
     except OSError:
         return None
 
@@ -111,7 +130,7 @@ def _age_on_disk_s(lock: Path) -> float:
     """As ``age_s``, by the clock of the disk: machines need not agree on the time."""
     probe = lock.with_name(f".probe-{os.getpid()}")
     try:
-        probe.touch()
+        write_atomically(probe, b"")
         return probe.stat().st_mtime - lock.stat().st_mtime
     except OSError:
         return 0.0

@@ -11,20 +11,27 @@ a CRC-32 of the manifest itself in its first line.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from epmoe.data.files import crc32_of, write_atomically
+from epmoe.data.files import crc32_of, open_regular, write_atomically
 from epmoe.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_SUFFIX = ".safetensors"
 STEP_FOLDER = re.compile(r"step_(\d{9})")
+MAX_MANIFEST_BYTES = 256 * 2**20
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes of an element, by safetensors' name of its type."""
 
 
 class _Part(BaseModel):
@@ -39,12 +46,35 @@ class FileRecord(_Part):
     crc32: int = Field(ge=0, lt=2**32)
 
 
+def _known_dtype(dtype: str) -> str:
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"{dtype!r} is no type of a tensor here")
+    return dtype
+
+
 class TensorRecord(_Part):
     """A tensor over all ranks."""
 
-    dtype: str
+    dtype: Annotated[str, AfterValidator(_known_dtype)]
     """safetensors' name: F32, BF16, I64 ..."""
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class Counters(_Part):
+    """Counters of the training loop."""
+
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    """Spent in training."""
+    skipped: int = Field(default=0, ge=0)
+    skipped_in_a_row: int = Field(default=0, ge=0)
+    overflowed: int = Field(default=0, ge=0)
+    loss_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    loss_scale_good_steps: int | None = Field(default=None, ge=0)
 
 
 class TrainingRecord(_Part):
@@ -61,7 +91,7 @@ class TrainingRecord(_Part):
     data_fingerprint: str
     tokenizer_hash: str
     trainer: dict[str, Any] = {}
-    """Counters of the training loop."""
+    """``Counters`` of a run of ``epmoe train``; what else a training loop wants back."""
 
 
 class Manifest(_Part):
@@ -96,17 +126,57 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: It is missing, damaged, from a newer epmoe, or names files outside the folder.
+        CheckpointError: It is missing, damaged, from a newer epmoe, of another step than the folder's name says,
+            names files outside the folder, or promises tensors that its files cannot hold.
     """
     path = folder / MANIFEST
+    manifest = _parse_manifest(path, _manifest_bytes(path))
+    for name in manifest.files:
+        if Path(name).name != name or not name.endswith(SHARD_SUFFIX):
+            raise CheckpointError(
+                f"{path} names the file {name!r}",
+                why="shards are plain *.safetensors names in the same folder",
+            )
+    step = STEP_FOLDER.fullmatch(folder.name)
+    if step and int(step[1]) != manifest.record.step:
+        own = step_folder(manifest.record.step)
+        raise CheckpointError(
+            f"{folder} holds the checkpoint of step {manifest.record.step}: the folder was renamed",
+            fix=f"rename it to {own}; if there is one of that name, keep this one under a name without step_",
+        )
+    promised = sum(tensor.size for tensor in manifest.tensors.values())
+    stored = sum(file.size for file in manifest.files.values())
+    if promised > stored:
+        raise CheckpointError(
+            f"{path} lists tensors of {promised:,} bytes in files of {stored:,} bytes",
+            fix="use another checkpoint",
+        )
+    return manifest
+
+
+def _manifest_bytes(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
-        value = json.loads(raw)
+        with open_regular(path) as file:
+            raw = file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} has no {MANIFEST}: it is not a finished checkpoint", fix="use another checkpoint"
+            f"{path.parent} has no {MANIFEST}: it is not a finished checkpoint", fix="use another checkpoint"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}", fix="make it readable, or use another checkpoint"
+        ) from None
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"{path} has more than {MAX_MANIFEST_BYTES:,} bytes", fix="use another checkpoint"
+        )
+    return raw
+
+
+def _parse_manifest(path: Path, raw: bytes) -> Manifest:
+    try:
+        value = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read", why=str(error), fix="use another checkpoint"
         ) from None
@@ -123,18 +193,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: its CRC-32 is wrong", fix="use another checkpoint")
     del value["crc32"]
     try:
-        manifest = Manifest.model_validate_json(json.dumps(value))
+        return Manifest.model_validate_json(json.dumps(value))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise CheckpointError(f"{path}: {where}: {problem['msg']}", fix="use another checkpoint") from None
-    for name in manifest.files:
-        if Path(name).name != name or not name.endswith(SHARD_SUFFIX):
-            raise CheckpointError(
-                f"{path} names the file {name!r}",
-                why="shards are plain *.safetensors names in the same folder",
-            )
-    return manifest
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return value
 
 
 def damaged_files(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
@@ -162,18 +233,25 @@ def unlisted_shards(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{name} is not in {MANIFEST}" for name in found if name not in manifest.files]
 
 
-def looks_complete(folder: Path) -> bool:
-    """A cheap look: manifest readable, every file there with its size. Contents are not read."""
-    try:
-        manifest = read_manifest(folder)
-        return all((folder / name).stat().st_size == file.size for name, file in manifest.files.items())
-    except (CheckpointError, OSError):
-        return False
-
-
 def candidates(folder: Path) -> list[Path]:
-    """Checkpoint folders inside ``folder``, newest step first. Links are left out: they may lead anywhere."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and not path.is_symlink()]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: path.name, reverse=True)
+    """Checkpoint folders inside ``folder`` and links that may lead to some, newest step first; by name alone.
+
+    Raises:
+        CheckpointError: ``folder`` is something else than a folder, or cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        if not folder.is_symlink():
+            return []
+        raise CheckpointError(
+            f"{folder} is a link to {os.readlink(folder)}, which is not there",
+            fix="bring that folder back (is its disk mounted?), or choose another out= for a new run",
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be listed: {error.strerror}",
+            fix="make it a folder that this user can read, or choose another out=",
+        ) from None
+    found = [folder / name for name in sorted(names, reverse=True) if STEP_FOLDER.fullmatch(name)]
+    return [path for path in found if path.is_dir() or path.is_symlink()]

@@ -5,24 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from epmoe import env
 from epmoe.config import Config
 from epmoe.data.loader import TrainData
 from epmoe.data.prepared import PreparedData
-from epmoe.errors import CheckpointError, warn
+from epmoe.errors import CheckpointError
 from epmoe.observe.display import say
 from epmoe.parallel.runtime import on_rank_zero
 from epmoe.train.checkpoint import (
     FOLDER,
+    Checkpoint,
     find_resumable,
     load_checkpoint,
     load_weights,
     open_checkpoint,
     remove_unfinished,
+    require_space,
+    warn_passed_over,
 )
 from epmoe.train.loop import Progress, Trainer
 from epmoe.train.loss_scale import restored_scale
-from epmoe.train.manifest import TrainingRecord
+from epmoe.train.manifest import MANIFEST, Counters, TrainingRecord
 from epmoe.train.run_folder import RunFolder
 
 SHAPES = (
@@ -103,13 +108,14 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
     """
     config, checkpoints = trainer.config, folder.path / FOLDER
     on_rank_zero(lambda: remove_unfinished(checkpoints), CheckpointError)
+    require_space(checkpoints, model=trainer.model, engine=trainer.engine, keep=config.checkpoint.keep)
     found = find_resumable(checkpoints)
     if found.checkpoint is None:
         if found.rejected:
             raise CheckpointError(
                 f"none of the {len(found.rejected)} checkpoint(s) in {checkpoints} is usable",
                 why="; ".join(found.rejected),
-                fix=f"bring one of them back, or delete {checkpoints} to begin anew",
+                fix="bring one of them back, or choose another out= to begin anew",
             )
         _start_from(config, trainer, prepared)
         return 0.0
@@ -119,20 +125,39 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
         data_fingerprint=data.fingerprint,
         tokenizer_hash=prepared.tokenizer.sha256,
     )
-    record = load_checkpoint(found.checkpoint, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)
-    counters = dict(record.trainer)
-    seconds = float(counters.pop("seconds"))
-    loss_scale = restored_scale(config.train.precision, counters)
-    trainer.progress = Progress(
-        step=record.step, samples=record.samples, tokens=record.tokens, loss_scale=loss_scale, **counters
-    )
+    progress, seconds = _progress_of(found.checkpoint, config)
+    load_checkpoint(found.checkpoint, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)
+    trainer.progress = progress
     if folder.is_writer:
-        for reason in found.rejected:
-            warn(f"passed over a checkpoint: {reason}")
-        say(f"resuming from {found.checkpoint.path} (step {record.step})")
+        warn_passed_over(found)
+        say(f"resuming from {found.checkpoint.path} (step {progress.step})")
         for line in changes:
             say(f"  changed since: {line}")
     return seconds
+
+
+def _progress_of(checkpoint: Checkpoint, config: Config) -> tuple[Progress, float]:
+    """Where training stood, and the seconds it had taken."""
+    record = checkpoint.manifest.record
+    try:
+        counters = Counters.model_validate(record.trainer)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(
+            f"{checkpoint.path / MANIFEST}: record.trainer.{problem['loc'][0]}: {problem['msg']}",
+            fix="use the version of epmoe that wrote it, or another checkpoint",
+        ) from None
+    scale = restored_scale(config.train.precision, counters.model_dump(exclude_none=True))
+    progress = Progress(
+        step=record.step,
+        samples=record.samples,
+        tokens=record.tokens,
+        skipped=counters.skipped,
+        skipped_in_a_row=counters.skipped_in_a_row,
+        overflowed=counters.overflowed,
+        loss_scale=scale,
+    )
+    return progress, counters.seconds
 
 
 def _start_from(config: Config, trainer: Trainer, prepared: PreparedData) -> None:

@@ -15,7 +15,7 @@ from epmoe import env
 from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
 from epmoe.data.corpora import refuse_as_source
-from epmoe.data.files import silent
+from epmoe.data.files import silent, write_atomically
 from epmoe.data.loader import TrainData, validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, source_lines, text_warning
@@ -206,7 +206,7 @@ class Run:
         must not replace the description of the run in the folder."""
         path, train = self.folder.path, self.config.train
         describe_run(self.folder, self.config.model_dump(mode="json"), argv)
-        (path / RESOLVED).write_text(dump_config(self.config), encoding="utf-8")
+        write_atomically(path / RESOLVED, dump_config(self.config).encode())
         self.prepared.tokenizer.save(path / TOKENIZER_FOLDER)
         say("\n".join(source_lines(self.prepared)))
         say(_layout(self.config, self.trainer))

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 import epmoe
 from epmoe import env
-from epmoe.data.files import write_json
+from epmoe.data.files import write_atomically, write_json
 from epmoe.errors import CommError, ConfigError
 from epmoe.parallel.runtime import Runtime, gather_text, on_rank_zero
 from epmoe.train import lock
@@ -88,7 +88,7 @@ def _take(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
+        write_atomically(probe, b"")
         probe.unlink()
     except OSError as error:
         raise ConfigError(

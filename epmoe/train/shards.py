@@ -2,7 +2,8 @@
 
 DCP plans who writes what and how shards become the tensors of another layout. Its own safetensors writer first
 builds the file in memory (twice the shard) and is seven times slower, so the bytes are streamed here instead, in the
-same format: ``HuggingFaceStorageReader`` reads it.
+same format: ``HuggingFaceStorageReader`` reads it. It maps files into memory, though, where one that shrinks meanwhile
+ends the process; ``ShardReader`` reads them.
 
     8 bytes length | JSON: name -> dtype, shape, place; where in the whole tensor each piece belongs | raw bytes
 """
@@ -10,24 +11,41 @@ same format: ``HuggingFaceStorageReader`` reads it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from epmoe import env
+from epmoe.data.files import open_regular
 from epmoe.errors import CheckpointError
-from epmoe.train.manifest import SHARD_SUFFIX, FileRecord, TensorRecord
+from epmoe.train.manifest import SHARD_SUFFIX, FileRecord, Manifest, TensorRecord
 
 DTYPES = {
     torch.float64: "F64",
@@ -41,6 +59,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 PIECE_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 100 * 2**20
 """safetensors' own limit."""
@@ -153,7 +172,7 @@ def _header(items: list[WriteItem]) -> tuple[bytes, int]:
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + position
 
 
-# ------------------------------------------------------------------------------------------- reading headers
+# ------------------------------------------------------------------------------------------- reading
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A part of a tensor in one file."""
@@ -163,6 +182,13 @@ class Piece:
     shape: tuple[int, ...]
     start: tuple[int, ...]
     """Where it belongs in the whole tensor."""
+    begin: int
+    """Its first byte in the file."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along dim 0; of the whole where there is no dim 0."""
+        return math.prod(self.shape[1:]) * TORCH_DTYPES[self.dtype].itemsize
 
 
 def read_pieces(path: Path) -> dict[str, Piece]:
@@ -172,26 +198,110 @@ def read_pieces(path: Path) -> dict[str, Piece]:
         CheckpointError: The header is damaged.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER_BYTES:
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(file.read(length))
+            size = os.fstat(file.fileno()).st_size
         metadata = header.pop("__metadata__")
         offsets = json.loads(metadata["DCP_SHARDING_INFO"])
         return {
-            key: Piece(
-                file=path.name,
-                dtype=entry["dtype"],
-                shape=tuple(entry["shape"]),
-                start=tuple(offsets[key]["saved_offsets"]),
-            )
+            key: _piece(path.name, entry, offsets[key]["saved_offsets"], 8 + length, size)
             for key, entry in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a shard of epmoe", why=f"{type(error).__name__}: {error}"
         ) from None
+
+
+def _piece(file: str, entry: Mapping[str, Any], start: list[int], data: int, file_size: int) -> Piece:
+    first, end = entry["data_offsets"]
+    piece = Piece(
+        file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]), start=tuple(start), begin=data + first
+    )
+    size = math.prod(piece.shape) * TORCH_DTYPES[piece.dtype].itemsize
+    if min((0, first, *piece.shape, *piece.start)) < 0 or end - first != size or data + end > file_size:
+        raise ValueError(
+            f"bytes {first} to {end} of {file_size - data} for {piece.dtype} {list(piece.shape)}"
+        )
+    return piece
+
+
+class ShardReader(HuggingFaceStorageReader):
+    """DCP storage that reads the tensors of a checkpoint from the files its manifest names, and from no others.
+
+    Raises:
+        CheckpointError: From ``load``: a file is not what it was when the checkpoint was verified.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        super().__init__(str(folder))
+        self._folder, self._manifest = folder, manifest
+
+    def read_metadata(self) -> Metadata:
+        """Whole tensors from the manifest, their pieces from the shards' headers."""
+        pieces: dict[str, list[Piece]] = {key: [] for key in self._manifest.tensors}
+        storage: dict[MetadataIndex, Piece] = {}
+        for name in sorted(self._manifest.files):
+            for key, piece in read_pieces(self._folder / name).items():
+                pieces[key].append(piece)
+                storage[MetadataIndex(key, piece.start)] = piece
+        tensors: dict[str, Any] = {
+            key: _described(self._manifest.tensors[key], found) for key, found in pieces.items()
+        }
+        return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id))
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads the planned rows in place, file by file."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].file, []).append(item)
+        for name, items in by_file.items():
+            with open_regular(self._folder / name) as file:
+                for item in items:
+                    target = planner.resolve_tensor(item).detach()
+                    _read_rows(file, self.storage_data[item.storage_index], item, target)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _described(tensor: TensorRecord, pieces: list[Piece]) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=TORCH_DTYPES[tensor.dtype]),
+        size=torch.Size(tensor.shape),
+        chunks=[
+            ChunkStorageMetadata(offsets=torch.Size(piece.start), sizes=torch.Size(piece.shape))
+            for piece in pieces
+        ],
+    )
+
+
+def _read_rows(file: BinaryIO, piece: Piece, item: ReadItem, target: Tensor) -> None:
+    """Fills the target from rows of a piece, a few at a time: no copy of a large tensor is made."""
+    if not target.numel():
+        return
+    first, count = (item.storage_offsets[0], item.lengths[0]) if piece.shape else (0, 1)
+    rows = target if piece.shape else target.view(1)
+    inner = tuple(
+        slice(start, start + n) for start, n in zip(item.storage_offsets[1:], item.lengths[1:], strict=True)
+    )
+    at_once = max(1, PIECE_BYTES // piece.row_bytes)
+    for done in range(0, count, at_once):
+        number = min(at_once, count - done)
+        data = bytearray(number * piece.row_bytes)
+        file.seek(piece.begin + (first + done) * piece.row_bytes)
+        if (found := file.readinto(data)) != len(data):  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"{file.name} became shorter while it was read",
+                why=f"{len(data):,} bytes were expected, {found:,} are left",
+                fix="find out who writes to it; a run resumes from the newest undamaged checkpoint by itself",
+            )
+        loaded = torch.frombuffer(data, dtype=TORCH_DTYPES[piece.dtype]).view(number, *piece.shape[1:])
+        rows[done : done + number].copy_(loaded[(slice(None), *inner)])
 
 
 def incomplete_tensors(folder: Path, names: list[str], expected: Mapping[str, TensorRecord]) -> list[str]:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from epmoe.errors import CheckpointError
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from epmoe.parallel.runtime import start
+from epmoe.train import checkpoint
 from epmoe.train.checkpoint import (
     UNFINISHED,
     find_resumable,
@@ -239,6 +241,64 @@ def test_a_save_in_which_an_expert_is_held_twice_or_by_nobody_is_refused(tmp_pat
         assert "other.experts.experts.*.weight" in said["modules twice"]
         assert "experts [0, 1] are held twice" in said["modules twice"]
         assert "model.norm differs between ranks" in said["dense differs"]
+
+
+def _drifted(rank: int, folder: Path, ep_size: int, name: str) -> str:
+    mesh = _mesh(ep_size)
+    model = tiny_model(mesh, listed=True)
+    engine = trained(model, mesh, 1)
+    changed = {**engine.weights(), **engine.state()}[name]
+    if rank == 1:
+        changed.detach().view(-1)[-1] += 1
+    try:
+        _save(folder, model, engine, mesh, 1)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "name", "says"),
+    [
+        (2, "norm", "model.norm is one on rank(s) [0] and another on [1]"),
+        (2, "norm.exp_avg", "optim.norm.exp_avg is one"),
+        (2, "steps_seen", "model.steps_seen is one"),
+        (1, "experts.w_in", "model.experts.w_in (part 0) is one on rank(s) [0] and another on [1]"),
+        (1, "other.experts.experts.3.weight", "model.other.experts.experts.3.weight is one"),
+        (2, "experts.w_in", "saved"),
+    ],
+)
+def test_replicas_that_differ_are_found_before_they_are_written(
+    ep_size: int, name: str, says: str, tmp_path: Path
+) -> None:
+    for said in run_ranks(2, _drifted, tmp_path, tmp_path / "ckpt", ep_size, name):
+        assert says in said
+    assert (tmp_path / "ckpt").exists() == (says == "saved")
+
+
+def _saves_on_a_full_disk(rank: int, folder: Path) -> list[str]:
+    """Rank 1 finds no space for the third, until something has made room."""
+    mesh = _mesh(2)
+    model = tiny_model(mesh)
+    engine = trained(model, mesh, 1)
+    for step in (1, 2):
+        _save(folder, model, engine, mesh, step)
+    make_room = checkpoint._make_room
+
+    def then_there_is_room(*args: Any) -> bool:
+        del os.environ["EPMOE_FAULT"]
+        return make_room(*args)
+
+    checkpoint._make_room = then_there_is_room
+    os.environ["EPMOE_FAULT"] = "point=ckpt.mid_shard,rank=1,step=3,action=enospc"
+    _save(folder, model, engine, mesh, 3)
+    dist.barrier()
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_on_a_full_disk_the_oldest_makes_room_and_the_save_succeeds(tmp_path: Path) -> None:
+    for left in run_ranks(2, _saves_on_a_full_disk, tmp_path, tmp_path / "ckpt"):
+        assert left == ["latest.json", "step_000000002", "step_000000003"]
 
 
 def _damaged_on_another_rank(rank: int, folder: Path) -> list[Any]:

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from epmoe.errors import CheckpointError
+from epmoe.cli.rewind import rewind
+from epmoe.errors import CheckpointError, ConfigError
 from epmoe.parallel.mesh import build_mesh
 from epmoe.parallel.runtime import start
+from epmoe.train import lock
 from epmoe.train.checkpoint import (
     Checkpoint,
+    _compare_space,
+    _make_room,
+    checkpoint_bytes,
     find_resumable,
     load_weights,
     open_checkpoint,
@@ -32,7 +38,7 @@ from epmoe.train.checkpoint import (
 )
 from epmoe.train.entries import MAX_LISTED, differences
 from epmoe.train.manifest import MANIFEST, TensorRecord, candidates, read_manifest
-from epmoe.train.shards import incomplete_tensors, read_pieces
+from epmoe.train.shards import ShardReader, incomplete_tensors, read_pieces
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import Tiny, draw, record, tiny_model, trained
 
@@ -133,8 +139,28 @@ def test_every_single_bit_of_a_manifest_and_of_a_shards_header_counts(run: Path)
             lambda m: m["files"].pop("shard_00001.safetensors"),
             "shard_00001.safetensors is not in manifest.json",
         ),
+        (lambda m: m["record"].update(step=7), "holds the checkpoint of step 7: the folder was renamed"),
+        (lambda m: m["tensors"]["model.norm"].update(shape=[-1]), "tensors.model.norm.shape"),
+        (lambda m: m["tensors"]["model.norm"].update(shape=[10**12]), "lists tensors of"),
+        (lambda m: m["tensors"]["model.norm"].update(dtype="F33"), "'F33' is no type of a tensor"),
+        (lambda m: m["tensors"]["model.norm"].update(shape=[]), "model.norm: "),
+        (lambda m: m["tensors"].pop("model.norm"), "model.norm is in shard_.*, but not expected"),
     ],
-    ids=["newer", "no format", "wrong type", "unknown key", "parent folder", "absolute", "unlisted shard"],
+    ids=[
+        "newer",
+        "no format",
+        "wrong type",
+        "unknown key",
+        "parent folder",
+        "absolute",
+        "unlisted shard",
+        "other step",
+        "negative size",
+        "more than its files hold",
+        "unknown type",
+        "other shape",
+        "tensor left out",
+    ],
 )
 def test_a_manifest_that_cannot_be_trusted_is_refused(change: Any, says: str, run: Path) -> None:
     _rewrite(_newest(run), change)
@@ -172,9 +198,7 @@ def test_a_path_without_a_checkpoint_says_what_was_looked_for(run: Path, tmp_pat
         open_checkpoint(run)
 
 
-def test_links_and_other_names_are_not_candidates(run: Path, tmp_path: Path) -> None:
-    outside = Path(shutil.copytree(_newest(run), tmp_path / "outside"))
-    (run / "ckpt" / "step_000000009").symlink_to(outside)
+def test_other_names_are_not_candidates(run: Path) -> None:
     (run / "ckpt" / "step_000000008").write_text("a file")
     for name in ("step_9", "step_0000000100", ".tmp-step_000000010-ab", "step_00000001x"):
         (run / "ckpt" / name).mkdir()
@@ -188,8 +212,14 @@ def test_order_is_by_step_not_by_clock(run: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- retention
 def _more(run: Path, *steps: int) -> Path:
-    for step in steps:
-        shutil.copytree(_newest(run), run / "ckpt" / f"step_{step:09d}")
+    """Adds copies under the names of other steps; all have been seen whole then."""
+    for step in (1, *steps):
+        folder = run / "ckpt" / f"step_{step:09d}"
+        if step > 1:
+            shutil.copytree(_newest(run), folder)
+            _rewrite(folder, lambda m: m["record"].update(step=step))  # noqa: B023 - called at once
+        verify_checkpoint(folder)
+    verify_checkpoint(_newest(run))
     return run / "ckpt"
 
 
@@ -205,16 +235,150 @@ def test_the_newest_are_kept(run: Path) -> None:
     assert _steps(folder) == [4]
 
 
-def test_damaged_checkpoints_do_not_push_out_good_ones(run: Path) -> None:
+def test_what_is_found_damaged_does_not_push_out_good_ones(run: Path) -> None:
     folder = _more(run, 3, 4)
     for step in (3, 4):
-        (folder / f"step_{step:09d}" / "shard_00000.safetensors").write_bytes(b"")
+        _flip_a_bit(folder / f"step_{step:09d}" / "shard_00000.safetensors")
+    assert find_resumable(folder).checkpoint.path == _newest(run)  # type: ignore[union-attr]
+    prune(folder, 3)
+    assert _steps(folder) == [4, 3, 2, 1]  # only two are known to be good
     prune(folder, 1)
     assert _steps(folder) == [4, 3, 2]  # what is newer than the newest good one is left for people to look at
-    for path in candidates(folder):
-        (path / MANIFEST).unlink()
+
+
+def test_what_nobody_has_read_counts_for_nothing(run: Path) -> None:
+    folder = Path(shutil.copytree(run / "ckpt", run / "copy"))
     prune(folder, 1)
+    assert _steps(folder) == [2, 1]
+    verify_checkpoint(folder / "step_000000001")
+    prune(folder, 1)
+    assert _steps(folder) == [2, 1]
+    verify_checkpoint(folder / "step_000000002")
+    prune(folder, 2)
+    assert _steps(folder) == [2, 1]
+    prune(folder, 1)
+    assert _steps(folder) == [2]
+
+
+def test_links_are_followed_verified_and_never_removed(run: Path, tmp_path: Path) -> None:
+    folder, other_disk = _more(run, 3), tmp_path / "elsewhere"
+    shutil.move(folder / "step_000000001", other_disk)
+    (folder / "step_000000001").symlink_to(other_disk)
+    prune(folder, 1)
+    assert _steps(folder) == [3, 1]
+    shutil.rmtree(folder / "step_000000003")
+    assert open_checkpoint(run).manifest.record.step == 1
+    assert torch.equal(_weights(run), draw("1 norm", 3))
+    _flip_a_bit(other_disk / "shard_00001.safetensors")
+    with pytest.raises(CheckpointError, match="step_000000001 is damaged: shard_00001"):
+        open_checkpoint(run)
+
+
+def _weights(run: Path) -> torch.Tensor:
+    model = Tiny(0, 4)
+    load_weights(open_checkpoint(run), model=model)
+    return model.norm.detach()
+
+
+def test_a_folder_of_checkpoints_that_is_a_link_to_nowhere_is_named(run: Path, tmp_path: Path) -> None:
+    (run / "ckpt").rename(tmp_path / "disk")
+    (run / "ckpt").symlink_to(tmp_path / "disk")
+    assert open_checkpoint(run).manifest.record.step == 2
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    for find in (lambda: open_checkpoint(run), lambda: find_resumable(run / "ckpt")):
+        with pytest.raises(CheckpointError, match=r"ckpt is a link to .*disk, which is not there") as caught:
+            find()
+        assert "mounted" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- what is no file
+@pytest.mark.parametrize("name", [MANIFEST, "shard_00000.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling link"])
+def test_only_regular_files_are_read(name: str, kind: str, run: Path) -> None:
+    path = _newest(run) / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises(CheckpointError, match=name if kind != "dangling link" else "step_000000002"):
+        verify_checkpoint(_newest(run))
+    assert open_checkpoint(run).manifest.record.step == 1
+
+
+def test_a_pipe_of_the_promised_size_is_not_waited_for(run: Path) -> None:
+    path = _newest(run) / "shard_00000.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    _rewrite(_newest(run), lambda m: m["files"][path.name].update(size=0))
+    with pytest.raises(CheckpointError):
+        verify_checkpoint(_newest(run))
+
+
+def test_a_shard_that_shrinks_after_it_was_verified_is_named(run: Path) -> None:
+    checkpoint = open_checkpoint(run)
+    path = checkpoint.path / "shard_00000.safetensors"
+    model = Tiny(0, 4)
+    original = ShardReader.read_metadata
+
+    def shrink(self: ShardReader) -> Any:
+        found = original(self)
+        os.truncate(path, path.stat().st_size // 2)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardReader, "read_metadata", shrink)
+        with pytest.raises(CheckpointError, match=r"shard_00000\.safetensors became shorter"):
+            load_weights(checkpoint, model=model)
+
+
+def test_a_newer_checkpoint_that_is_passed_over_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _flip_a_bit(_newest(run) / "shard_00000.safetensors")
+    assert open_checkpoint(run).manifest.record.step == 1
+    assert "warning: passed over a checkpoint:" in (said := capsys.readouterr().err)
+    assert "step_000000002 is damaged: shard_00000.safetensors has CRC-32" in said
+
+
+# ------------------------------------------------------------------------------------------- space
+def _disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free, total=10**9))
+
+
+def test_space_is_compared_before_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = checkpoint_bytes(read_manifest(_newest(run)).tensors)
+    _disk(monkeypatch, 2 * size)
+    _compare_space(run / "ckpt", size, 3)
+    assert capsys.readouterr().err == ""  # two of four are there already
+    _compare_space(run / "no checkpoints yet", size, 1)
+    assert capsys.readouterr().err == ""
+    _compare_space(run / "no checkpoints yet", size, 2)
+    assert f"{3 * size:,} will be needed for checkpoint.keep=2" in capsys.readouterr().err
+    _disk(monkeypatch, size - 1)
+    with pytest.raises(CheckpointError, match=f"takes {size:,} bytes"):
+        _compare_space(run / "no checkpoints yet", size, 1)
+    _compare_space(run / "ckpt", size, 1)  # the older of two can make room
+    assert "make room" in capsys.readouterr().err
+
+
+def test_room_is_made_from_the_oldest_and_the_newest_good_one_stays(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, tensors = _more(run, 3, 4), read_manifest(_newest(run)).tensors
+    _disk(monkeypatch, 10**8)
+    assert _make_room(folder, tensors)
     assert _steps(folder) == [4, 3, 2]
+    _disk(monkeypatch, 0)
+    assert _make_room(folder, tensors)
+    assert _steps(folder) == [4]
+    assert not _make_room(folder, tensors)
+    assert _steps(folder) == [4]
+    assert "the disk is full; step_000000001 makes room" in capsys.readouterr().err
 
 
 def test_what_interrupted_saves_left_is_removed_without_following_links(run: Path, tmp_path: Path) -> None:
@@ -224,10 +388,12 @@ def test_what_interrupted_saves_left_is_removed_without_following_links(run: Pat
     (folder / ".tmp-step_000000003-0a").mkdir()
     (folder / ".tmp-step_000000003-0a" / "shard_00000.safetensors").write_bytes(b"half")
     (folder / ".tmp-step_000000003-link").symlink_to(outside)
+    (folder / ".tmp-mine").mkdir()
     (folder / ".latest.json.123").write_text("{")
     removed = remove_unfinished(folder)
     assert removed == [".latest.json.123", ".tmp-step_000000003-0a", ".tmp-step_000000003-link"]
     assert (outside / "precious").exists()
+    assert (folder / ".tmp-mine").exists()
     assert _steps(folder) == [2, 1]
     assert remove_unfinished(run / "no such folder") == []
 
@@ -386,3 +552,33 @@ def test_a_verified_checkpoint_says_what_it_is(written: Path) -> None:
     assert checkpoint.manifest.record == record(2)
     assert checkpoint.manifest.versions["torch"] == torch.__version__
     assert checkpoint.manifest.tensors["model.experts.w_in"] == TensorRecord(dtype="F32", shape=(4, 3, 5))
+
+
+# ------------------------------------------------------------------------------------------- going back
+def test_going_back_sets_what_is_newer_aside_and_deletes_nothing(run: Path) -> None:
+    (run / "run_status.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("lines")
+    rewind(run, 1)
+    assert open_checkpoint(run).manifest.record.step == 1
+    aside = run / "ckpt" / "after-step_000000001-1"
+    assert sorted(path.name for path in aside.iterdir()) == [
+        "metrics.jsonl",
+        "run_status.json",
+        "step_000000002",
+    ]
+    assert open_checkpoint(aside / "step_000000002").manifest.record.step == 2
+    assert (run / "metrics.jsonl").read_text() == "lines"
+    assert not (run / "run_status.json").exists()
+    assert not (run / ".lock").exists()
+
+
+def test_going_back_to_what_is_not_there_or_damaged_or_in_use_is_refused(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+        rewind(run, 7)
+    _flip_a_bit(run / "ckpt" / "step_000000001" / "shard_00000.safetensors")
+    with pytest.raises(CheckpointError, match="step_000000001 is damaged"):
+        rewind(run, 1)
+    (run / ".lock").write_text(lock.identity())
+    with pytest.raises(ConfigError, match="in use"):
+        rewind(run, 2)
+    assert _steps(run / "ckpt") == [2, 1]

@@ -138,6 +138,26 @@ def test_a_record_that_does_not_fit_is_refused(field: str, value: Any, says: str
         load_trained(copy, device=CPU)
 
 
+@pytest.mark.parametrize("shape", [None, []])
+def test_a_manifest_without_an_embedding_is_refused(shape: Any, copy: Path) -> None:
+    checkpoint = copy / "ckpt" / "step_000000003"
+    manifest = read_manifest(checkpoint)
+    tensors = dict(manifest.tensors)
+    embedding = tensors.pop("model.embed.weight")
+    if shape is not None:
+        tensors["model.embed.weight"] = embedding.model_copy(update={"shape": tuple(shape)})
+    write_manifest(checkpoint, manifest.model_copy(update={"tensors": tensors}))
+    with pytest.raises(CheckpointError, match=r"model\.embed\.weight"):
+        load_trained(copy, device=CPU)
+
+
+def test_the_tokenizer_is_that_of_the_run_where_ckpt_is_a_link(copy: Path, tmp_path: Path) -> None:
+    (copy / "ckpt").rename(tmp_path / "disk")
+    (copy / "ckpt").symlink_to(tmp_path / "disk")
+    for path in (copy, copy / "ckpt", copy / "ckpt" / "step_000000003"):
+        assert load_trained(path, device=CPU).tokenizer.name == "byte"
+
+
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no usable checkpoint") as caught:
         load_trained(tmp_path, device=CPU)

@@ -56,6 +56,21 @@ def _lock_and_die(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- lock
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_a_lock_that_is_no_file_is_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    if kind == "link":
+        path.symlink_to(tmp_path / "nowhere")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    says = "is a link to .*nowhere" if kind == "link" else "is no file that can be read"
+    with pytest.raises(ConfigError, match=says):
+        open_run_folder(tmp_path)
+    assert os.path.lexists(path)
+
+
 def test_a_second_run_is_refused_and_told_who_owns_the_folder(tmp_path: Path) -> None:
     run = open_run_folder(tmp_path / "out")
     with pytest.raises(ConfigError) as caught:
