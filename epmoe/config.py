@@ -418,7 +418,7 @@ class SampleConfig(Section):
 class TrainConfig(Section):
     """The training run."""
 
-    steps: Annotated[int, Field(gt=0, lt=10**9)] = 1000
+    steps: Annotated[int, Field(gt=0, le=10**9 - 1)] = 1000
     global_batch_size: Positive = 16
     """Sequences per optimizer step over all ranks."""
     micro_batch_size: Positive | None = None
