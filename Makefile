@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(shell $(PYTHON) -c 'import xdis
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test test-slow test-long test-slurm test-docker sanitize check bench build cuda-check gpu-check wheel
+.PHONY: help clean train test test-slow test-long test-slurm test-docker sanitize check bench build cuda-check gpu-check wheel
 
 help:
 	@echo "make train   train configs/quickstart.yaml on $(RANKS) processes; ARGS='train.steps=50' overrides, RANKS=1"
@@ -34,6 +34,7 @@ help:
 	@echo "make build   compile the native kernels in place, with the torch of PYTHON and no network"
 	@echo "make cuda-check   only compile the CUDA kernels: needs nvcc, neither a GPU nor a torch with CUDA"
 	@echo "make gpu-check    build, tests, benchmarks and a training run on one GPU; PART=build|test|bench|train: one of them"
+	@echo "make clean   remove what was built and cached; .venv, runs and data stay"
 	@echo "make wheel   a wheel with the native kernels in dist/"
 	@echo "make test-docker  build the CPU image and run it: as root, with mmdebstrap, buildah and bubblewrap; not in CI"
 	@echo "PYTHON=...   use this interpreter as it is and install nothing"
@@ -66,6 +67,11 @@ check: $(READY)
 
 bench: $(READY)
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; THP_MEM_ALLOC_ENABLE=$${THP_MEM_ALLOC_ENABLE:-1} PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) "$$script" $(ARGS); done
+
+# What git does not track and these targets make; .venv, runs and prepared data stay.
+clean:
+	rm -rf build dist epmoe.egg-info epmoe/_C.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find benchmarks epmoe examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 build: $(READY)
 	EPMOE_NATIVE=1 $(PYTHON) setup.py --quiet build_ext --inplace --force

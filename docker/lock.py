@@ -81,7 +81,7 @@ def problem() -> str | None:
     for line in CONSTRAINTS.read_text().splitlines():
         fixed = Requirement(line) if line and not line.startswith("#") else None
         versions = locked.get(canonicalize_name(fixed.name), []) if fixed else []
-        if fixed and not all(fixed.specifier.contains(version) for version in versions):
+        if fixed and versions and not any(fixed.specifier.contains(version) for version in versions):
             return f"constraints.txt says {line}, the lock has {', '.join(versions)}; {AGAIN}"
     return None
 

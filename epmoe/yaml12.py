@@ -22,6 +22,8 @@ from epmoe.errors import ConfigError
 KeyPath = tuple[str | int, ...]
 
 COMMAND_LINE = "command line"
+CONFIGS = Path(__file__).with_name("configs")
+"""Configurations that come with the package."""
 MAX_BYTES = 100_000
 MAX_VALUES = 10_000
 MAX_DEPTH = 30
@@ -118,7 +120,8 @@ class Document:
 
     @staticmethod
     def read(path: Path) -> Document:
-        """Reads a YAML file. Raises ConfigError when it cannot be read at all."""
+        """Reads a YAML file, or one of the package's by its name. Raises ConfigError when it cannot be read at all."""
+        path = _packaged(path)
         document = Document(str(path))
         node = document._compose(_file_text(path), document.name)
         if node is None:
@@ -329,14 +332,21 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(child) for child in value) if isinstance(value, list) else value
 
 
+def _packaged(path: Path) -> Path:
+    """The path itself or, where nothing is there, the package's configuration of that name: ``quickstart``."""
+    own = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
+    named = str(path) in (own.stem, f"configs/{own.name}")
+    return own if named and own.is_file() and not path.exists() else path
+
+
 def _file_text(path: Path) -> str:
     if not path.is_file():
         what = (
             f"{path}: there is no such file" if not path.is_dir() else f"{path} is a folder, not a YAML file"
         )
-        names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, names, n=1)
-        raise ConfigError(what, fix=f"did you mean {path.parent / near[0]}?" if near else None)
+        names = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        near = get_close_matches(str(path), [*names, *(p.stem for p in CONFIGS.glob("*.yaml"))], n=1)
+        raise ConfigError(what, fix=f"did you mean {near[0]}?" if near else None)
     if path.stat().st_size > MAX_BYTES:
         size = path.stat().st_size
         raise ConfigError(f"{path}: {size} bytes, but a configuration has at most {MAX_BYTES}")

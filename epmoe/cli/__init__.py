@@ -16,7 +16,7 @@ from epmoe import env
 from epmoe.errors import ConfigError, EpmoeError, NotProven
 
 ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/quickstart.yaml.")
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a name of the package's own: quickstart.")
 ]
 CheckpointArgument = Annotated[
     Path,

@@ -38,7 +38,7 @@ def test_the_lock_fits(lock: ModuleType) -> None:
 
 
 def test_what_does_not_fit_is_one_sentence_with_the_fix(lock: ModuleType) -> None:
-    change(lock.PROJECT, '    "numpy",', '    "numpy>=99",')
+    change(lock.PROJECT, '    "numpy>=1.26.4",', '    "numpy>=99",')
     assert lock.problem().startswith("pyproject.toml asks for numpy>=99, the lock has 2.")
     change(lock.PROJECT, '    "numpy>=99",', '    "not-locked",')
     assert "asks for not-locked, which no lock" in lock.problem()

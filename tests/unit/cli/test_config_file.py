@@ -55,6 +55,16 @@ def test_an_empty_file_is_the_default_run(write):
     assert load_config(write("")) == Config()
 
 
+def test_the_package_has_configurations_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "configs/quickstart.yaml"):
+        assert load_config(Path(name)).out == "runs/quickstart"
+    with pytest.raises(ConfigError, match="did you mean quickstart"):
+        load_config(Path("quickstrat"))
+    Path("quickstart").write_text("out: mine\n")
+    assert load_config(Path("quickstart")).out == "mine", "a file that is there comes first"
+
+
 def test_scalars_follow_yaml_1_2(write):
     config = load_config(
         write(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from epmoe.observe.record import LayerHealth, merge_health, record_from_json, record_to_json
+from epmoe.observe.record import LayerHealth, StepRecord, merge_health, record_from_json, record_to_json
 from tests.unit.observe.samples import health, record
 
 
@@ -78,3 +81,11 @@ def test_the_drop_rate_of_a_step_weighs_layers_by_assignments():
     layers = {1: health(10, 10, kept=(10, 0)), 3: health(60, 20)}
     assert record(1, layers=layers).drop_rate == pytest.approx(0.1)
     assert record(1, layers={}).drop_rate == 0.0
+
+
+def test_every_field_of_a_line_is_in_the_docs() -> None:
+    page = Path(__file__).parents[3] / "docs" / "metrics.md"
+    if not page.is_file():
+        pytest.skip("not a source tree")
+    described = re.findall(r"^\| `(\w+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert described == [field.name for cls in (StepRecord, LayerHealth) for field in fields(cls)]
