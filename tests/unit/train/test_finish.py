@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
+import epmoe.train.run
 from epmoe.config import Config
 from epmoe.data.yardsticks import Yardsticks
 from epmoe.errors import Preempted
@@ -55,6 +57,34 @@ def test_the_verdict_says_better_or_worse_than_what() -> None:
     assert [line for line in without if "xz" in line] == [
         "  no comparison with xz of the validation text: too long"
     ]
+
+
+def test_the_verdict_says_why_there_are_no_bits_per_byte() -> None:
+    result = Evaluation(
+        name="words", loss=0.5, num_tokens=9, bits_per_byte=None, drop_rate=0.0, bits_left_out="half is lost"
+    )
+    sticks = Yardsticks(unigram=None, xz=None, xz_after_train=None, xz_left_out="no text")
+    first, why = _verdict(result, sticks, sparse=True)
+    assert first.endswith("perplexity 1.65 (9 tokens, drop rate 0.0%)")
+    assert why == "  no bits per byte: half is lost"
+
+
+def test_the_last_evaluation_can_be_bounded_and_says_how_far_it_is(
+    base: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = functools.partial(epmoe.train.run.plain_progress, every_s=0.0)
+    monkeypatch.setattr("epmoe.train.run.plain_progress", at_once)
+    overrides = ["train.final_eval_samples=9", "train.steps=1", "train.sample.tokens=0"]
+    folder = finish(base, make_config(base, "bounded", *overrides), world_size=1)
+    out, err = capfd.readouterr()
+    assert (
+        "evaluate: words 0 of 9 windows\nevaluate: words 4 of 9 windows\nevaluate: words 8 of 9 windows\n"
+        in err
+    )
+    assert "no bits per byte: 9 of 57 windows were read" in out
+    [result] = json.loads((folder / "summary.json").read_text())["validation"]
+    assert result["bits_per_byte"] is None
+    assert 0 < result["num_tokens"] <= 9 * 16
 
 
 def test_a_run_may_leave_the_sample_out(base: Path) -> None:
