@@ -2,8 +2,8 @@
 
 A corpus is a sorted list of pieces. A piece is a byte range of one file that holds whole documents: a text file is
 one piece and one document, a file of JSON lines is cut into pieces of whole lines. Pieces are hashed when the corpus is
-scanned and checked again when they are read, so the prepared data is that of the fingerprint. A byte order mark at
-the beginning belongs to no document.
+scanned and checked again when they are read (``passages``), so the prepared data is that of the fingerprint. A byte
+order mark at the beginning belongs to no document.
 
 What a source holds is decided from the files themselves (``forms``): JSON lines are read as records, other files as
 text. Where that would be a guess, such as records beside prose, JSON of one value, or text beside compressed files,
@@ -21,16 +21,13 @@ What becomes validation does not depend on order, machine or preparation options
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
-import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from epmoe.config import DataConfig, SourceConfig
 from epmoe.data.files import BLOCK_BYTES, Report, StopFlag, never_stop, silent, stop_if
@@ -46,7 +43,6 @@ PIECES_PER_FILE = 256
 Kind = Literal["files", "jsonl"]
 KIND_NAMES: Mapping[Kind, str] = MappingProxyType({"files": "text", "jsonl": "JSON lines"})
 Split = Literal["train", "val"]
-Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,20 +93,6 @@ class Corpus:
         files = len({piece.path for piece in self.pieces})
         left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
         return f"{files:,} file(s) of {KIND_NAMES[self.kind]}, {human_bytes(self.num_bytes)}{left_out}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
-    """The text of a document, or of a long one a part; parts follow each other."""
-
-    text: str
-    split: Split
-    loss_ranges: Ranges | None
-    """Characters that count in the loss, None = all; a document with ranges is always whole."""
-    replaced: bool
-    """True: it had bytes or surrogates that are no text; they became U+FFFD."""
-    last: bool
-    """The document ends here."""
 
 
 def is_validation(key: bytes) -> bool:
@@ -213,37 +195,6 @@ def also_training(corpora: Sequence[Corpus], corpus: Corpus) -> int:
     trained = {piece.sha256 for other in corpora for piece in other.pieces if piece.split == "train"}
     held_out = ("val", None) if corpus.kind == "files" else ("val",)  # None: a file whose end is validation
     return sum(p.split in held_out and p.end > p.start and p.sha256 in trained for p in corpus.pieces)
-
-
-def read_piece(corpus: Corpus, piece: Piece) -> Iterator[Passage]:
-    """The documents of a piece, in order; memory is that of the longest JSONL line, or little.
-
-    Raises DataError when a line is malformed or, at the end, when the file changed since the scan.
-    """
-    if corpus.kind == "jsonl":
-        for number, line in enumerate(_lines(piece), start=piece.first_line):
-            if line.strip():
-                yield _record(corpus, piece, line, f"{piece.path}:{number}")
-        return
-    blocks = _TextBlocks(piece)
-    start = 0
-    for split, end in _ends(piece, blocks):
-        yield from _between(blocks, start, end, split)
-        start = end
-
-
-def documents(passages: Iterator[Passage]) -> Iterator[tuple[Passage, Iterator[Passage]]]:
-    """The first passage of every document, and the others of the same one."""
-    for first in passages:
-        others = _others(first, passages)
-        yield first, others
-        deque(others, maxlen=0)  # those that were not asked for
-
-
-def _others(passage: Passage, passages: Iterator[Passage]) -> Iterator[Passage]:
-    while not passage.last:
-        passage = next(passages)
-        yield passage
 
 
 def _is_stdlib(source: SourceConfig) -> bool:
@@ -436,172 +387,3 @@ def _line_cuts(path: Path) -> Iterator[Cut]:
                 end += len(line)
             yield start, end, digest.hexdigest(), first_line
             start, first_line = end, first_line + len(lines)
-
-
-# --------------------------------------------------------------------------------------------- text files
-class _TextBlocks:
-    """The decoded blocks of a piece, read anew at each pass; a short one is read once."""
-
-    def __init__(self, piece: Piece) -> None:
-        self._piece = piece
-        self._short = list(_decoded(piece)) if piece.end - piece.start <= BLOCK_BYTES else None
-
-    def __iter__(self) -> Iterator[tuple[str, bool]]:
-        return iter(self._short) if self._short is not None else _decoded(self._piece)
-
-
-def _decoded(piece: Piece) -> Iterator[tuple[str, bool]]:
-    """Text of each block, and whether bytes of the piece had to be replaced so far."""
-    decoder, replaced = codecs.getincrementaldecoder("utf-8")("strict"), False
-    for block in _checked(piece):
-        state = decoder.getstate()
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError:
-            decoder, replaced = codecs.getincrementaldecoder("utf-8")("replace"), True
-            decoder.setstate(state)
-            text = decoder.decode(block, final=not block)
-        yield text, replaced
-
-
-def _checked(piece: Piece) -> Iterator[bytes]:
-    """The bytes of a piece in blocks, an empty one at the end; DataError there when they are not those of the scan."""
-    digest, left = hashlib.sha256(), piece.end - piece.start
-    try:
-        with open(piece.path, "rb") as file:
-            file.seek(piece.start)
-            while left and (block := file.read(min(left, BLOCK_BYTES))):
-                digest.update(block)
-                left -= len(block)
-                yield block
-    except OSError as error:
-        raise unreadable(piece.path, error) from None
-    _check_unchanged(piece, digest.hexdigest())
-    yield b""
-
-
-def _check_unchanged(piece: Piece, sha256: str) -> None:
-    if sha256 != piece.sha256:
-        raise DataError(
-            f"{piece.path} changed while it was being prepared (bytes {piece.start} to {piece.end})",
-            fix="run the command again",
-        )
-
-
-def _ends(piece: Piece, blocks: _TextBlocks) -> list[tuple[Split, int]]:
-    """The split of each part of a text, and the character where it ends.
-
-    A text that is all there is has its last twentieth held out; one of less than twenty characters is training.
-    """
-    total = sum(len(text) for text, _ in blocks)
-    held = total // VALIDATION_MODULUS
-    if piece.split is not None or held == 0:
-        return [(piece.split or "train", total)]
-    cut = _last_line_start(blocks, total - 2 * held, total - held)
-    return [("train", cut), ("val", total)]
-
-
-def _last_line_start(blocks: _TextBlocks, low: int, high: int) -> int:
-    """Where the last line begins whose line end lies in characters ``[low, high)``; ``high`` when there is none."""
-    found, place = high, 0
-    for text, _ in blocks:
-        newline = text.rfind("\n", max(low - place, 0), max(high - place, 0))
-        if newline >= 0:
-            found = place + newline + 1
-        place += len(text)
-    return found
-
-
-def _between(blocks: _TextBlocks, start: int, end: int, split: Split) -> Iterator[Passage]:
-    """Characters ``[start, end)`` as one document."""
-    place = 0
-    for text, replaced in blocks:
-        part = text[max(start - place, 0) : max(end - place, 0)]
-        place += len(text)
-        if part or start == end:
-            yield Passage(text=part, split=split, loss_ranges=None, replaced=replaced, last=place >= end)
-
-
-# --------------------------------------------------------------------------------------------- JSONL
-def _lines(piece: Piece) -> Iterator[bytes]:
-    digest, left = hashlib.sha256(), piece.end - piece.start
-    try:
-        with open(piece.path, "rb") as file:
-            file.seek(piece.start)
-            while left and (line := file.readline(left)):
-                digest.update(line)
-                left -= len(line)
-                yield line
-    except OSError as error:
-        raise unreadable(piece.path, error) from None
-    _check_unchanged(piece, digest.hexdigest())
-
-
-def _decode(data: bytes) -> tuple[str, bool]:
-    """UTF-8 -> (text, whether bytes had to be replaced)."""
-    try:
-        return data.decode("utf-8"), False
-    except UnicodeDecodeError:
-        return data.decode("utf-8", errors="replace"), True
-
-
-def _record(corpus: Corpus, piece: Piece, line: bytes, where: str) -> Passage:
-    decoded, replaced = _decode(line.removeprefix(BYTE_ORDER_MARK))
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: not valid JSON", why=str(error), fix="correct or remove the line"
-        ) from None
-    del decoded  # as large as the text
-    if not isinstance(record, dict) or not isinstance(record.get(corpus.text_field), str):
-        raise _no_text_field(corpus.text_field, record, where)
-    text = record[corpus.text_field]
-    # JSON may spell half a surrogate pair, which no encoding can write. One for one, so ranges still fit.
-    clean = re.sub("[\ud800-\udfff]", "\ufffd", text)
-    split = piece.split or ("val" if is_validation(clean.encode()) else "train")
-    ranges = None
-    if corpus.loss_field is not None and record.get(corpus.loss_field) is not None:
-        ranges = _loss_ranges(record[corpus.loss_field], len(text), corpus.loss_field, where)
-    return Passage(text=clean, split=split, loss_ranges=ranges, replaced=replaced or clean != text, last=True)
-
-
-def _no_text_field(field: str, record: object, where: str) -> DataError:
-    if not isinstance(record, dict):
-        holds = f"the line holds {_json_type(record)}, not an object"
-    elif field in record:
-        holds = f"its value is {_json_type(record[field])}"
-    else:
-        holds = f"the line has the keys {', '.join(map(repr, sorted(record)[:10])) or 'of an empty object'}"
-    return DataError(
-        f"{where}: no text under the key {field!r}",
-        why=holds,
-        fix="set data.sources[].text_field, or correct or remove the line",
-    )
-
-
-def _json_type(value: object) -> str:
-    names = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
-    return names.get(type(value), "a number")
-
-
-def _loss_ranges(value: Any, length: int, field: str, where: str) -> Ranges:
-    """Checked ranges, sorted and merged, so that no character counts twice."""
-    merged: list[tuple[int, int]] = []
-    for pair in sorted(_checked_pairs(value, length, field, where)):
-        if merged and pair[0] <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], pair[1]))
-        elif pair[0] < pair[1]:
-            merged.append(pair)
-    return tuple(merged)
-
-
-def _checked_pairs(value: Any, length: int, field: str, where: str) -> Iterator[tuple[int, int]]:
-    for pair in value if isinstance(value, list) else [value]:
-        numbers = isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair)
-        if not numbers or not 0 <= pair[0] <= pair[1] <= length:
-            raise DataError(
-                f"{where}: {field} holds {pair!r}, which is no [start, end) range of a text of {length} characters",
-                fix="character ranges need 0 <= start <= end <= length of the text",
-            )
-        yield pair[0], pair[1]

@@ -34,16 +34,15 @@ from epmoe.data.corpora import (
     Corpus,
     Split,
     also_training,
-    documents,
     is_indexed,
     on_one_side,
-    read_piece,
     scan,
 )
 from epmoe.data.files import Report, StopFlag, never_stop, silent, stop_if, sync_folder, write_json
 from epmoe.data.foreign import describe_files, facts_path, index_source, stored_tokenizer
 from epmoe.data.indexed import IndexedWriter, token_dtype
 from epmoe.data.known import KnownFiles
+from epmoe.data.passages import documents, read_piece
 from epmoe.data.prepared import (
     FORMAT_VERSION,
     RECORD_FILE,

@@ -21,17 +21,14 @@ from epmoe.data.corpora import (
     MAX_PIECE_BYTES,
     MIN_PIECE_BYTES,
     Corpus,
-    Passage,
     Piece,
-    Ranges,
     Split,
-    documents,
-    read_piece,
 )
 from epmoe.data.encoding import PART_CHARS, Encoded, encode_text
 from epmoe.data.fidelity import RoundTrip
 from epmoe.data.files import StopFlag, never_stop, read_json, stop_if, write_json
 from epmoe.data.indexed import FileSums, IndexedWriter, token_dtype
+from epmoe.data.passages import Passage, Ranges, documents, read_piece
 from epmoe.data.tokenizer import Tokenizer
 from epmoe.errors import DataError
 

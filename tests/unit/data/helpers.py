@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from epmoe.config import DataConfig, SourceConfig
-from epmoe.data.corpora import Corpus, Passage, read_piece
-from epmoe.data.corpora import documents as passages_by_document
+from epmoe.data.corpora import Corpus
 from epmoe.data.indexed import IndexedWriter, token_dtype
+from epmoe.data.passages import Passage, read_piece
+from epmoe.data.passages import documents as passages_by_document
 
 WORDS = ("the", "of", "router", "expert", "token", "slot", "rank", "loss", "é", "漢", "x=1", "return\n", "\n")
 

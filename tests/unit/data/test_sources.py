@@ -395,6 +395,7 @@ def test_a_text_of_many_blocks_is_that_of_one(
     assert whole[tmp_path][0].text == data.decode(errors="replace")
     for size in (1, 7, 64):
         monkeypatch.setattr("epmoe.data.corpora.BLOCK_BYTES", size)
+        monkeypatch.setattr("epmoe.data.passages.BLOCK_BYTES", size)
         for path, wanted in whole.items():
             found = documents(scan(source(path)))
             assert [(d.text, d.split) for d in found] == [(d.text, d.split) for d in wanted]
