@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from epmoe.config import MoEConfig
 from epmoe.config_routers import SmoothingOptions
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from epmoe.moe.inputs import check_inputs
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
 from epmoe.moe.recompute import Remake, Replay, kept, plain, same_random_numbers
@@ -67,11 +68,12 @@ class MoELayer(nn.Module):
             second pass an empty report.
 
         Raises:
+            TypeError, ValueError: Vectors and context do not fit (``epmoe.moe.inputs``).
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
                 ``ctx.sample_B`` is missing.
             RuntimeError: In training, its experts are spread over ranks and nobody reduces their gradients.
         """
-        self.check_training()
+        self.check_pass(x_BSD, ctx)
         ctx = ctx or TokenContext()
         copies = self.copies(x_BSD, ctx)
         if self.rerouted:
@@ -81,8 +83,9 @@ class MoELayer(nn.Module):
             return y_BSD if beside is None else y_BSD + beside(x_BSD), report
         return self._chain(x_BSD, copies, ctx, beside, replay, remake)
 
-    def check_training(self) -> None:
+    def check_pass(self, x_BSD: Tensor, ctx: TokenContext | None) -> None:
         """The beginning of every forward pass, whatever the layer computes."""
+        check_inputs(x_BSD, ctx, self.router.d_model)
         if self.before_training is not None and self.training and torch.is_grad_enabled():
             self.before_training(self)
 

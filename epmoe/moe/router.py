@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.config_routers import RouterOptions
+from epmoe.moe.inputs import NUM_SAMPLES, numbers_of_valid
 from epmoe.moe.recompute import Remake, Replay, kept, plain
 from epmoe.moe.routers import common
 from epmoe.moe.routers.family import Family, Init, Part, zeros
@@ -51,7 +52,7 @@ class Router(nn.Module):
             raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
         options.check(num_experts=num_experts, top_k=top_k)
         self.top_k, self.family, self.options = top_k, family, options
-        self.layer, self.seed = layer, seed
+        self.layer, self.seed, self.d_model = layer, seed, d_model
         self.parts = family.parts(options, num_experts)
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, d_model)) if family.has_weight else None
@@ -208,6 +209,10 @@ class Router(nn.Module):
         """Counters of this layer's random numbers for the tokens; None when it is not known which samples they are."""
         if ctx.sample_B is None:
             return None
+        real_B = (
+            torch.ones_like(ctx.sample_B, dtype=torch.bool) if ctx.valid_BS is None else ctx.valid_BS.any(1)
+        )
+        numbers_of_valid("sample_B", ctx.sample_B, real_B, NUM_SAMPLES)
         return Draws(
             seed=self.seed,
             layer=self.layer,

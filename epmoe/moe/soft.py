@@ -83,7 +83,7 @@ class SoftMoELayer(MoELayer):
         Raises:
             RuntimeError: As in ``MoELayer``.
         """
-        self.check_training()
+        self.check_pass(x_BSD, ctx)
         num_tokens, width = x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2]
         size, _ = self.group_and_capacity(x_BSD)
         num_groups = num_tokens // max(size, 1)

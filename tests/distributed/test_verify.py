@@ -26,6 +26,7 @@ from tests.distributed.harness import run_ranks
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 PLANTED = {
     "expert gradients times ep_size": "gradients",
+    "auxiliary losses divided by the tokens in the loss": "balance",
     "combine weights cut off from the graph": "liveness",
     "expert moments lost on a resize": "resize",
 }

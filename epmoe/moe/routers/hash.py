@@ -13,10 +13,14 @@ import torch.nn.functional as F
 
 from epmoe.config_routers import HashOptions
 from epmoe.errors import ConfigError
+from epmoe.moe.inputs import numbers_of_valid
 from epmoe.moe.routers.common import Choices, as_routing
 from epmoe.moe.routers.family import Family, Part
 from epmoe.ops.reference import usable_rows
 from epmoe.types import RouterInputs, Routing
+
+NUM_IDS = 2**31
+"""More than any vocabulary has."""
 
 
 def route(inputs: RouterInputs, options: HashOptions, top_k: int = 1) -> Routing:
@@ -30,10 +34,9 @@ def route(inputs: RouterInputs, options: HashOptions, top_k: int = 1) -> Routing
             "router hash goes by token ids and needs TokenContext.token_BS; pass ctx=TokenContext(token_BS=...)"
         )
     num_experts = inputs.logits_TE.shape[1]
-    if inputs.table_V is None:
-        ids_T = inputs.token_T % num_experts
-    else:
-        ids_T = inputs.table_V.index_select(0, inputs.token_T)
+    limit = NUM_IDS if inputs.table_V is None else inputs.table_V.shape[0]
+    token_T = numbers_of_valid("token_BS", inputs.token_T, inputs.valid_T, limit)
+    ids_T = token_T % num_experts if inputs.table_V is None else inputs.table_V.index_select(0, token_T)
     usable_T = usable_rows(inputs.logits_TE, inputs.valid_T)
     probs_TE = F.one_hot(ids_T, num_experts).to(inputs.logits_TE.dtype) * usable_T.unsqueeze(1)
     choices = Choices(

@@ -59,10 +59,22 @@ def _units(inputs: RouterInputs) -> tuple[Tensor, Tensor]:
     token_T = torch.arange(num_tokens, device=inputs.valid_T.device)
     starts_T = token_T % max(inputs.seq_len or num_tokens, 1) == 0
     if inputs.segment_T is not None:
-        changed_T = inputs.segment_T != inputs.segment_T.roll(1)
-        starts_T = starts_T | changed_T
+        starts_T = starts_T | _changes(
+            inputs.segment_T, inputs.valid_T, token_T // max(inputs.seq_len or num_tokens, 1)
+        )
     first_T = token_T.where(starts_T, 0).cummax(0).values
     return first_T, starts_T.cumsum(0) - 1
+
+
+def _changes(segment_T: Tensor, valid_T: Tensor, sequence_T: Tensor) -> Tensor:
+    """Real tokens of another document than the real token before them. Padding ends none, whatever it says."""
+    if segment_T.numel() == 0:
+        return valid_T
+    place_T = torch.arange(segment_T.shape[0], device=segment_T.device)
+    before_T = place_T.where(valid_T, -1).cummax(0).values.roll(1).index_fill(0, place_T[:1], -1)
+    known_T = before_T.clamp(min=0)
+    other_T = (segment_T != segment_T[known_T]) | (sequence_T != sequence_T[known_T]) | (before_T < 0)
+    return valid_T & other_T
 
 
 FAMILY = Family(route=route)

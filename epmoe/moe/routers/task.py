@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from epmoe.config_routers import TaskOptions
+from epmoe.moe.inputs import numbers_of_valid
 from epmoe.moe.routers import gshard_top2
 from epmoe.moe.routers.family import Family, FloatArray, Part
 from epmoe.moe.routers.sentence import of_units
@@ -32,6 +33,7 @@ def route(inputs: RouterInputs, options: TaskOptions, top_k: int = 2) -> Routing
     token_T = torch.arange(num_tokens, device=inputs.valid_T.device)
     if task_T is None:
         task_T = torch.full_like(token_T, options.default_task)
+    task_T = numbers_of_valid("task_B", task_T, inputs.valid_T, options.num_tasks)
     task_logits = inputs.task_logits_X
     assert task_logits is not None  # a part of the family
     # What comes in is 0, or NaN for a token that is broken and stays so.
