@@ -399,6 +399,9 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; null = no clipping."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine decay; warm-up, stable, linear decay; constant."""
+    schedule_steps: Positive | None = None
+    """Steps after which the schedule is at its end, and stays there; null = train.steps. Set it where a run may be made
+    longer later."""
     warmup_steps: Count = 100
     decay_fraction: Fraction = 0.2
     """wsd: share of the steps in the final decay."""
@@ -516,6 +519,16 @@ class Config(Section):
         if self.optimizer.name == "apex_fused_adam":
             raise ValueError(
                 "engine: deepspeed does not drive optimizer.name=apex_fused_adam; use adamw or sgd, or engine: native"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _task_trains_the_router(self) -> Config:
+        moe = self.moe
+        if moe is not None and moe.top_k == 1 and getattr(moe.router, "normalize", None):
+            raise ValueError(
+                f"moe.top_k=1 with router {moe.router.name} and normalize=true gives every token's only expert the "
+                f"weight 1, so the task never trains the router; leave normalize out, or set it to false"
             )
         return self
 

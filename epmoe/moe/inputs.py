@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmoe.moe.routers.common import at_hand
+from epmoe.moe.routers import common
 from epmoe.types import TokenContext
 
 NUM_SAMPLES = 2**40
@@ -86,7 +86,7 @@ def numbers_of_valid(name: str, number_X: Tensor, valid_X: Tensor, limit: int) -
         ValueError: They are not, and they are in host memory.
     """
     masked_X = number_X.masked_fill(~valid_X, 0)
-    if at_hand(masked_X) and masked_X.numel():
+    if common.at_hand(masked_X) and masked_X.numel():
         low, high = (int(end) for end in masked_X.aminmax())
         if not 0 <= low <= high < limit:
             wrong = low if low < 0 else high

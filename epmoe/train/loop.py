@@ -18,7 +18,7 @@ from epmoe.parallel.norm import clip_coefficient
 from epmoe.parallel.runtime import Agreed, Runtime, raise_together
 from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
 from epmoe.train.loss_scale import LossScale, new_loss_scale
-from epmoe.train.optimizer import learning_rate
+from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.setup import build_engine
 from epmoe.train.signals import StopFlag
 from epmoe.train.step import micro_step, with_counts
@@ -192,7 +192,7 @@ class Trainer:
 
     def _update(self, sums: Sums, tokens: _StepTokens, norm: Tensor) -> StepResult:
         progress, optimizer = self.progress, self.config.optimizer
-        lr = learning_rate(optimizer, progress.step, self.config.train.steps)
+        lr = scheduled_rate(self.config, progress.step)
         coefficient = clip_coefficient(norm, optimizer.clip_norm)
         grad_norm, clip = torch.stack((norm, coefficient)).tolist()
         broken_tokens = sum(int(v) for name, v in sums.items() if name.endswith(".nonfinite_tokens"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from epmoe.config import OptimizerConfig
+from epmoe.config import Config, OptimizerConfig
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import load_apex
 from epmoe.parallel.fsdp import rows_here
@@ -38,6 +38,11 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     decay_steps = round(config.decay_fraction * total_steps)
     start = max(config.warmup_steps, total_steps - decay_steps)
     return config.lr * (1 - (1 - floor) * _progress(step, start, total_steps))
+
+
+def scheduled_rate(config: Config, step: int) -> float:
+    """Learning rate of optimizer step ``step`` of a run; the first is 0."""
+    return learning_rate(config.optimizer, step, config.optimizer.schedule_steps or config.train.steps)
 
 
 def _progress(step: int, start: int, end: int) -> float:

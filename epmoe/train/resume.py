@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from epmoe.train.checkpoint import (
 from epmoe.train.loop import Progress, Trainer
 from epmoe.train.loss_scale import restored_scale
 from epmoe.train.manifest import MANIFEST, Counters, TrainingRecord
+from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.run_folder import RunFolder
 
 SHAPES = (
@@ -61,9 +63,42 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def changed_keys(old: dict[str, Any], new: Config) -> list[str]:
     """``key: old -> new`` for every setting that differs, in the order of the keys."""
-    before, after = flatten(env.masked(old)), flatten(env.masked(new.model_dump(mode="json")))
+    before, after = (_resolved(flatten(env.masked(one))) for one in (old, new.model_dump(mode="json")))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def _resolved(flat: dict[str, Any]) -> dict[str, Any]:
+    """Sizes of the model that are left to others, spelled out: null and the number it stands for are no change."""
+    width, heads = flat.get("model.d_model"), flat.get("model.num_heads")
+    stands_for = {
+        "model.num_kv_heads": heads,
+        "model.head_dim": width // heads if width and heads else None,
+        "moe.d_ff": flat.get("model.d_ff"),
+    }
+    return flat | {key: value for key, value in stands_for.items() if key in flat and flat[key] is None}
+
+
+def rate_change(old: dict[str, Any], config: Config, step: int) -> str | None:
+    """What a resume does to the learning rate of the next step; None where it stays, or nobody knows what it was.
+
+    Args:
+        old: The configuration of the checkpoint.
+        step: Its step.
+    """
+    try:
+        before = scheduled_rate(Config.model_validate(old), step)
+    except ValueError:
+        return None
+    after = scheduled_rate(config, step)
+    if math.isclose(before, after, rel_tol=1e-6):
+        return None
+    advice = (
+        "; optimizer.schedule_steps keeps a schedule's length"
+        if config.optimizer.schedule_steps is None
+        else ""
+    )
+    return f"the learning rate goes on at {after:.3g} instead of {before:.3g}{advice}"
 
 
 def check_resumable(
@@ -133,6 +168,8 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
         say(f"resuming from {found.checkpoint.path} (step {progress.step})")
         for line in changes:
             say(f"  changed since: {line}")
+        if rate := rate_change(found.checkpoint.manifest.record.config, config, progress.step):
+            say(f"  {rate}")
     return seconds
 
 

@@ -270,9 +270,10 @@ def unit_mean(logits_TE: Tensor, valid: list[bool], unit_of: list[int]) -> Tenso
     return torch.stack(rows) if rows else logits_TE
 
 
-def firsts(unit_of: list[int]) -> list[int]:
-    """The first token of each token's unit."""
-    return [unit_of.index(unit) for unit in unit_of]
+def firsts(unit_of: list[int], valid: list[bool]) -> list[int]:
+    """The first real token of each token's unit; of one that is nothing but padding, its first."""
+    real = {unit: t for t, unit in reversed(list(enumerate(unit_of))) if valid[t]}
+    return [real.get(unit, unit_of.index(unit)) for unit in unit_of]
 
 
 def greedy_table(counts: list[int], experts: int) -> list[int]:

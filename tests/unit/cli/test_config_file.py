@@ -461,3 +461,12 @@ def test_a_mistake_is_reported_in_under_a_second_without_torch(write):
         took.append(processor_time() - before)
         assert done.returncode == 0, done.stderr
     assert min(took) < 1.0
+
+
+@pytest.mark.parametrize("name", ["topk", "noisy_topk", "deepseek"])
+def test_one_expert_of_weight_one_would_not_train_the_router(name: str):
+    one = {"moe": {"top_k": 1, "router": {"name": name, "normalize": True}}}
+    with pytest.raises(ValueError, match="the task never trains the router; leave normalize out"):
+        Config.model_validate(one)
+    one["moe"]["router"] = {"name": name}
+    assert Config.model_validate(one).moe.top_k == 1  # type: ignore[union-attr]

@@ -358,7 +358,7 @@ def _decision_of_groups(
 def _of_units(logits_TE: Tensor, valid: list[bool], moe: MoEConfig, given: Extras) -> tuple[Tensor, Extras]:
     """Logits and random numbers of each token's unit: its document, or its sequence for a task."""
     if moe.router.name == "sentence":
-        logits_TE, first = groups.unit_mean(logits_TE, valid, given.unit), groups.firsts(given.unit)
+        logits_TE, first = groups.unit_mean(logits_TE, valid, given.unit), groups.firsts(given.unit, valid)
     else:
         table = given.task_logits.view(TASKS, -1)
         if given.unit:

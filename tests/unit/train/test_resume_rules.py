@@ -9,7 +9,8 @@ import pytest
 from epmoe.config import Config
 from epmoe.errors import CheckpointError
 from epmoe.train.manifest import TrainingRecord
-from epmoe.train.resume import changed_keys, check_resumable, flatten
+from epmoe.train.optimizer import scheduled_rate
+from epmoe.train.resume import changed_keys, check_resumable, flatten, rate_change
 
 
 def record(config: Config, **changes: Any) -> TrainingRecord:
@@ -70,7 +71,7 @@ def test_harmless_changes_are_listed(sections: dict[str, Any], line: str) -> Non
         ({"moe": {"num_experts": 16}}, "moe.num_experts: 8 -> 16"),
         ({"moe": {"every": 1}}, "moe.every: 2 -> 1"),
         ({"moe": {"first_dense": 2}}, "moe.first_dense: 0 -> 2"),
-        ({"moe": {"d_ff": 3}}, "moe.d_ff: None -> 3"),
+        ({"moe": {"d_ff": 3}}, "moe.d_ff: 1024 -> 3"),
         ({"moe": {"activation": "gelu"}}, "moe.activation: swiglu -> gelu"),
         ({"moe": {"shared_experts": 1}}, "moe.shared_experts: 0 -> 1"),
         ({"moe": None}, "moe.num_experts: 8 -> None"),
@@ -82,6 +83,27 @@ def test_another_model_or_optimizer_is_refused(sections: dict[str, Any], says: s
         lines(changed(**sections))
     assert says in str(caught.value)
     assert "choose another out=" in str(caught.value)
+
+
+def test_sizes_spelled_out_are_the_same_model() -> None:
+    spelled = {"model": {"num_kv_heads": 4, "head_dim": 64}, "moe": {"d_ff": 1024}}
+    assert lines(changed(**spelled)) == lines(Config(), changed(**spelled)) == []
+    with pytest.raises(CheckpointError, match=r"model\.num_kv_heads: 4 -> 2"):
+        lines(changed(model={"num_kv_heads": 2}))
+
+
+def test_a_resume_says_what_it_does_to_the_learning_rate() -> None:
+    old = Config().model_dump(mode="json")
+    longer = changed(train={"steps": 2000})
+    said = rate_change(old, longer, 999)
+    assert said is not None
+    assert "goes on at 0.000587 instead of 0.0001" in said
+    assert "optimizer.schedule_steps" in said
+    assert rate_change(old, Config(), 999) is None
+    kept = changed(train={"steps": 2000}, optimizer={"schedule_steps": 1000})
+    assert rate_change(old, kept, 999) is None
+    assert scheduled_rate(kept, 1500) == pytest.approx(1e-4)
+    assert rate_change({"optimizer": "of another version"}, Config(), 999) is None
 
 
 def test_a_dense_checkpoint_does_not_become_sparse() -> None:
