@@ -73,6 +73,7 @@ class Counters(_Part):
     skipped: int = Field(default=0, ge=0)
     skipped_in_a_row: int = Field(default=0, ge=0)
     overflowed: int = Field(default=0, ge=0)
+    empty: int = Field(default=0, ge=0)
     loss_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     loss_scale_good_steps: int | None = Field(default=None, ge=0)
 

@@ -192,6 +192,7 @@ def _progress_of(checkpoint: Checkpoint, config: Config) -> tuple[Progress, floa
         skipped=counters.skipped,
         skipped_in_a_row=counters.skipped_in_a_row,
         overflowed=counters.overflowed,
+        empty=counters.empty,
         loss_scale=scale,
     )
     return progress, counters.seconds

@@ -100,8 +100,13 @@ def test_steps_without_a_token_in_the_loss_are_null_counted_and_warned_about(
         assert 0.9 < line["aux"]["balance"] < 2.0  # not a hundred times as much
         valid = line["layers"]["1"]["valid_tokens"]
         assert line["tokens_per_second"] == pytest.approx(valid / line["seconds_per_step"])
+    longer = override_config(config, ["train.steps=23"])
+    [outcome] = rank_outcomes(1, attempt, base, longer)
+    assert outcome.result == End(0), outcome.error
+    assert history(Path(config.out))[-1]["empty_steps"] >= len(empty)  # counted over all attempts
     said = capfd.readouterr().out
-    assert said.count("had no token that counts in the loss") == 1
+    assert "the learning rate goes on at" in said
+    assert said.count("had no token that counts in the loss") == 2  # once by each attempt
     assert "eta=?" not in said
 
 
