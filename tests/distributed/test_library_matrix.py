@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from epmoe import ModuleExperts, MoEConfig, TokenContext, build_moe_layer, shard
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.moe.recompute import Replay
-from epmoe.parallel import ddp, fsdp, runtime
+from epmoe.parallel import ddp, deepspeed, fsdp, runtime
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
@@ -88,7 +89,7 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 def loss_of(model: nn.Module, use: str, step: int, rank: int) -> Tensor:
     """The rank's share of the objective: all shares together are it."""
     x_BSX, mask_BS = batch(step, rank)
-    y_BS = model(x_BSX).square().sum(-1)
+    y_BS = model(x_BSX.to(next(model.parameters()).dtype)).square().sum(-1)
     if use != "loss mask":
         return y_BS.mean() / RANKS
     return (y_BS * mask_BS).sum() / sum(batch(step, r)[1].sum() for r in range(RANKS))
@@ -367,3 +368,48 @@ def different_shapes(rank: int) -> str:
 def test_padded_dispatch_names_different_shapes(tmp_path: Path) -> None:
     for rank, told in enumerate(run_ranks(RANKS, different_shapes, tmp_path)):
         assert f"sends {(160, 240)[rank]} rows from this rank and 160 or 240 from those" in told
+
+
+# ------------------------------------------------------------------------------------------- DeepSpeed
+def under_deepspeed(rank: int, stage: int) -> dict[str, dict[str, tuple[Tensor, int]]]:
+    from deepspeed.utils import safe_get_full_grad
+
+    mesh = build_mesh(runtime.start("cpu", 60.0), RANKS)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+    }
+    found: dict[str, dict[str, tuple[Tensor, int]]] = {}
+    for use in ("nothing special", "frozen before", "tied", "called twice", "recomputed", "loss mask"):
+        model = Net(use)
+        if use == "frozen before":  # all of them
+            for layer in (model.experts, model.other["experts"]):
+                layer.experts.requires_grad_(False)
+        shard_experts(model, mesh)
+        deepspeed.prepare(model, mesh)
+        engine, *_ = deepspeed.load_deepspeed("cpu").initialize(model=model, config=settings)
+        engine.backward(RANKS * loss_of(engine, use, 0, rank))
+        found[use] = {
+            name: (safe_get_full_grad(parameter), mesh.ep_rank * 2 if ".experts.w_" in f".{name}" else 0)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="make test-slow installs it")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_deepspeed_has_the_gradients_of_one_process_in_every_use(stage: int, tmp_path: Path) -> None:
+    deepspeed.load_deepspeed("cpu")  # once here instead of seconds in every child
+    for found in run_ranks(RANKS, under_deepspeed, tmp_path, stage):
+        for use, gradients in found.items():
+            model = Net(use)
+            for rank in range(RANKS):
+                loss_of(model, use, 0, rank).backward()
+            whole = {name: parameter.grad for name, parameter in model.named_parameters()}
+            for name, (rows, first) in gradients.items():
+                wanted = whole[name][first : first + rows.shape[0]]
+                error = float((rows - wanted).abs().max() / wanted.abs().max())
+                assert error <= 1e-6 * 4, f"{use}: {name} by {error:.1e}"
