@@ -17,7 +17,7 @@ fail() { echo "FAILED: $*" >&2; exit 1; }
 
 # ---------------------------------------------------------------------------------------------- build
 # What pip is told here, the build is told too: as its configuration, with the certificate and the folders that it names.
-declare -A shown=(["$work/pip.conf"]=/etc/pip.conf)
+declare -A shown=()
 echo "[global]" >"$work/pip.conf"
 while IFS='=' read -r key value; do
     key=${key##*.} value=${value//\'/}
@@ -27,7 +27,7 @@ while IFS='=' read -r key value; do
     esac
     grep -q "^$key =" "$work/pip.conf" || echo "$key = $value" >>"$work/pip.conf"
 done < <(python3 -m pip config list)
-pip_flags=()
+pip_flags=(--secret "id=pip,src=$work/pip.conf")
 for path in "${!shown[@]}"; do pip_flags+=(--volume "$path:${shown[$path]}:ro"); done
 
 build() { # tag, further arguments -> the output of the build
@@ -111,7 +111,7 @@ until [ "$(wc -l <"$out/run/metrics.jsonl")" -ge 10 ]; do sleep 0.05; done
 inside=$(pgrep --parent "$(pgrep --parent $job bwrap || echo $job)" | head -n 1)
 nsenter --target "$inside" --pid --mount --root --wd --setuid 10001 --setgid 10001 env PATH=/opt/epmoe/bin:/usr/bin:/bin \
     sh /usr/local/bin/health.sh >"$work/log" || { cat "$work/log"; fail "unhealthy while it trains"; }
-say "healthy: $(sed -n 2p "$work/log")"
+say "healthy: $(grep 'running:\|starting:' "$work/log" || { cat "$work/log" >&2; fail "no word of the run"; })"
 kill -TERM "$inside"
 code=0
 wait $job || code=$?
@@ -123,6 +123,7 @@ ends 0 "resuming from" RANKS=1 -- "${train[@]}" "train.steps=$((step + 2))"
 say "what is not right gets one sentence"
 ends 2 "remove --user" uid=0 -- doctor
 ends 2 "user 4711 cannot write to /out" uid=4711 -- doctor
+ends 2 "RANKS=two is not a number" RANKS=two -- "${train[@]}"
 ends 2 "/dev/shm has" shm=$((8 << 20)) -- "${train[@]}"
 chown root "$out" && chmod 755 "$out"
 ends 2 "cannot write to /out" -- "${train[@]}"
