@@ -131,7 +131,7 @@ def overlap(place: runtime.Runtime, rounds: int, quick: bool) -> list[dict[str, 
             mesh = build_mesh(place, place.world_size, ParallelConfig(overlap_chunks=parts))
             layer = build_moe_layer(moe, d_model=WIDTH, d_ff=d_ff)
             shard_experts(layer, mesh)
-            take_over(layer)
+            take_over(layer, "benchmark")
 
             def step(layer: Any = layer, x_BSD: Tensor = x_BSD, context: Any = context) -> None:
                 x = x_BSD.clone().requires_grad_()

@@ -142,7 +142,8 @@ class PaddedDispatcher:
     the capacity and not the kept rows. Without a capacity there is no such block: those passes (evaluation, as a rule)
     go the ragged way.
 
-    Costs per layer: as ragged, without the exchange of counts and the copy to the host. Experts that are modules also
+    Costs per layer: as ragged, without the exchange of counts and the copy to the host; on a CPU the ranks gather how
+    many rows each feeds. Experts that are modules also
     see the zero rows; what they make of them is thrown away.
 
     Args:
@@ -182,7 +183,6 @@ class PaddedDispatcher:
                 routing, num_experts=num_experts, group_size=group_size, capacity=capacity, spread=self.spread
             )
             plan = replace(plan, parts=self.parts(num_experts, plan.token_N))
-            self._agree(plan.token_N)
         weight_N1 = _weights(routing, plan).unsqueeze(1) if self.weigh_rows else None
         return self.send_blocks(permute(x_TD, plan.token_N), plan.parts, weight_N1), plan
 
@@ -193,20 +193,24 @@ class PaddedDispatcher:
         return _sum(self.blocks_home(rows_RD, plan.parts), routing, plan, self.weigh_rows)
 
     def _agree(self, token_N: Tensor) -> None:
-        """The ranks compare every new size once: blocks of different sizes would end in the depths of the library."""
+        """The ranks compare their sizes: blocks of different ones would end in the depths of the library. On a GPU only
+        those that are new to this rank, because the host would wait: there a size that is new to others alone is lost.
+        """
         num_rows, exchange = token_N.shape[0], self.exchange
-        if (
-            exchange is None
-            or exchange.num_ranks == 1
-            or num_rows in self.agreed
-            or torch.compiler.is_compiling()
-        ):
+        if exchange is None or exchange.num_ranks == 1 or torch.compiler.is_compiling():
+            return
+        if token_N.is_cuda and num_rows in self.agreed:
             return
         require_equal_rows(exchange, num_rows, token_N.device)  # a copy to the host
         self.agreed.add(num_rows)
 
     def parts(self, num_experts: int, rows_ND: Tensor) -> tuple[PartPlan, ...]:
-        """How equal blocks of these rows, one for every expert in the order of sending, travel."""
+        """How equal blocks of these rows, one for every expert in the order of sending, travel.
+
+        Raises:
+            ValueError: Another rank that shares the experts feeds another number of rows.
+        """
+        self._agree(rows_ND)
         num_steps = 0 if self.exchange is None else len(self.exchange.sizes)
         return equal_parts(
             num_experts, rows_ND.shape[0] // num_experts, self.spread, num_steps, rows_ND.device

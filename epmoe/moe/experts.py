@@ -14,6 +14,22 @@ from epmoe.ops import expert_ffn
 from epmoe.types import ExpertBatch
 
 
+def reset_modules(parent: nn.Module) -> None:
+    """``reset_parameters`` of the modules below one, down to where a module has it.
+
+    Raises:
+        ValueError: One with tensors does not.
+    """
+    for name, child in parent.named_children():
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif [*child.parameters(recurse=False), *child.buffers(recurse=False)]:
+            raise ValueError(f"{name} is a {type(child).__name__} with tensors and without reset_parameters")
+        else:
+            reset_modules(child)
+
+
 class FFNExperts(nn.Module):
     """Two-layer feed-forward experts without biases, their weights stacked.
 
@@ -127,6 +143,19 @@ class ModuleExperts(nn.Module):
     def num_local(self) -> int:
         """Experts on this rank, L."""
         return len(self.experts)
+
+    def reset_parameters(self) -> None:
+        """Every module's own, each from a seed that depends on torch's generator and the expert's global id: ranks with
+        the same seed have different experts, and the same ones as a single process.
+
+        Raises:
+            ValueError: A module has tensors and no ``reset_parameters``.
+        """
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        for number, module in self.experts.items():
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + int(number))
+                reset_modules(nn.ModuleDict({number: module}))
 
     def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
         """Each block of rows through its module, times the rows' weights if they have some -> ``[R, d_out]``; a

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from epmoe.config import MoEConfig
 from epmoe.config_routers import SmoothingOptions
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from epmoe.moe.experts import reset_modules
 from epmoe.moe.inputs import check_inputs
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
@@ -88,6 +89,14 @@ class MoELayer(nn.Module):
         check_inputs(x_BSD, ctx, self.router.d_model)
         if self.before_training is not None and self.training and torch.is_grad_enabled():
             self.before_training(self)
+
+    def reset_parameters(self) -> None:
+        """Draws router and experts anew, as after ``to_empty``; equal seeds give the same weights in every layout.
+
+        Raises:
+            ValueError: An expert has tensors and no ``reset_parameters``.
+        """
+        reset_modules(self)
 
     def _chain(
         self,

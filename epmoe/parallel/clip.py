@@ -41,19 +41,22 @@ def clip_grad_norm_(model: nn.Module, mesh: ExpertMesh, max_norm: float) -> Tens
         raise ValueError("DeepSpeed clips by itself: gradient_clipping in its configuration")
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     gradients: dict[Groups, list[Tensor]] = defaultdict(list)
+    copies: list[Tensor] = []  # rounded ones, which the optimizer reads
     for parameter in model.parameters():  # frozen ones too: all ranks come to the same groups
         groups = _shard_groups(parameter)
         if id(parameter) in experts and mesh.ep_size > 1:
             groups = (*groups, mesh.ep_group)
         gradient = gradient_of(parameter)
         gradients[groups] += [] if gradient is None else [_here(gradient)]
+        if parameter.grad is not None and parameter.grad is not gradient:
+            copies.append(_here(parameter.grad))
     device = torch.device(mesh.device_mesh.device_type)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for groups, held in gradients.items():
         total += _over(groups, sum_of_squares(held, device))
     norm = total.sqrt()
     coefficient = clip_coefficient(norm, max_norm)
-    for held in gradients.values():
+    for held in (*gradients.values(), copies):
         scale(held, coefficient)
     return norm
 

@@ -82,7 +82,7 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
     layers = spread_layers(model, mesh)
     for _, layer in layers:
         mark_experts(layer, mesh)
-    take_over(model)
+    take_over(model, "deepspeed")
     load_deepspeed(mesh.device_mesh.device_type)
     _adopt_groups(mesh)
     # DeepSpeed wants the groups where experts are trained, and fails on a model that names some and trains none.

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from epmoe.models.decoder import Block, Decoder
 from epmoe.moe.experts import FFNExperts
+from epmoe.moe.layer import MoELayer
 from epmoe.parallel.layers import spread_layers, take_over
 from epmoe.parallel.mesh import ExpertMesh, is_stacked
 
@@ -70,7 +71,7 @@ def shard_model(
     """
     # A result that is a view must not be changed in place, FSDP warns; nothing here changes results in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    take_over(model)
+    take_over(model, "fsdp")
     done: set[nn.Module] = set()
     dense = mesh.device_mesh if hybrid else _world(mesh)
 
@@ -119,16 +120,36 @@ def prepare(model: nn.Module, mesh: ExpertMesh, mp_policy: MixedPrecisionPolicy 
         mp_policy: Of the experts; give ``fully_shard`` the same one for the rest.
 
     Raises:
-        ValueError: A layer does not hold this rank's share of the experts, or they are modules.
+        ValueError: A layer does not hold this rank's share of the experts, or they are modules, shared with another
+            layer, or cut already; or something else reduces their gradients.
     """
-    for name, layer in spread_layers(model, mesh):
-        if not isinstance(layer.experts, FFNExperts):
-            raise ValueError(_only_stacked(f"{name}.experts", layer.experts))
+    layers = spread_layers(model, mesh)
+    _refuse_uncuttable(layers)
+    take_over(model, "fsdp")
+    for _, layer in layers:
         experts = _cut(layer.experts, mesh.device_mesh["edp"], mp_policy or MixedPrecisionPolicy())
         # Not by a divide factor: torch 2.13 applies one twice where no rank holds the same experts and gradients are
         # neither float32 nor bfloat16.
         experts.set_all_reduce_hook(lambda total: total.div_(mesh.world_size))  # type: ignore[arg-type]
-    take_over(model)
+
+
+def _refuse_uncuttable(layers: list[tuple[str, MoELayer]]) -> None:
+    owners: dict[int, str] = {}
+    for name, layer in layers:
+        path = f"{name}.experts".removeprefix(".")
+        if not isinstance(layer.experts, FFNExperts):
+            raise ValueError(_only_stacked(path, layer.experts))
+        if isinstance(layer.experts.w_in, DTensor):
+            raise ValueError(
+                f"fully_shard has cut {path} already; call epmoe.parallel.fsdp.prepare(model, mesh) once, and before "
+                f"fully_shard(model)"
+            )
+        for parameter in layer.experts.parameters():
+            if (first := owners.setdefault(id(parameter), path)) != path:
+                raise ValueError(
+                    f"{path} shares a parameter with {first}, and FSDP cuts the two apart; use Gradients or "
+                    f"DistributedDataParallel, or experts of their own"
+                )
 
 
 def _only_stacked(name: str, experts: nn.Module) -> str:

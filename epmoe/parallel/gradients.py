@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from epmoe.comm.waiting import wait_for
 from epmoe.parallel.layers import expert_parameters, take_over
@@ -36,16 +37,20 @@ class Gradients:
 
     Nothing is copied to reduce them, a parameter that nobody touched has zero gradient (never None), and micro-batches
     accumulate in place. Gradients are at least float32: a bfloat16 parameter's gradient is added to its float32 view
-    as soon as backward has it, and ``parameter.grad`` is None again.
+    as soon as backward has it, and ``parameter.grad`` is None until ``reduce`` leaves the rounded sum there.
 
-    ``zero`` starts a step; ``optimizer.zero_grad()`` in either form does too, for parameters of at least float32.
-    Parameters may be frozen and trained again in between, on all ranks alike. Who makes this object last for a model
-    has its gradients.
+    ``zero`` starts a step; ``optimizer.zero_grad()`` in either form does too. Parameters may be frozen and trained
+    again in between, on all ranks alike; convert or replace them before this object is made. Who makes it last for a
+    model has its gradients.
 
     Args:
         model: Its MoE layers may be trained from now on.
         mesh: The groups.
         bucket_bytes: Buffers are closed at this size, so that several reductions can be under way at once.
+        masters: The optimizer reads ``views``, so ``reduce`` leaves nothing in ``parameter.grad`` below float32.
+
+    Raises:
+        ValueError: The model is in DistributedDataParallel, or something else reduces the gradients of its experts.
     """
 
     def __init__(
@@ -54,14 +59,21 @@ class Gradients:
         mesh: ExpertMesh,
         *,
         bucket_bytes: int = BUCKET_BYTES,
+        masters: bool = False,
     ) -> None:
-        take_over(model)
-        self._model, self._mesh, self._bucket_bytes = model, mesh, bucket_bytes
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "DistributedDataParallel averages the gradients of this model already; leave Gradients out, and call "
+                "epmoe.parallel.ddp.prepare(model, mesh)"
+            )
+        take_over(model, "Gradients")
+        self._model, self._mesh, self._bucket_bytes, self._masters = model, mesh, bucket_bytes, masters
         self.views: dict[str, Tensor] = {}
         """The gradient of each parameter that is or was trained, by its name."""
         self.dense: list[Bucket] = []
         self.experts: list[Bucket] = []
         self._held: dict[str, nn.Parameter] = {}
+        self._made_for: dict[str, tuple[object, ...]] = {}
         self._adders: dict[str, _Adder] = {}
         self._frozen: set[str] = set()
         self._follow()
@@ -69,6 +81,12 @@ class Gradients:
     def _follow(self) -> None:
         """Takes in what is trained for the first time, lets go of what is frozen, and brings back what was."""
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        for name in trained.keys() & self._held.keys():
+            if _kind(trained[name], self.views[name]) != self._made_for[name]:
+                raise RuntimeError(
+                    f"{name} has been converted, moved or replaced since Gradients was made, and its gradient is no "
+                    f"longer in the buffers; make Gradients (and the optimizer) after model.to(...)"
+                )
         if new := {name: p for name, p in trained.items() if name not in self._held}:
             theirs = expert_parameters(self._model).keys()
             self.dense += self._allocate(
@@ -80,6 +98,7 @@ class Gradients:
             self._held |= new
             for name, parameter in new.items():
                 self._attach(name, parameter)
+                self._made_for[name] = _kind(parameter, self.views[name])
         for name in self._held.keys() - trained.keys() - self._frozen:
             self._held[name].grad = None  # or an optimizer would go on moving it
             self._frozen.add(name)
@@ -127,6 +146,8 @@ class Gradients:
             flat.zero_()
         for name in self._held.keys() - self._adders.keys() - self._frozen:
             self._held[name].grad = self.views[name]
+        for name, adder in self._adders.items():
+            self._held[name].grad, adder.old = None, False
 
     def reduce(self) -> None:
         """Sums every gradient over the ranks that hold its parameter. A collective, once per optimizer step.
@@ -141,6 +162,8 @@ class Gradients:
             )
         for name in self._held.keys() - self._adders.keys() - self._frozen:
             _follow_up(self._held[name], self.views[name])
+        for name in self._adders.keys() - self._frozen:
+            self._adders[name].settle(self._held[name])
         pending = [
             dist.all_reduce(bucket.flat, group=bucket.group, async_op=True)
             for bucket in (*self.dense, *self.experts)
@@ -148,6 +171,9 @@ class Gradients:
         ]
         for work in pending:
             wait_for(work)
+        for name in self._adders.keys() - self._frozen:
+            self._adders[name].old = True
+            self._held[name].grad = None if self._masters else self.views[name].to(self._held[name].dtype)
 
 
 class _Adder:
@@ -155,17 +181,36 @@ class _Adder:
 
     def __init__(self, view: Tensor) -> None:
         self.view, self.replaced = view, False
+        self.old = False
+        """The view holds the sum of a step that ``reduce`` has ended; its rounded copy may have been cleared since."""
 
     def __call__(self, touched: Tensor) -> None:
-        if touched.grad is not None:
+        if touched.grad is None:
+            return
+        if self.old:  # backward has added to what was left there
+            self.view.copy_(touched.grad)
+        else:
             self.view.add_(touched.grad)
-            touched.grad = None
+        touched.grad, self.old = None, False
+
+    def settle(self, parameter: Tensor) -> None:
+        """Where nothing came since ``reduce``: what was left, or zero if it has been cleared."""
+        if self.old and parameter.grad is None:
+            self.view.zero_()
+        else:
+            self(parameter)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     """Where a parameter's gradient is: in its ``grad``, or wider in the buffers of a ``Gradients``."""
     hooks = (parameter._post_accumulate_grad_hooks or {}).values()
     return next((hook.view for hook in hooks if isinstance(hook, _Adder)), parameter.grad)
+
+
+def _kind(parameter: nn.Parameter, view: Tensor) -> tuple[object, ...]:
+    """What must stay as it was for gradients to reach the buffers. ``model.to`` may move a view to another storage."""
+    storage = view.untyped_storage().data_ptr()
+    return id(parameter), parameter.dtype, parameter.device, parameter.shape, storage
 
 
 def _follow_up(parameter: nn.Parameter, view: Tensor) -> None:

@@ -3,10 +3,15 @@ reduces their gradients. The layers are asked; a name says nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from epmoe.moe.experts import ModuleExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
 
@@ -28,12 +33,24 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
 
 
-def refuse_shared_with_dense(model: nn.Module) -> None:
-    """Experts are summed over some ranks and dense parameters over all: a parameter cannot be both.
+def refuse_shared(model: nn.Module) -> None:
+    """Experts are summed over some ranks and dense parameters over all: a parameter cannot be both. Nor can it be that
+    of several experts that are modules: those on other ranks would have a copy that is trained apart.
 
     Raises:
         ValueError: One is.
     """
+    number_of: dict[int, str] = {}
+    for _, layer in moe_layers(model):
+        for number, module in (
+            layer.experts.experts.items() if isinstance(layer.experts, ModuleExperts) else ()
+        ):
+            for leaf, parameter in module.named_parameters():
+                if number_of.setdefault(id(parameter), number) != number:
+                    raise ValueError(
+                        f"experts {number_of[id(parameter)]} and {number} share the parameter {leaf}, and experts on "
+                        f"other ranks could not; give each its own, or use ep_size=1"
+                    )
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     inside = {id(module) for _, layer in moe_layers(model) for module in layer.experts.modules()}
     for name, module in model.named_modules():
@@ -63,12 +80,30 @@ def spread_layers(model: nn.Module, mesh: ExpertMesh) -> list[tuple[str, MoELaye
     return layers
 
 
-def take_over(model: nn.Module) -> None:
+def take_over(model: nn.Module, by: str) -> list[MoELayer]:
     """Lets the MoE layers of ``model`` train: whoever calls this reduces the gradients of their experts over the ranks
-    that hold the same ones."""
-    for _, layer in moe_layers(model):
-        if layer.before_training is not None:  # its experts are spread
-            layer.before_training = refuse_if_ddp_has_experts
+    that hold the same ones.
+
+    Args:
+        by: Who does.
+
+    Returns:
+        The layers with experts on several ranks that nobody had before.
+
+    Raises:
+        ValueError: Somebody else reduces those of a layer already.
+    """
+    spread = [(name, layer) for name, layer in moe_layers(model) if layer.before_training is not None]
+    for name, layer in spread:
+        if isinstance(layer.before_training, Reduced) and layer.before_training.by != by:
+            raise ValueError(
+                f"the gradients of {name or 'the layer'} are reduced by {layer.before_training.by} already, and {by} "
+                f"would do it once more; use one of them, or a deepcopy of the model for the other"
+            )
+    fresh = [layer for _, layer in spread if not isinstance(layer.before_training, Reduced)]
+    for layer in fresh:
+        layer.before_training = Reduced(by)
+    return fresh
 
 
 def refuse_if_unreduced(_: MoELayer) -> None:
@@ -80,14 +115,37 @@ def refuse_if_unreduced(_: MoELayer) -> None:
     raise RuntimeError(UNREDUCED)
 
 
+def _nobody() -> Callable[[MoELayer], None]:
+    return refuse_if_unreduced
+
+
+@dataclass(slots=True)
+class Reduced:
+    """Of a layer whose experts are spread over ranks, when somebody sums their gradients. Nobody does it for a copy,
+    whose parameters are others: there this becomes ``refuse_if_unreduced``."""
+
+    by: str
+    looked: bool = False
+
+    def __call__(self, layer: MoELayer) -> None:
+        """Before every pass that will be differentiated; looks at the wrapper in the first."""
+        if not self.looked and not torch.compiler.is_compiling():
+            refuse_if_ddp_has_experts(layer)
+            self.looked = True
+
+    def __deepcopy__(self, _: object) -> Callable[[MoELayer], None]:
+        return _nobody()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nobody, ()
+
+
 def refuse_if_ddp_has_experts(layer: MoELayer) -> None:
-    """Looks once, in the first pass in training, whether DDP was told to leave the layer's experts alone.
+    """Looks whether DDP was told to leave the layer's experts alone.
 
     Raises:
         RuntimeError: It was not: it has given every rank the experts of rank 0.
     """
-    if torch.compiler.is_compiling():
-        return
     wrapper = DistributedDataParallel._get_active_ddp_module()
     experts = {id(parameter) for parameter in layer.experts.parameters()}
     for name, parameter in () if wrapper is None else wrapper.module.named_parameters():
@@ -96,4 +154,3 @@ def refuse_if_ddp_has_experts(layer: MoELayer) -> None:
                 f"DDP treats {name} as though all ranks had the same experts, and has overwritten them with rank 0's; "
                 f"wrap the module that shard_experts was given, after it, or give it the module that is wrapped"
             )
-    layer.before_training = None

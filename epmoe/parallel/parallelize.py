@@ -14,7 +14,7 @@ from epmoe.moe.experts import FFNExperts, ModuleExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.ddp import leave_experts_to_us
 from epmoe.parallel.deepspeed import mark_experts
-from epmoe.parallel.layers import moe_layers, refuse_if_unreduced, refuse_shared_with_dense
+from epmoe.parallel.layers import moe_layers, refuse_if_unreduced, refuse_shared
 from epmoe.parallel.mesh import ExpertMesh
 
 
@@ -31,14 +31,15 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
         ValueError: ``dispatcher: local`` while the experts are spread over several ranks; experts that the ranks cannot
             share out evenly; modules that are not this rank's experts, the message says which ones are; an overlap with
             fewer experts on a rank than parts, or with experts of another kind; a parameter that experts share with the
-            rest of the model; a model that DDP has wrapped already.
+            rest of the model or with each other; two layers with the same number; a model that DDP has wrapped already.
     """
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "shard_experts comes before DistributedDataParallel, which has taken all experts for the same"
         )
     if mesh.ep_size > 1:
-        refuse_shared_with_dense(model)
+        refuse_shared(model)
+    _refuse_equal_numbers(model)
     num_parts = mesh.parallel.overlap_chunks
     if num_parts == 1 and not mesh.parallel.overlap_shared:
         num_parts = 0
@@ -61,11 +62,23 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
         refuse_batch_statistics(layer)
         if mesh.ep_size > 1:
             mark_experts(layer, mesh)
-            layer.before_training = refuse_if_unreduced
+            layer.before_training = layer.before_training or refuse_if_unreduced
         if mesh.world_size > 1:
             layer.sum_over_ranks = SumCounts(mesh.world_group)
     if mesh.ep_size > 1:
         leave_experts_to_us(model)
+
+
+def _refuse_equal_numbers(model: nn.Module) -> None:
+    seen: dict[int, str] = {}
+    for name, layer in moe_layers(model):
+        number = layer.router.layer
+        if number in seen:
+            raise ValueError(
+                f"{seen[number]} and {name} are both layer {number}, so they draw the same random numbers; give each "
+                f"MoE layer of a model its own: build_moe_layer(..., layer=1)"
+            )
+        seen[number] = name
 
 
 def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:

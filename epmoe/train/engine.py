@@ -77,7 +77,7 @@ class NativeEngine:
 
     def __init__(self, config: OptimizerConfig, model: nn.Module, mesh: ExpertMesh) -> None:
         self._mesh = mesh
-        self._gradients = Gradients(model, mesh)
+        self._gradients = Gradients(model, mesh, masters=True)
         self._optimizer = Optimizer(config, model, self._gradients.views)
 
     def zero(self) -> None:

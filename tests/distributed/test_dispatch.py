@@ -128,7 +128,7 @@ def on_a_rank(rank: int) -> dict[str, Any]:
         for dispatcher, save, as_modules in VARIANTS:
             layer = make_layer(config(dispatcher, save), as_modules, rank if as_modules else None)
             shard_experts(layer, mesh)
-            take_over(layer)
+            take_over(layer, "test")
             kind = {"padded": PaddedDispatcher, "all_to_all": AllToAllDispatcher}[dispatcher]
             assert isinstance(layer.dispatcher, kind)
             for name in BATCHES:
@@ -182,16 +182,16 @@ def test_two_ranks_equal_one(
 
 @pytest.mark.parametrize("save", ["output", "hidden"])
 def test_collectives_of_a_layer_pass(ranks: list[dict[str, Any]], save: str) -> None:
-    """Two exchanges of rows in each pass; ragged dispatch one of counts; ``hidden`` one of weights, and of their
-    gradients."""
+    """Two exchanges of rows in each pass; ragged dispatch one of counts, padded on a CPU a gather of how many rows;
+    ``hidden`` one of weights, and of their gradients."""
     weights = {"weights": 1} if save == "hidden" else {}
     back = {"weights": 2} if save == "hidden" else {}
     for found in ranks:
         for as_modules in (False, True):
             for name in BATCHES:
                 _, forward, both = found[f"padded {save} {as_modules} {name}"]
-                assert forward == {"rows": 2, **weights}
-                assert both == {"rows": 4, **back}
+                assert forward == {"all_gather": 1, "rows": 2, **weights}
+                assert both == {"all_gather": 1, "rows": 4, **back}
                 _, forward, both = found[f"all_to_all {save} {as_modules} {name}"]
                 assert forward == {"counts": 1, "rows": 2, **weights}
                 assert both == {"counts": 1, "rows": 4, **back}

@@ -249,7 +249,7 @@ def make_layer(kind: str, mesh: ExpertMesh) -> MoELayer:
     for seed, parameter in enumerate(layer.parameters()):
         parameter.data.copy_(numbers(*parameter.shape, seed=seed))
     shard_experts(layer, mesh)
-    take_over(layer)
+    take_over(layer, "test")
     return layer
 
 
@@ -356,7 +356,7 @@ def write_down(rank: int) -> tuple[list[str], list[str]]:
     moe = MoEConfig.model_validate({"num_experts": 6, "router": "topk", "dispatcher": "padded", "losses": {}})
     layer = build_moe_layer(moe, d_model=WIDTH, experts=experts).double()
     shard_experts(layer, mesh)
-    take_over(layer)
+    take_over(layer, "test")
     send, count = dist.all_to_all_single, iter(range(99))
 
     def noted(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:

@@ -90,20 +90,22 @@ def test_untouched_parameters_have_zero_gradients_and_frozen_ones_none(tmp_path:
     run_ranks(2, _untouched, tmp_path)
 
 
-def _low_precision(rank: int) -> tuple[float, Any]:
+def _low_precision(rank: int, masters: bool) -> tuple[float, Any]:
     mesh = build_mesh(start("cpu", 20), 1)
     model = nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
-    gradients = Gradients(model, mesh)
+    gradients = Gradients(model, mesh, masters=masters)
     for _ in range(257):  # in bfloat16 the sum of ones stops at 256
         model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
     gradients.reduce()
     view = gradients.views["weight"]
     assert view.dtype == torch.float32
-    return float(view[0, 0]), model.weight.grad
+    return float(view[0, 0]), None if model.weight.grad is None else model.weight.grad.tolist()[0]
 
 
-def test_bfloat16_parameters_accumulate_in_float32(tmp_path: Path) -> None:
-    assert run_ranks(2, _low_precision, tmp_path) == [(514.0, None)] * 2
+@pytest.mark.parametrize(("masters", "left"), [(True, None), (False, [512.0] * 4)])
+def test_bfloat16_parameters_accumulate_in_float32(tmp_path: Path, masters: bool, left: Any) -> None:
+    """514 rounded to bfloat16 is 512."""
+    assert run_ranks(2, _low_precision, tmp_path, masters) == [(514.0, left)] * 2
 
 
 # ------------------------------------------------------------------------------------------- norm

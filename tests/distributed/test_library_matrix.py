@@ -253,6 +253,9 @@ def refuse(rank: int) -> None:
     odd = build_moe_layer(MOE.model_copy(update={"num_experts": 5}), d_model=8, d_ff=12)
     with pytest.raises(ValueError, match="must divide the world size 2 and num_experts=5"):
         shard_experts(odd, mesh)
+    twins = nn.ModuleList(build_moe_layer(MOE, d_model=8, d_ff=12) for _ in range(2))
+    with pytest.raises(ValueError, match="0 and 1 are both layer 0, so they draw the same random numbers"):
+        shard_experts(twins, mesh)
     inner = build_moe_layer(MOE, d_model=8, d_ff=12)
     shard_experts(inner, mesh)
     ddp.prepare(inner, mesh)

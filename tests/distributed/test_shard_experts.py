@@ -61,7 +61,7 @@ def share_modules(rank: int) -> dict[str, Any]:
     shard_experts(layer, mesh)
     with pytest.raises(RuntimeError, match="nobody sums their gradients"):
         layer(tokens(rank))
-    take_over(layer)
+    take_over(layer, "test")
     soft = build_moe_layer(SOFT, d_model=3, d_ff=2).double()
     shard_experts(soft, mesh)
     with pytest.raises(RuntimeError, match="nobody sums their gradients"):
