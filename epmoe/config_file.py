@@ -19,6 +19,7 @@ from epmoe import env
 from epmoe.config import (
     BPE_ENTRIES_BELOW,
     Config,
+    MoEConfig,
     causality_problem,
     choose_ep_size,
     choose_node_size,
@@ -42,12 +43,14 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _checked(document: Document, overrides: Sequence[str]) -> Config:
+    by_default = not document.has(("moe", "losses")) and any(o.startswith("moe.losses.") for o in overrides)
     for override in overrides:
         document.override(override)
     problems = list(document.problems)
     config = None
     try:
-        config = Config.model_validate(document.frozen(), strict=True)
+        values = document.frozen()
+        config = Config.model_validate(_with_losses(values) if by_default else values, strict=True)
     except ValidationError as error:
         problems += _validation_problems(error, document)
     if config is not None:
@@ -58,6 +61,16 @@ def _checked(document: Document, overrides: Sequence[str]) -> Config:
     if config is None or problems:
         raise _as_error(problems)
     return config
+
+
+def _with_losses(values: dict[str, Any]) -> dict[str, Any]:
+    """One coefficient on the command line leaves the others at the router's defaults."""
+    moe = values["moe"]
+    try:
+        defaults = MoEConfig.model_validate({key: moe[key] for key in moe if key != "losses"}).losses
+    except ValidationError:
+        return values  # which has other mistakes to name
+    return {**values, "moe": {**moe, "losses": {**defaults, **moe["losses"]}}}
 
 
 def dump_config(config: Config) -> str:

@@ -470,3 +470,15 @@ def test_one_expert_of_weight_one_would_not_train_the_router(name: str):
         Config.model_validate(one)
     one["moe"]["router"] = {"name": name}
     assert Config.model_validate(one).moe.top_k == 1  # type: ignore[union-attr]
+
+
+def test_one_coefficient_on_the_command_line_keeps_the_others(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    for text, wanted in (
+        ("moe: {top_k: 2}", {"balance": 0.01, "z": 0.5}),
+        ("moe: {losses: {balance: 0.3}}", {"balance": 0.3, "z": 0.5}),
+        ("seed: 1", {"balance": 0.01, "z": 0.5}),
+    ):
+        path.write_text(text)
+        assert load_config(path, ["moe.losses.z=0.5"]).moe.losses == wanted  # type: ignore[union-attr]
+        assert load_config(path, ["moe.losses={z: 0.5}"]).moe.losses == {"z": 0.5}  # type: ignore[union-attr]
