@@ -8,7 +8,7 @@ from pathlib import Path
 from epmoe import env
 from epmoe.config_file import check_layout, load_config
 from epmoe.errors import printable
-from epmoe.train.status import refuse_if_stuck
+from epmoe.train.status import record_failed_start, refuse_if_stuck
 
 
 def train(config: Path, overrides: list[str], dry_run: bool) -> None:
@@ -29,4 +29,8 @@ def train(config: Path, overrides: list[str], dry_run: bool) -> None:
     refuse_if_stuck(Path(cfg.out), cfg.model_dump(mode="json"))
     from epmoe.train.run import train as run_training
 
-    run_training(cfg, sys.argv)
+    try:
+        run_training(cfg, sys.argv)
+    except Exception as error:
+        record_failed_start(Path(cfg.out), error)
+        raise

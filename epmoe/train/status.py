@@ -113,6 +113,17 @@ def refuse_if_stuck(folder: Path, config: Mapping[str, Any]) -> None:
     raise error
 
 
+def record_failed_start(folder: Path, error: BaseException) -> None:
+    """Writes down an end that came before the run had its folder: ranks that did not meet, a machine without GPUs.
+
+    Only rank 0 does, where the folder is there already, nobody else uses it, and the end is not recorded yet.
+    """
+    status, owner = read_status(folder), lock.owner_of(folder / lock.NAME)
+    free = owner is None or lock.is_gone(owner)
+    if env.rank() == 0 and folder.is_dir() and free and (status is None or status.attempt != lock.identity()):
+        write_status(folder, failed(error, step=None, rank=0, attempt=lock.identity(), folder=folder))
+
+
 def forget_attempts(folder: Path) -> None:
     """The run is done, or was asked to stop."""
     (folder / ATTEMPTS).unlink(missing_ok=True)

@@ -36,6 +36,7 @@ from epmoe.train.status import (
     note_run,
     noted_exit,
     read_status,
+    record_failed_start,
     refuse_if_stuck,
     write_status,
 )
@@ -378,6 +379,25 @@ def test_a_run_that_may_go_on_is_not_refused(tmp_path: Path, monkeypatch: pytest
     assert attempts_from(tmp_path, 5, {}) == MAX_ATTEMPTS
     forget_attempts(tmp_path)
     assert read_status(tmp_path) is None
+
+
+def test_an_end_before_the_run_had_its_folder_is_recorded_there(tmp_path: Path) -> None:
+    record_failed_start(tmp_path / "none", CommError("nobody came"))
+    assert not (tmp_path / "none").exists()
+    write_status(tmp_path, Status(state="stopped", attempt="before", exit_code=75))
+    (tmp_path / ".lock").write_text(lock.identity())  # alive: that is its business
+    record_failed_start(tmp_path, CommError("nobody came"))
+    assert _code(tmp_path) == 75
+    (tmp_path / ".lock").unlink()
+    record_failed_start(tmp_path, CommError("nobody came"))
+    assert _code(tmp_path) == 7
+    record_failed_start(tmp_path, ConfigError("later"))  # the first cause stays
+    assert _code(tmp_path) == 7
+
+
+def _code(folder: Path) -> int | None:
+    status = read_status(folder)
+    return status and status.exit_code
 
 
 # ------------------------------------------------------------------------------------------- for the launcher above
