@@ -72,7 +72,7 @@ run() { # [uid=N] [shm=BYTES] [name=value ...] -- arguments
     done
     shift
     bwrap --unshare-pid --unshare-ipc --unshare-uts --die-with-parent --as-pid-1 --clearenv --ro-bind "$root" / \
-        --proc /proc --dev /dev --size "$size" --tmpfs /dev/shm --tmpfs /tmp \
+        --proc /proc --dev /dev --size "$size" --perms 1777 --tmpfs /dev/shm --perms 1777 --tmpfs /tmp \
         --ro-bind /etc/hosts /etc/hosts --ro-bind /etc/resolv.conf /etc/resolv.conf --bind "$out" /out --bind "$cache" /cache \
         --chdir /out "${environment[@]}" "${variables[@]}" --setenv OMP_NUM_THREADS 1 \
         setpriv --reuid="$uid" --regid="$uid" --clear-groups --no-new-privs -- "${entry[@]}" "$@"
