@@ -440,6 +440,8 @@ class TrainConfig(Section):
     """Steps between evaluations; 0 = only at the end."""
     eval_samples: Positive | None = None
     """Windows per source in an evaluation during training; null = all."""
+    eval_batch_size: Positive | None = None
+    """Windows per rank and forward pass of an evaluation; null = as many as in training. Results are the same."""
     final_eval_samples: Positive | None = None
     """Windows per source in the final evaluation; null = all, which bits per byte need."""
     log_every: Positive = 10

@@ -66,7 +66,7 @@ def evaluate(checkpoint: Path, overrides: list[str], json: bool) -> None:
                     data,
                     rank=0,
                     world_size=1,
-                    batch_size=config.train.micro_batch_size or 16,
+                    batch_size=config.train.eval_batch_size or config.train.micro_batch_size or 16,
                     precision=config.train.precision,
                     device=place.device,
                     max_windows=config.train.final_eval_samples,

@@ -38,6 +38,7 @@ def explain(config: Config, world_size: int) -> str:
         "tokens": f"{tokens:,} per step, {tokens * train.steps:,} in {train.steps:,} steps",
         "arithmetic": f"{flops / 1e6:.1f} MFLOP per token, {flops * tokens * train.steps / 1e12:.1f} TFLOP in all",
         "memory": f"{per_rank / 2**20:,.0f} MiB per rank for parameters, gradients and optimizer, plus activations",
+        **_masks(config, world_size),
         "checkpoint": f"{checkpoint / 2**20:,.0f} MiB each, {config.checkpoint.keep} kept",
     }
     return dump_config(config) + "\n".join(f"# {name}: {text}" for name, text in facts.items())
@@ -58,6 +59,18 @@ def _bytes_per_rank(config: Config, local: int, partition: int, moments: int) ->
         return local * (2 if narrow else state) + state * (gradients + partition * (1 + moments))
     # With shards of float32 the narrow parameters exist only of the block in use.
     return local * ((2 if narrow and engine != "fsdp" else 0) + state * (2 + moments))
+
+
+def _masks(config: Config, world_size: int) -> dict[str, str]:
+    """What attention within documents takes: a mask of S x S for every sequence, and a float copy in every layer."""
+    if config.data.cross_document:
+        return {}
+    sequences = config.train.micro_batch_size or -(-config.train.global_batch_size // world_size)
+    numbers = sequences * config.data.seq_len**2
+    return {
+        "attention masks": f"{numbers / 2**20:,.0f} MiB per rank while a batch is computed, and up to "
+        f"{4 * numbers / 2**20:,.0f} MiB more in each layer, because data.cross_document is false"
+    }
 
 
 def _entries(data: DataConfig) -> tuple[int, str]:

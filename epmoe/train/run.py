@@ -345,7 +345,7 @@ class Run:
                     data,
                     rank=place.rank,
                     world_size=place.world_size,
-                    batch_size=self.trainer.micro_batch,
+                    batch_size=train.eval_batch_size or self.trainer.micro_batch,
                     precision=train.precision,
                     device=place.device,
                     max_windows=max_windows,

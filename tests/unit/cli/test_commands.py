@@ -309,6 +309,18 @@ def test_a_dry_run_knows_what_shards_leave_on_a_rank() -> None:
     assert stage_2 == round((4 * local + 16 * counts.total / 8) / 2**20)
 
 
+def test_a_dry_run_says_what_attention_within_documents_takes() -> None:
+    data = {"sources": [{"path": "stdlib", "name": "code"}], "seq_len": 2048}
+    train = {"global_batch_size": 8, "micro_batch_size": 2}
+    for cross, wanted in (
+        (True, []),
+        (False, ["# attention masks: 8 MiB per rank while a batch is computed"]),
+    ):
+        config = Config.model_validate({"data": data | {"cross_document": cross}, "train": train})
+        lines = [line for line in explain(config, 2).splitlines() if line.startswith("# attention masks")]
+        assert [line.partition(", and")[0] for line in lines] == wanted
+
+
 def test_a_dry_run_counts_the_entries_of_a_tokenizer_file(tmp_path: Path) -> None:
     metaspace().save(tmp_path)
 

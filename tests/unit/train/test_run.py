@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import epmoe.train.run
 from epmoe.config import Config
 from epmoe.config_file import load_config, override_config
 from epmoe.parallel.failures import is_out_of_memory
@@ -42,6 +44,27 @@ def test_one_process_without_a_launcher(base: Path) -> None:
         *("ckpt", "config.yaml", "metrics.jsonl", "router.svg", "run.json", "run_status.json"),
         *("summary.json", "tensorboard", "tokenizer"),
     }
+
+
+def _passes(rank: int, configs: list[Config]) -> list[tuple[int, End]]:
+    sizes: list[int] = []
+    real = epmoe.train.run.evaluate
+
+    def noted(*args: Any, **named: Any) -> Any:
+        sizes.append(named["batch_size"])
+        return real(*args, **named)
+
+    epmoe.train.run.evaluate = noted  # in this forked process only
+    return [(sizes[-1], end) for config in configs for end in [_alone(rank, config)]]
+
+
+def test_evaluations_have_a_batch_size_of_their_own(base: Path) -> None:
+    few, many = ("train.steps=2", "train.global_batch_size=1"), ("train.eval_batch_size=7",)
+    configs = [make_config(base, "eval-as-training", *few), make_config(base, "eval-batch", *few, *many)]
+    [outcome] = rank_outcomes(1, _passes, base, configs, join_group=False)
+    assert outcome.result == [(1, End(0)), (7, End(0))], outcome.error
+    first, second = (history(Path(config.out))[-1]["val"] for config in configs)
+    assert first == pytest.approx(second, rel=1e-6)
 
 
 def _with_secrets(rank: int, config: Config) -> list[End]:
