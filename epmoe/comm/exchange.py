@@ -61,16 +61,19 @@ class Exchange:
         return Disconnected, ()
 
 
+DISCONNECTED = (
+    "this layer was loaded from a file, where its experts were spread over ranks; call "
+    "epmoe.shard_experts(model, mesh) to join it to the ranks of this job"
+)
+
+
 class Disconnected:
     """What a process group is in a file: a layer that was saved with its experts spread over ranks."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise RuntimeError(
-            "this layer was loaded from a file, where its experts were spread over ranks; call "
-            "epmoe.shard_experts(model, mesh) to join it to the ranks of this job"
-        )
+        raise RuntimeError(DISCONNECTED)
 
 
 def flat(group: Group) -> Exchange:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,33 @@ class FFNExperts(nn.Module):
                 weight.data = weight.data[first : first + count].clone()
                 weight.grad = None if gradient is None else gradient[first : first + count].clone()
         self.first_expert, self.num_local = self.first_expert + first, count
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # which experts these are: the names are the same on every rank
+            destination._metadata[prefix[:-1]]["experts"] = (self.first_expert, self.num_local)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        first, count = local_metadata.get("experts", (self.first_expert, self.num_local))
+        if (first, count) == (self.first_expert, self.num_local):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
+            return
+        errors.append(
+            f"{prefix}* holds experts {first} to {first + count - 1} of {self.num_experts}, and this rank has "
+            f"{self.first_expert} to {self.first_expert + self.num_local - 1}; load the file that this rank wrote, or "
+            f"load all experts before shard_experts"
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(layer)``."""

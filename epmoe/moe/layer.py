@@ -139,13 +139,13 @@ class MoELayer(nn.Module):
             return y_BSD, self.report(routing, plan, ctx, x_BSD.shape[1])
 
     def route(
-        self, x_BSD: Tensor, ctx: TokenContext, replay: Replay | None = None, remake: Remake = plain
+        self, x_BSD: Tensor, ctx: TokenContext | None, replay: Replay | None = None, remake: Remake = plain
     ) -> Routing:
         """The router's decision. Arguments as for ``forward``."""
         group_size, capacity = self.group_and_capacity(x_BSD)
         routing: Routing = self.router(
             x_BSD.flatten(0, 1),
-            ctx,
+            ctx or TokenContext(),
             seq_len=x_BSD.shape[1],
             group_size=group_size,
             capacity=capacity,

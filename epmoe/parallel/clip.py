@@ -35,8 +35,11 @@ def clip_grad_norm_(model: nn.Module, mesh: ExpertMesh, max_norm: float) -> Tens
         The norm before, a float64 scalar; NaN and infinities are in it, and then in the gradients, as in torch's own.
 
     Raises:
+        TypeError: Parameters instead of the model.
         ValueError: The model is DeepSpeed's, which keeps its gradients elsewhere.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError("clip_grad_norm_ takes the model, whose layers know which parameters are experts'")
     if any(name.rpartition(".")[2] == MARKER for name, _ in model.named_modules()):
         raise ValueError("DeepSpeed clips by itself: gradient_clipping in its configuration")
     experts = {id(parameter) for parameter in expert_parameters(model).values()}

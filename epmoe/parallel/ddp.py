@@ -17,7 +17,8 @@ def prepare(model: nn.Module, mesh: ExpertMesh) -> None:
     Call it after ``epmoe.shard_experts``, before or after the model is wrapped; without it, training stops at the first
     forward pass. DDP leaves experts alone, as ``shard_experts`` has told it. Their gradients are summed over the ranks
     that hold the same ones, in every backward pass, and divided by the size of the world, which is what DDP does with
-    all others. What is frozen may be trained later. A second call changes nothing.
+    all others. Experts on several ranks that are frozen now may be trained later; of all other parameters DDP itself
+    follows only those that require gradients when it is made. A second call changes nothing.
 
     Raises:
         ValueError: A layer does not hold this rank's share of the experts, or something else reduces their gradients.

@@ -155,7 +155,7 @@ def _refuse_uncuttable(layers: list[tuple[str, MoELayer]]) -> None:
 def _only_stacked(name: str, experts: nn.Module) -> str:
     return (
         f"{name} is a {type(experts).__name__}; FSDP cuts stacked experts (FFNExperts) only, modules of your own train "
-        f"with engine native"
+        f"with Gradients or under DDP (engine native)"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from epmoe.comm.exchange import DISCONNECTED, Disconnected
 from epmoe.moe.experts import ModuleExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
@@ -106,13 +107,14 @@ def take_over(model: nn.Module, by: str) -> list[MoELayer]:
     return fresh
 
 
-def refuse_if_unreduced(_: MoELayer) -> None:
+def refuse_if_unreduced(layer: MoELayer) -> None:
     """Of a layer whose experts are spread over ranks, until somebody takes over.
 
     Raises:
-        RuntimeError: Always.
+        RuntimeError: Always; a layer from a file is told to join the ranks first.
     """
-    raise RuntimeError(UNREDUCED)
+    exchange = getattr(layer.dispatcher, "exchange", None)
+    raise RuntimeError(DISCONNECTED if isinstance(exchange, Disconnected) else UNREDUCED)
 
 
 def _nobody() -> Callable[[MoELayer], None]:

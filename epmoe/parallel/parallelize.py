@@ -91,9 +91,14 @@ def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:
     if (held_first, held) == (first, count):
         return
     if not isinstance(experts, FFNExperts) or held != num_experts:
+        way_out = (
+            "it was saved by another rank or for another number of them; load the file of this one, or build the layer "
+            "anew with all experts"
+            if isinstance(experts, FFNExperts)
+            else f"pass ModuleExperts(modules, num_experts={num_experts}, first_expert={first}) with {count} modules"
+        )
         raise ValueError(
             f"rank {mesh.ep_rank} of the {mesh.ep_size} that share {num_experts} experts needs the {count} from "
-            f"number {first}, but its {type(experts).__name__} has {held} from number {held_first}; pass "
-            f"ModuleExperts(modules, num_experts={num_experts}, first_expert={first}) with {count} modules"
+            f"number {first}, but its {type(experts).__name__} has {held} from number {held_first}; {way_out}"
         )
     experts.keep(first, count)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -242,3 +243,35 @@ def test_an_expert_that_cannot_be_drawn_anew_is_named() -> None:
     layer = build_moe_layer(MOE, d_model=8, experts=ModuleExperts(Scale() for _ in range(4)))
     with pytest.raises(ValueError, match="0 is a Scale with tensors and without reset_parameters"):
         layer.reset_parameters()
+
+
+def other_files(rank: int) -> None:
+    mesh = start()
+    layer = build_moe_layer(MOE, d_model=8, d_ff=12)
+    whole = copy.deepcopy(layer.state_dict())
+    shard_experts(layer, mesh)
+    for owner in range(RANKS):
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        sent: list[Any] = [file.getvalue() if rank == owner else None]
+        dist.broadcast_object_list(sent, src=owner)
+        loaded = torch.load(io.BytesIO(sent[0]))
+        if owner == rank:
+            layer.load_state_dict(loaded)
+            continue
+        with pytest.raises(
+            RuntimeError, match=f"holds experts {2 * owner} to {2 * owner + 1} of 4, and this rank"
+        ):
+            layer.load_state_dict(loaded)
+    with pytest.raises(RuntimeError, match="load all experts before shard_experts"):
+        layer.load_state_dict(whole)
+    fresh = build_moe_layer(MOE, d_model=8, d_ff=12)
+    fresh.load_state_dict(whole)
+    shard_experts(fresh, mesh)
+    assert torch.equal(fresh.experts.w_in, layer.experts.w_in)
+    with pytest.raises(TypeError, match="takes the model"):
+        epmoe.clip_grad_norm_(layer.parameters(), mesh, 1.0)
+
+
+def test_the_experts_of_another_rank_are_not_loaded(tmp_path: Path) -> None:
+    run_ranks(RANKS, other_files, tmp_path)

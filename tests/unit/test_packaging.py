@@ -82,7 +82,7 @@ def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); from epmoe import __file__; print(__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-S", "-c", code],  # without the epmoe that this interpreter may have installed
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
