@@ -24,7 +24,7 @@ case $ranks in
     *[!0-9]*) refuse "RANKS=$ranks is not a number; fix: the processes of this node, or leave it out for one on each GPU" ;;
 esac
 [ "$ranks" -gt 0 ] || ranks=1
-shared_mib=$(df --output=size --block-size=1M /dev/shm | tail -n 1)
+shared_mib=$(df --output=size --block-size=1M /dev/shm | tail -n 1 | tr -d ' ')
 [ "$shared_mib" -ge 64 ] || refuse "/dev/shm has $shared_mib MiB, and ranks and loaders share memory through it; fix: --shm-size=1g, or an emptyDir of medium Memory"
 
 # Kubernetes and other launchers tell torchrun of several nodes through PET_ variables.

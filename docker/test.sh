@@ -141,7 +141,7 @@ printf '#!/bin/sh\nexit 1\n' >"$work/python3" && chmod +x "$work/python3"
 buildah copy --quiet "$old" "$work/python3" /usr/local/bin/python3 >/dev/null
 buildah commit --quiet "$old" localhost/old >/dev/null
 refused "Python 3.11 or newer" --build-arg BASE=localhost/old
-sed -i.kept 's/^    "numpy",$/    "numpy>=99",/' pyproject.toml
+sed -i.kept 's/^    "numpy[^"]*",$/    "numpy>=99",/' pyproject.toml
 trap 'mv -f pyproject.toml.kept pyproject.toml; clean' EXIT
 refused "pyproject.toml asks for numpy>=99" --build-arg BASE=localhost/debian
 mv -f pyproject.toml.kept pyproject.toml
