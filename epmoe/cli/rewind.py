@@ -10,6 +10,7 @@ from pathlib import Path
 from epmoe.errors import CheckpointError, ConfigError
 from epmoe.train import lock
 from epmoe.train.manifest import candidates, damaged_files, read_manifest, step_folder
+from epmoe.train.status import CHECKPOINTS, METRICS
 
 ASIDE = ("run_status.json", "attempts.json", "summary.json")
 """What a run says about its end, which it has not reached then."""
@@ -26,7 +27,7 @@ def rewind(run: Path, step: int) -> None:
         ConfigError: The folder is not there, or in use.
         CheckpointError: There is no undamaged checkpoint of that step.
     """
-    checkpoints = run / "ckpt"
+    checkpoints = run / CHECKPOINTS
     if not run.is_dir():
         raise ConfigError(f"{run} is no run folder", fix="name the folder that out= named")
     lock.take(run / lock.NAME)
@@ -37,8 +38,8 @@ def rewind(run: Path, step: int) -> None:
         for path in [*newer, *(run / name for name in ASIDE)]:
             if os.path.lexists(path):
                 shutil.move(path, aside / path.name)
-        if (run / "metrics.jsonl").exists():
-            shutil.copy2(run / "metrics.jsonl", aside)
+        if (run / METRICS).exists():
+            shutil.copy2(run / METRICS, aside)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be moved: {error.strerror}") from None
     finally:

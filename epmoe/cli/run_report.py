@@ -13,9 +13,8 @@ from epmoe.observe.display import plain_line
 from epmoe.observe.health import RouterHistory
 from epmoe.observe.record import StepRecord, read_records, record_to_json
 from epmoe.train import lock
-from epmoe.train.status import STATUS, Status, read_status
+from epmoe.train.status import METRICS, STATUS, Status, read_status
 
-METRICS = "metrics.jsonl"
 LATE = 10.0
 """A record that is this many times later than the ones before it is missed; evaluations and checkpoints take a few."""
 LATE_S = 60.0

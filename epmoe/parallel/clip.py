@@ -13,7 +13,7 @@ from epmoe.parallel.deepspeed import MARKER
 from epmoe.parallel.gradients import gradient_of
 from epmoe.parallel.layers import expert_parameters
 from epmoe.parallel.mesh import ExpertMesh
-from epmoe.parallel.norm import clip_coefficient, scale, sum_of_squares
+from epmoe.parallel.norm import clip_coefficient, in_order, scale, sum_of_squares
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -82,5 +82,5 @@ def _over(groups: Groups, square: Tensor) -> Tensor:
     for group in groups:
         parts = [torch.empty_like(square) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, square, group=group)
-        square = torch.stack(parts).cumsum(0)[-1]
+        square = in_order(parts)
     return square

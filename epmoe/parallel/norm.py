@@ -50,7 +50,7 @@ def global_norm(
     # Gathered and added here, in rank order: an all-reduce may add in another order on each rank.
     parts = [torch.empty_like(local) for _ in range(ep_size)]
     dist.all_gather(parts, local, group=ep_group)
-    return _in_order([squares, *parts]).sqrt()
+    return in_order([squares, *parts]).sqrt()
 
 
 def sharded_norm(
@@ -70,13 +70,13 @@ def sharded_norm(
     dist.all_gather(parts, local_2, group=world_group)
     size = len(parts) // replicas
     sums = [
-        _in_order([part[0] for part in parts[start : start + size]]) for start in range(0, len(parts), size)
+        in_order([part[0] for part in parts[start : start + size]]) for start in range(0, len(parts), size)
     ]
     # The replicas agree. Were one of them damaged, the largest (and NaN counts as that) would tell every rank.
-    return (torch.stack(sums).amax() + _in_order([part[1] for part in parts])).sqrt()
+    return (torch.stack(sums).amax() + in_order([part[1] for part in parts])).sqrt()
 
 
-def _in_order(parts: Sequence[Tensor]) -> Tensor:
+def in_order(parts: Sequence[Tensor]) -> Tensor:
     """Sum from the first to the last, the same bits wherever it is computed."""
     total = parts[0]
     for part in parts[1:]:

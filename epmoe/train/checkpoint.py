@@ -61,12 +61,11 @@ from epmoe.train.manifest import (
 from epmoe.train.replicas import differing_replicas
 from epmoe.train.run_folder import software_versions
 from epmoe.train.shards import ShardReader, ShardWriter, incomplete_tensors
+from epmoe.train.status import CHECKPOINTS
 
 UNFINISHED = ".tmp-step_"
 REPLACED = "-replaced"
 LATEST = "latest.json"
-FOLDER = "ckpt"
-"""Where a run keeps its checkpoints, inside its folder."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _seen_whole: set[Path] = set()
@@ -396,7 +395,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: It is damaged, or there is none.
     """
     # Rank 0 looks, and all follow: another rank may see another disk.
-    inside = "" if (path / MANIFEST).exists() else FOLDER if os.path.lexists(path / FOLDER) else "."
+    inside = "" if (path / MANIFEST).exists() else CHECKPOINTS if os.path.lexists(path / CHECKPOINTS) else "."
     inside = gather_text(inside)[0]
     if not inside:
         return verify_checkpoint(path)

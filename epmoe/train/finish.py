@@ -23,6 +23,7 @@ from epmoe.observe.health import RouterHistory
 from epmoe.parallel.runtime import Runtime
 from epmoe.train.evaluate import Evaluation
 from epmoe.train.generate import generate
+from epmoe.train.status import METRICS
 
 CHART = "router.svg"
 SUMMARY = "summary.json"
@@ -60,7 +61,7 @@ def finish(
         )
     if not evaluations:
         say("no validation loss: no source has validation text (data.sources[].val_path names some)")
-    history = RouterHistory.from_jsonl(folder / "metrics.jsonl")
+    history = RouterHistory.from_jsonl(folder / METRICS)
     health = history.summary()
     if health:
         say("router health over the last 20% of the steps:")

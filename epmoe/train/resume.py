@@ -16,7 +16,6 @@ from epmoe.errors import CheckpointError
 from epmoe.observe.display import say
 from epmoe.parallel.runtime import on_rank_zero
 from epmoe.train.checkpoint import (
-    FOLDER,
     Checkpoint,
     find_resumable,
     load_checkpoint,
@@ -31,6 +30,7 @@ from epmoe.train.loss_scale import restored_scale
 from epmoe.train.manifest import MANIFEST, Counters, TrainingRecord
 from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.run_folder import RunFolder
+from epmoe.train.status import CHECKPOINTS
 
 SHAPES = (
     "model.",
@@ -141,7 +141,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
     Raises:
         CheckpointError: The checkpoint does not go with the configuration, or none of several is usable.
     """
-    config, checkpoints = trainer.config, folder.path / FOLDER
+    config, checkpoints = trainer.config, folder.path / CHECKPOINTS
     on_rank_zero(lambda: remove_unfinished(checkpoints), CheckpointError)
     require_space(checkpoints, model=trainer.model, engine=trainer.engine, keep=config.checkpoint.keep)
     found = find_resumable(checkpoints)

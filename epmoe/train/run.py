@@ -30,7 +30,7 @@ from epmoe.parallel.failures import is_out_of_memory
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh, flat_after_all
 from epmoe.parallel.runtime import Runtime
-from epmoe.train.checkpoint import FOLDER, save_checkpoint
+from epmoe.train.checkpoint import save_checkpoint
 from epmoe.train.evaluate import Evaluation, evaluate
 from epmoe.train.finish import finish
 from epmoe.train.loop import Progress, StopRequested, TimeUp, Trainer
@@ -50,9 +50,8 @@ from epmoe.train.run_folder import (
 )
 from epmoe.train.setup import agree_on_accelerators, build_model
 from epmoe.train.signals import StopFlag, stop_on_signals
-from epmoe.train.status import read_status
+from epmoe.train.status import CHECKPOINTS, METRICS, read_status
 
-METRICS = "metrics.jsonl"
 SAME_RUN = (
     *("out:", "data.cache", "data.num_workers", "parallel.", "checkpoint.", "profile.", "train.sample."),
     *("train.steps", "train.device", "train.compile", "train.recompute", "train.micro_batch_size"),
@@ -308,7 +307,7 @@ class Run:
             runtime.watching(self.place, step=self.progress.step, phase="checkpoint"),
         ):
             save_checkpoint(
-                self.folder.path / FOLDER,
+                self.folder.path / CHECKPOINTS,
                 model=self.trainer.model,
                 engine=self.trainer.engine,
                 mesh=self.trainer.mesh,

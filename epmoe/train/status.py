@@ -24,7 +24,9 @@ from epmoe.data.files import write_json
 from epmoe.errors import EpmoeError, NoProgress, warn
 from epmoe.train import lock
 
-STATUS, ATTEMPTS, CHECKPOINTS = "run_status.json", "attempts.json", "ckpt"
+STATUS, ATTEMPTS = "run_status.json", "attempts.json"
+CHECKPOINTS, METRICS = "ckpt", "metrics.jsonl"
+"""What else is looked for in a run folder without torch."""
 MAX_ATTEMPTS = 3
 """Attempts from one step that may fail before the run is called stuck."""
 

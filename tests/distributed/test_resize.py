@@ -18,12 +18,13 @@ from epmoe.config import Config
 from epmoe.config_file import override_config
 from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.checkpoint import FOLDER, load_checkpoint, open_checkpoint, save_checkpoint
+from epmoe.train.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from epmoe.train.loop import Progress, Trainer
 from epmoe.train.manifest import TrainingRecord, read_manifest
 from epmoe.train.setup import build_model
 from epmoe.train.shards import read_pieces
 from epmoe.train.signals import StopFlag
+from epmoe.train.status import CHECKPOINTS
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import ENGINES, Samples, config, worst_error
 
@@ -136,7 +137,7 @@ def whole(folder: Path) -> dict[str, Tensor]:
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """What the hops of one precision wrote and found."""
     precision: str = request.param
-    folder = tmp_path_factory.mktemp("chain") / FOLDER
+    folder = tmp_path_factory.mktemp("chain") / CHECKPOINTS
     found: list[list[dict[str, Any]]] = []
     for world_size, layouts in CHAINS[precision]:
         ranks = run_ranks(world_size, hops, folder.parent, folder, precision, len(found), layouts)
