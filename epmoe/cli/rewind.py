@@ -54,7 +54,7 @@ def _require_good(checkpoints: Path, step: int) -> None:
         steps = ", ".join(str(int(other.name[5:])) for other in found) or "none"
         raise CheckpointError(f"{checkpoints} has no checkpoint of step {step}", why=f"it has {steps}")
     manifest = read_manifest(path)
-    if problems := damaged_files(path, manifest, sorted(manifest.files)):
+    if problems := damaged_files(path, manifest.files):
         raise CheckpointError(f"{path} is damaged: {problems[0]}", fix="choose another step")
 
 

@@ -101,6 +101,15 @@ def crc32_of(path: Path, should_stop: StopFlag = never_stop) -> int:
     return crc
 
 
+def forget_cached(path: Path) -> None:
+    """Asks the kernel to let go of a file that is on the disk, so that the next read shows what the disk has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames inside a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,8 @@
 """Checkpoints that are either there in full or not there.
 
-    .tmp-step_000000120-3f9a01c2/   every rank streams its shard (DCP plans, safetensors), size and CRC-32 counted
-        manifest.json               by rank 0, when every tensor and every expert is there exactly once; fsync
+    .tmp-step_000000120-3f9a01c2/   every rank streams its shard (DCP plans, safetensors), size and CRC-32 counted,
+                                    and reads it back from the disk
+        manifest.json               by rank 0, when every tensor and every expert is there exactly once; fsync, read back
     -> rename to step_000000120 -> latest.json -> the oldest go
 
 Nothing is read before ``verify_checkpoint`` has seen every byte, and nothing goes unless as many as are to be kept have
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from epmoe import env
-from epmoe.data.files import sync_folder, write_json
+from epmoe.data.files import forget_cached, sync_folder, write_json
 from epmoe.errors import CheckpointError, EpmoeError, warn
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.runtime import gather_text, on_rank_zero, raise_together
@@ -110,8 +111,9 @@ def save_checkpoint(
         The new checkpoint's folder.
 
     Raises:
-        CheckpointError: The disk is full or not writable, the ranks do not hold every expert exactly once, or what
-            several ranks hold is not the same on all of them. Older checkpoints are untouched.
+        CheckpointError: The disk is full or not writable, or gives back other bytes than were written; the ranks do
+            not hold every expert exactly once, or what several ranks hold is not the same on all of them. Older
+            checkpoints are untouched.
     """
     tensors = local_tensors(model, engine)
     entries = as_entries(tensors, mesh)
@@ -187,18 +189,41 @@ def _require_equal_replicas(entries: Mapping[str, Tensor], mesh: ExpertMesh) -> 
 
 
 def _write_shards(temporary: Path, entries: dict[str, Tensor], step: int) -> dict[str, FileRecord]:
-    """Every rank its share of the tensors -> all ranks' files."""
+    """Every rank its share of the tensors, which it then reads back -> all ranks' files."""
     writer = ShardWriter(temporary, step)
     try:
         save(entries, storage_writer=writer)
     except CheckpointException as error:
         raise _first_failure(error, f"writing {temporary} failed") from error
+    _read_back(temporary, writer.files)
     env.fault("ckpt.shard_done", step=step)
     mine = {name: file.model_dump() for name, file in writer.files.items()}
     files: dict[str, FileRecord] = {}
     for text in gather_text(json.dumps(mine)):
         files |= {name: FileRecord(**file) for name, file in json.loads(text).items()}
     return files
+
+
+def _read_back(temporary: Path, mine: Mapping[str, FileRecord]) -> None:
+    """What this rank wrote, from the disk and not from the memory that it went through. A collective."""
+    error = None
+    try:
+        for name in mine:
+            forget_cached(temporary / name)
+        if problems := damaged_files(temporary, mine):
+            error = _not_what_was_written(temporary, problems)
+    except OSError as caught:
+        error = _not_what_was_written(temporary, [str(caught)])
+    raise_together(error)
+
+
+def _not_what_was_written(temporary: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{temporary} is damaged right after it was written: {'; '.join(problems)}",
+        why="the disk, the way to it or this machine's memory changes bytes",
+        fix="look for errors of the disk and the memory (dmesg), or put out= on another disk; older checkpoints are "
+        "untouched, and the same command goes on from the newest",
+    )
 
 
 def _write_manifest(temporary: Path, manifest: Manifest) -> None:
@@ -209,7 +234,18 @@ def _write_manifest(temporary: Path, manifest: Manifest) -> None:
     env.fault("ckpt.before_manifest", step=manifest.record.step)
     write_manifest(temporary, manifest)
     sync_folder(temporary)
+    _read_manifest_back(temporary, manifest)
     env.fault("ckpt.after_manifest", step=manifest.record.step)
+
+
+def _read_manifest_back(temporary: Path, manifest: Manifest) -> None:
+    try:
+        forget_cached(temporary / MANIFEST)
+        found = read_manifest(temporary)
+    except CheckpointError as error:
+        raise _not_what_was_written(temporary, [error.what]) from None
+    if (found.files, found.tensors) != (manifest.files, manifest.tensors):
+        raise _not_what_was_written(temporary, [f"{MANIFEST} is another one"])
 
 
 def _publish(temporary: Path, final: Path, step: int) -> None:
@@ -332,7 +368,8 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
         manifest = read_manifest(path)
-        _require_whole(path, manifest, sorted(manifest.files)[rank::world_size], headers=rank == 0)
+        mine = dict(sorted(manifest.files.items())[rank::world_size])
+        _require_whole(path, manifest, mine, headers=rank == 0)
     except CheckpointError as caught:
         error = caught
     except OSError as caught:
@@ -348,9 +385,9 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, manifest=manifest)
 
 
-def _require_whole(path: Path, manifest: Manifest, mine: list[str], *, headers: bool) -> None:
+def _require_whole(path: Path, manifest: Manifest, mine: Mapping[str, FileRecord], *, headers: bool) -> None:
     """Reads this rank's files, and on one rank the headers of all."""
-    problems = damaged_files(path, manifest, mine)
+    problems = damaged_files(path, mine)
     problems += unlisted_shards(path, manifest)
     if headers and not problems:
         problems += incomplete_tensors(path, sorted(manifest.files), manifest.tensors)

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -209,11 +210,11 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def damaged_files(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
-    """What is wrong with the named files, one line each: missing, other size, other CRC-32. Reads them whole."""
+def damaged_files(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """What is wrong with these files, one line each: missing, other size, other CRC-32. Reads them whole."""
     problems = []
-    for name in names:
-        path, expected = folder / name, manifest.files[name]
+    for name, expected in files.items():
+        path = folder / name
         try:
             size = path.stat().st_size
             if size != expected.size:

@@ -301,6 +301,76 @@ def test_on_a_full_disk_the_oldest_makes_room_and_the_save_succeeds(tmp_path: Pa
         assert left == ["latest.json", "step_000000002", "step_000000003"]
 
 
+def _flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 4
+    path.write_bytes(raw)
+
+
+LIES: dict[str, tuple[str, str, str]] = {
+    "a bit of a shard": ("_read_back", "shard_00001.safetensors", "has CRC-32"),
+    "the end of a shard": ("_read_back", "shard_00000.safetensors", "bytes, expected"),
+    "a whole shard": ("_read_back", "shard_00001.safetensors", "No such file"),
+    "a bit of the manifest": ("_read_manifest_back", "manifest.json", "CRC-32 is wrong"),
+    "another manifest": ("_read_manifest_back", "manifest.json", "is another one"),
+}
+"""What a disk does after it said that all is written: before which step, to which file, and what is said."""
+
+
+def _lie(what: str, path: Path, older: Path) -> None:
+    if what.startswith("a bit"):
+        _flip(path)
+    elif what == "the end of a shard":
+        os.truncate(path, path.stat().st_size - 1)
+    elif what == "a whole shard":
+        path.unlink()
+    else:
+        path.write_bytes((older / "manifest.json").read_bytes())
+
+
+def _saves_on_a_disk_that_lies(rank: int, folder: Path, what: str) -> list[Any]:
+    point, name, _ = LIES[what]
+    mesh = _mesh(2)
+    model = tiny_model(mesh)
+    _save(folder, model, trained(model, mesh, 1), mesh, 1)
+    original = getattr(checkpoint, point)
+
+    def after_the_lie(temporary: Path, *rest: Any) -> Any:
+        if rank == 0:
+            _lie(what, temporary / name, folder / "step_000000001")
+        if point == "_read_back":
+            dist.barrier()
+        return original(temporary, *rest)
+
+    setattr(checkpoint, point, after_the_lie)
+    engine = trained(model, mesh, 2)
+    try:
+        save_checkpoint(folder, model=model, engine=engine, mesh=mesh, record=record(2), keep=1)
+        said, code = "saved", 0
+    except CheckpointError as error:
+        said, code = str(error), error.exit_code
+    dist.barrier()
+    found = find_resumable(folder).checkpoint
+    newest = found.path.name if found else None
+    return [said, code, newest, sorted(path.name for path in folder.iterdir())]
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_what_the_disk_gives_back_otherwise_never_becomes_a_checkpoint(what: str, tmp_path: Path) -> None:
+    _, name, says = LIES[what]
+    for said, code, newest, left in run_ranks(
+        2, _saves_on_a_disk_that_lies, tmp_path, tmp_path / "ckpt", what
+    ):
+        assert says in said
+        assert name in said
+        assert "is damaged right after it was written" in said
+        assert "older checkpoints are untouched" in said
+        assert (code, newest) == (4, "step_000000001")
+        assert left == ["latest.json", "step_000000001"]
+    latest = (tmp_path / "ckpt" / "latest.json").read_text()
+    assert "step_000000001" in latest
+
+
 def _damaged_on_another_rank(rank: int, folder: Path) -> list[Any]:
     mesh = _mesh(2)
     model = tiny_model(mesh)
@@ -308,9 +378,7 @@ def _damaged_on_another_rank(rank: int, folder: Path) -> list[Any]:
         _save(folder, model, trained(model, mesh, 1), mesh, step)
     shard = folder / "step_000000002" / "shard_00001.safetensors"
     if rank == 0:
-        raw = bytearray(shard.read_bytes())
-        raw[-1] ^= 4
-        shard.write_bytes(raw)
+        _flip(shard)
     dist.barrier()
     found = find_resumable(folder)
     assert found.checkpoint is not None
