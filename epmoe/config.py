@@ -150,6 +150,21 @@ def _known_loss(name: str) -> str:
     return name
 
 
+class Ramp(Section):
+    """A coefficient that changes in a straight line and then stays: ``{start: 0.1, end: 0.01, steps: 1000}``."""
+
+    start: float
+    """Its value in the first optimizer step."""
+    end: float
+    """Its value after ``steps`` optimizer steps and from then on."""
+    steps: Positive
+    """How many optimizer steps the change takes."""
+
+    def at(self, step: int) -> float:
+        """Its value in optimizer step ``step``; the first is 0."""
+        return self.start + (self.end - self.start) * min(1.0, step / self.steps)
+
+
 if TYPE_CHECKING:
     AnyRouterOptions = RouterOptions
 else:
@@ -173,6 +188,9 @@ class MoEConfig(Section):
     d_ff: Positive | None = None
     """Hidden width of an expert, F; null = model.d_ff."""
     activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the hidden units of routed experts (Switch Transformer's expert dropout), keyed by sample, position
+    and expert, not by rank. Every row then travels with eight more columns that say whose it is."""
     shared_experts: Count = 0
     """Experts every token passes through, with weight 1 (together one FFN of shared_experts * F hidden units)."""
     group: Literal["sequence", "rank"] = "sequence"
@@ -194,10 +212,12 @@ class MoEConfig(Section):
     results, or (``hidden``) nothing, because the combine weights are applied inside the experts. One row less for
     every row that the experts get; with experts on several ranks one more small exchange in each pass, of a weight for
     every row. Experts that are modules of yours keep what they keep, and their results."""
-    losses: dict[Annotated[str, AfterValidator(_known_loss)], float] = Field(
+    losses: dict[Annotated[str, AfterValidator(_known_loss)], float | Ramp] = Field(
         default={"balance": 0.01, "z": 0.001}
     )
-    """Auxiliary losses and their coefficients. Routers that need none, or one of their own, have that as default."""
+    """Auxiliary losses and their coefficients: numbers, or ``{start, end, steps}`` for one that changes during
+    training. With 0 a loss is measured and not trained on; ``{}`` is no loss at all. In a file and on the command line
+    a loss that is not named keeps its default, which for some routers is a loss of their own or none."""
     balance_count: Literal["auto", "top1", "all"] = "auto"
     """Which choices the balance loss counts; auto = top1 for gshard_top2, switch, base, sentence and
     task, all for the others. A router that sends every token to one expert has only first choices to count."""
@@ -250,6 +270,11 @@ class MoEConfig(Section):
                 f"routers that do: {_names(lambda options: options.smooth_load)}; for this one use balance"
             )
         self._check_losses_and_capacity()
+        if self.expert_dropout and router.no_capacity:
+            raise ValueError(
+                f"expert_dropout={self.expert_dropout} is keyed by the token of each row, and router {router.name} "
+                f"gives its experts mixtures of tokens; set it to 0, or use model.dropout"
+            )
         by_group = [name for name in GROUP_LOSSES if name in self.losses]
         if by_group and router.expert_groups == 1:
             raise ValueError(
@@ -280,6 +305,18 @@ class MoEConfig(Section):
                 f"dispatcher={self.dispatcher} sends lists of tokens, and router {router.name} has none; "
                 f"its slots travel in equal blocks: dispatcher auto or padded"
             )
+
+
+def loss_coefficients(moe: MoEConfig | None, step: int) -> dict[str, float]:
+    """The coefficient of every auxiliary loss in optimizer step ``step``; the first is 0."""
+    losses = moe.losses if moe else {}
+    return {name: value.at(step) if isinstance(value, Ramp) else value for name, value in losses.items()}
+
+
+def default_losses(moe: MoEConfig) -> dict[str, float | Ramp]:
+    """The auxiliary losses of a section that names none."""
+    own = moe.router.default_losses
+    return dict(MoEConfig.model_fields["losses"].default if own is None else own)
 
 
 def router_classes() -> dict[str, type[RouterOptions]]:
@@ -418,6 +455,11 @@ class SampleConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
+FreezeGroup = Literal[
+    "embedding", "head", "attention", "norms", "dense_ffn", "router", "experts", "shared_experts"
+]
+
+
 class TrainConfig(Section):
     """The training run."""
 
@@ -451,6 +493,9 @@ class TrainConfig(Section):
     """With ``skip``: stop after this many such steps in a row."""
     init_from: PathText | None = None
     """Checkpoint or run folder whose weights (not optimizer, not step) the run starts from."""
+    freeze: tuple[FreezeGroup, ...] = ()
+    """Groups of parameters that are not trained and cost no optimizer state: ``[router]``, ``[router, experts]``. A
+    frozen router's buffers stay as they are too. Norms of queries and keys belong to ``norms``."""
     sample: SampleConfig = SampleConfig()
 
 

@@ -19,10 +19,12 @@ from epmoe import env
 from epmoe.config import (
     BPE_ENTRIES_BELOW,
     Config,
+    FreezeGroup,
     MoEConfig,
     causality_problem,
     choose_ep_size,
     choose_node_size,
+    default_losses,
     profiled_steps,
 )
 from epmoe.errors import ConfigError
@@ -39,18 +41,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """A configuration with dotted ``key=value`` overrides on top, checked like a file. Raises ConfigError."""
-    return _checked(Document("the run's configuration", config.model_dump(mode="json")), overrides)
+    return _checked(Document("the run's configuration", _written(config)), overrides)
 
 
 def _checked(document: Document, overrides: Sequence[str]) -> Config:
-    by_default = not document.has(("moe", "losses")) and any(o.startswith("moe.losses.") for o in overrides)
     for override in overrides:
         document.override(override)
     problems = list(document.problems)
     config = None
     try:
-        values = document.frozen()
-        config = Config.model_validate(_with_losses(values) if by_default else values, strict=True)
+        config = Config.model_validate(_with_default_losses(document.frozen()), strict=True)
     except ValidationError as error:
         problems += _validation_problems(error, document)
     if config is not None:
@@ -63,19 +63,33 @@ def _checked(document: Document, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _with_losses(values: dict[str, Any]) -> dict[str, Any]:
-    """One coefficient on the command line leaves the others at the router's defaults."""
-    moe = values["moe"]
+def _with_default_losses(values: dict[str, Any]) -> dict[str, Any]:
+    """A coefficient that is given leaves the others at their defaults."""
+    moe = values.get("moe")
+    given = moe.get("losses") if isinstance(moe, dict) else None
+    if not isinstance(moe, dict) or not isinstance(given, dict) or not given:
+        return values
     try:
-        defaults = MoEConfig.model_validate({key: moe[key] for key in moe if key != "losses"}).losses
+        defaults = default_losses(MoEConfig.model_validate({key: moe[key] for key in moe if key != "losses"}))
     except ValidationError:
         return values  # which has other mistakes to name
-    return {**values, "moe": {**moe, "losses": {**defaults, **moe["losses"]}}}
+    return {**values, "moe": {**moe, "losses": {**defaults, **given}}}
+
+
+def _written(config: Config) -> dict[str, Any]:
+    """What a file says of a configuration: a loss that it does not have, but would by default, is there with 0."""
+    values = config.model_dump(mode="json")
+    if config.moe is not None and config.moe.losses:
+        values["moe"]["losses"] = {
+            **dict.fromkeys(default_losses(config.moe), 0.0),
+            **values["moe"]["losses"],
+        }
+    return values
 
 
 def dump_config(config: Config) -> str:
     """The configuration as YAML text that ``load_config`` reads back to an equal value, but for masked secrets."""
-    return dump_yaml(env.masked(config.model_dump(mode="json")))
+    return dump_yaml(env.masked(_written(config)))
 
 
 def check_layout(config: Config, world_size: int) -> None:
@@ -151,23 +165,49 @@ def _exchange_layout(config: Config, world_size: int, ep_size: int) -> list[Prob
 def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
     """Mistakes between sections that no single section can see: key, what is wrong, hint."""
     moe, model = config.moe, config.model
-    if moe is not None:
-        sparse = [i for i in range(moe.first_dense, model.num_layers) if (i + 1) % moe.every == 0]
-        if not sparse:
-            what = f"no layer is an MoE layer: every={moe.every}, first_dense={moe.first_dense}, "
-            what += f"model.num_layers={model.num_layers}"
-            yield ("moe", "every"), what, "for a dense model write moe: null"
+    if moe is not None and not _num_sparse(config):
+        what = f"no layer is an MoE layer: every={moe.every}, first_dense={moe.first_dense}, "
+        what += f"model.num_layers={model.num_layers}"
+        yield ("moe", "every"), what, "for a dense model write moe: null"
     if config.parallel.overlap_shared and not (moe and moe.shared_experts):
         what = "there are no shared experts to compute while rows travel"
         yield ("parallel", "overlap_shared"), what, "moe.shared_experts: 1 or more, or overlap_shared: false"
     if problem := causality_problem(moe):
         yield ("moe", "router"), *problem
+    yield from _freezing(config)
     if config.data.tokenizer == "bpe" and config.data.vocab_size < BPE_ENTRIES_BELOW:
         what = f"a byte-level BPE has {BPE_ENTRIES_BELOW} entries before it learns anything"
         yield ("data", "vocab_size"), what, f"{BPE_ENTRIES_BELOW} or more, or data.tokenizer: byte"
     if config.profile.steps is not None and profiled_steps(config.profile.steps) is None:
         what = f"{config.profile.steps!r} is not a range of steps, which count from 1"
         yield ("profile", "steps"), what, "write first-last: 10-13"
+
+
+def _num_sparse(config: Config) -> int:
+    """Blocks that are mixtures of experts."""
+    moe = config.moe
+    if moe is None:
+        return 0
+    return sum((i + 1) % moe.every == 0 for i in range(moe.first_dense, config.model.num_layers))
+
+
+def _freezing(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
+    """What is to be frozen must be there, and something must be left."""
+    moe, model, key = config.moe, config.model, ("train", "freeze")
+    sparse = _num_sparse(config)
+    absent = {
+        "head": model.tie_embeddings,
+        "dense_ffn": sparse == model.num_layers,
+        "router": sparse == 0,
+        "experts": sparse == 0,
+        "shared_experts": sparse == 0 or not (moe and moe.shared_experts),
+    }
+    groups = [group for group in get_args(FreezeGroup) if not absent.get(group)]
+    for group in config.train.freeze:
+        if group not in groups:
+            yield key, f"the model has no {group} of its own", f"groups of this model: {', '.join(groups)}"
+    if set(groups) <= set(config.train.freeze):
+        yield key, "nothing is left to train", f"leave out one of {', '.join(groups)}"
 
 
 def _as_error(problems: Sequence[Problem]) -> ConfigError:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class Batch:
     """bool: targets that count in the loss."""
     context: TokenContext
     """What the blocks of the model get to know."""
+    num_sources: int = 1
+    """Sources there are; ``context.task_B`` is their number."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
@@ -107,7 +109,7 @@ class TrainData:
             name, window = self.window_of(number)
             sources.append(self._names.index(name))
             spans.append(_window(self._streams[sources[-1]], window, self._seq_len))
-        return _collate(
+        batch = _collate(
             spans,
             sample_numbers,
             sources,
@@ -116,6 +118,7 @@ class TrainData:
             segments=not self._cross_document,
             count_first=self._cross_document,
         )
+        return replace(batch, num_sources=len(self._names))
 
 
 class ValidationData:

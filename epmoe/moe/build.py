@@ -15,6 +15,7 @@ from epmoe.comm.exchange import Exchange, Group, flat, hierarchical
 from epmoe.config import MoEConfig
 from epmoe.moe import soft
 from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
+from epmoe.moe.expert_dropout import HiddenDropout
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.losses import (
@@ -216,6 +217,12 @@ def build_moe_layer(
         if hidden is None:
             raise ValueError("the experts need a hidden width: set moe.d_ff or pass d_ff")
         experts = FFNExperts(moe.num_experts, d_model, hidden, moe.activation)
+    if moe.expert_dropout:
+        if not isinstance(experts, FFNExperts):
+            raise ValueError(
+                f"expert_dropout={moe.expert_dropout} is for feed-forward experts; into modules of yours put nn.Dropout"
+            )
+        experts.dropout = HiddenDropout(probability=moe.expert_dropout, seed=seed, layer=layer)
     num_experts = getattr(experts, "num_experts", None)
     if num_experts != moe.num_experts:
         raise ValueError(

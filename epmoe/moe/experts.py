@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from epmoe.moe.expert_dropout import HiddenDropout, expert_of_rows
 from epmoe.moe.trip import Pipeline
-from epmoe.ops import expert_ffn
+from epmoe.ops import activate, expert_ffn
 from epmoe.types import ExpertBatch
 
 
@@ -53,6 +54,8 @@ class FFNExperts(nn.Module):
         self.num_local = num_experts
         """Experts on this rank, L."""
         self.activation = activation
+        self.dropout: HiddenDropout | None = None
+        """For rows with labels, in training."""
         self.w_in = nn.Parameter(torch.empty(num_experts, d_model, width_in))
         self.w_out = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.reset_parameters()
@@ -121,12 +124,24 @@ class FFNExperts(nn.Module):
     def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
         """Each row through its expert, times its weight if it has one -> ``[R, D]``; a pipeline's rows come home."""
         if isinstance(batch, ExpertBatch):
-            return self._compute(batch, self.w_in, self.w_out)
+            return self._compute(batch, self.w_in, self.w_out, self.first_expert)
         # Split once: slices would each have a gradient of the whole size.
-        parts = zip(self.w_in.split(batch.num_local), self.w_out.split(batch.num_local), strict=True)
-        return batch.through([partial(self._compute, w_in_LDX=a, w_out_LFD=b) for a, b in parts])
+        parts = zip(
+            self.w_in.split(batch.num_local),
+            self.w_out.split(batch.num_local),
+            accumulate(batch.num_local, initial=self.first_expert),
+            strict=False,
+        )
+        return batch.through([partial(self._compute, w_in_LDX=a, w_out_LFD=b, first=e) for a, b, e in parts])
 
-    def _compute(self, batch: ExpertBatch, w_in_LDX: Tensor, w_out_LFD: Tensor) -> Tensor:
+    @property
+    def wants_labels(self) -> bool:
+        """Whether rows are to say whose they are (``epmoe.moe.expert_dropout``)."""
+        return self.training and self.dropout is not None
+
+    def _compute(self, batch: ExpertBatch, w_in_LDX: Tensor, w_out_LFD: Tensor, first: int) -> Tensor:
+        if self.training and self.dropout is not None:
+            return self._with_dropout(batch, w_in_LDX, w_out_LFD, expert_of_rows(batch, first), self.dropout)
         y_RD, _ = expert_ffn(
             batch.rows_RD,
             batch.weight_R,
@@ -137,6 +152,31 @@ class FFNExperts(nn.Module):
             self.activation,
         )
         return y_RD
+
+    def _with_dropout(
+        self,
+        batch: ExpertBatch,
+        w_in_LDX: Tensor,
+        w_out_LFD: Tensor,
+        expert_R: Tensor,
+        dropout: HiddenDropout,
+    ) -> Tensor:
+        """The two products one by one, since the fused operator keeps every unit."""
+        rows_RD, label_RX = batch.rows_RD.tensor_split([w_in_LDX.shape[1]], dim=1)
+        act_RF = activate(_multiply(batch, rows_RD, w_in_LDX), batch.weight_R, self.activation)
+        return _multiply(batch, dropout(act_RF, label_RX, expert_R), w_out_LFD)
+
+
+def _multiply(batch: ExpertBatch, rows_RX: Tensor, weight_LXY: Tensor) -> Tensor:
+    """Each row times its expert's matrix."""
+    if batch.rows_per_expert is not None:
+        return torch.bmm(
+            rows_RX.unflatten(0, (weight_LXY.shape[0], batch.rows_per_expert)), weight_LXY
+        ).flatten(0, 1)
+    blocks = rows_RX.split(batch.tokens_per_expert_L.tolist())  # a host sync on CUDA
+    return torch.cat(
+        [rows_nX @ weight_XY for rows_nX, weight_XY in zip(blocks, weight_LXY.unbind(), strict=True)]
+    )
 
 
 class ModuleExperts(nn.Module):

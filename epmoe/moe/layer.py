@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from epmoe.config import MoEConfig
 from epmoe.config_routers import SmoothingOptions
 from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from epmoe.moe.expert_dropout import with_labels
 from epmoe.moe.experts import reset_modules
 from epmoe.moe.inputs import check_inputs
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
@@ -115,7 +116,7 @@ class MoELayer(nn.Module):
         outputs, beside_BSD = [], None
         for copy_BSD in copies:
             batch, plan = self.dispatcher.dispatch(
-                copy_BSD.flatten(0, 1),
+                self.rows(copy_BSD, ctx),
                 routing,
                 num_experts=self.moe.num_experts,
                 group_size=group_size,
@@ -159,6 +160,20 @@ class MoELayer(nn.Module):
         num_sequences, seq_len = x_BSD.shape[:2]
         group_size = seq_len if self.moe.group == "sequence" else num_sequences * seq_len
         return group_size, expert_capacity(self.moe, group_size, training=self.training)
+
+    def rows(self, x_BSD: Tensor, ctx: TokenContext) -> Tensor:
+        """What is dispatched: the tokens, with whose they are where the experts ask for it.
+
+        Raises:
+            ValueError: They do, and ``ctx.sample_B`` is missing.
+        """
+        x_TD = x_BSD.flatten(0, 1)
+        if not getattr(self.experts, "wants_labels", False):
+            return x_TD
+        draws = self.router.draws(ctx, x_BSD.shape[1], x_BSD.device)
+        if draws is None:
+            raise missing_draws("expert_dropout")
+        return with_labels(x_TD, draws)
 
     @property
     def _noisy(self) -> SmoothingOptions | None:

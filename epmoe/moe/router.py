@@ -194,12 +194,16 @@ class Router(nn.Module):
     def after_step(self, demand_E: Tensor, step: int) -> None:
         """Updates the family's buffers; call it once after every optimizer step, on all ranks alike.
 
-        Never from a forward pass: evaluation would count too, and recomputed activations would count twice.
+        Never from a forward pass: evaluation would count too, and recomputed activations would count twice. A router
+        whose parameters are all frozen stays as it is.
 
         Args:
             demand_E: Assignments each expert was asked for in the step, over all ranks and micro-batches.
             step: Optimizer steps done before this one.
         """
+        parameters = [*self.parameters()]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            return
         for part in self.parts:
             if part.update is not None:
                 buffer: Tensor = getattr(self, part.name)

@@ -128,6 +128,7 @@ def plain_line(record: StepRecord, total_steps: int) -> str:
     pairs = {
         "step": f"{record.step}/{total_steps}",
         "loss": loss_text(record),
+        **{f"loss_{name}": f"{value:.4f}" for name, value in record.source_loss.items()},
         **{f"val_{name}": f"{value:.4f}" for name, value in record.val.items()},
         **{name: f"{value:.4f}" for name, value in record.aux.items()},
         "lr": f"{record.lr:.2e}",
@@ -174,7 +175,7 @@ def _numbers(record: StepRecord, losses: deque[float]) -> Text:
     text.append(f"  lr {record.lr:.2e}  grad {record.grad_norm:.2f}")
     if record.clip < 1:
         text.append(" clipped", style="yellow")
-    for name, value in record.aux.items():
+    for name, value in (*record.source_loss.items(), *record.aux.items()):
         text.append(printable(f"  {name} {value:.3f}"))
     speed = f"{record.mfu:.1%} MFU" if record.mfu is not None else flops(record.flops_per_second)
     text.append(f"\n{record.tokens_per_second:,.0f} tok/s  {speed}  {record.memory_gib:.2f} GiB")

@@ -93,6 +93,8 @@ class StepRecord:
     """Cross-entropy, nats per token that counts, without auxiliary losses; NaN where no token did."""
     loss_tokens: int | None = None
     """Tokens it is the mean of; None in records that do not say."""
+    source_loss: dict[str, float] = field(default_factory=dict)
+    """The same by source, where there are several; NaN for one without tokens in these steps."""
     aux: dict[str, float] = field(default_factory=dict)
     """Auxiliary losses per routed token and without coefficients, by name."""
     lr: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -113,6 +114,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
         values["train/overflowed_steps"] = record.overflowed_steps
     if record.mfu is not None:
         values["speed/mfu"] = record.mfu
+    values |= {f"loss/{name}": value for name, value in record.source_loss.items() if math.isfinite(value)}
     values |= {f"aux/{name}": value for name, value in record.aux.items()}
     values |= {f"val/{name}": value for name, value in record.val.items()}
     for number, layer in record.layers.items():

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT, PRIORITY, SMOOTHING, PROBE = range(8)
+SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT, PRIORITY, SMOOTHING, PROBE, EXPERT_DROPOUT = range(9)
 """Streams: what a number is drawn for."""
 
 MAX_LAYER = 2**16

@@ -2,7 +2,7 @@
 
     .tmp-step_000000120-3f9a01c2/   every rank streams its shard (DCP plans, safetensors), size and CRC-32 counted,
                                     and reads it back from the disk
-        manifest.json               by rank 0, when every tensor and every expert is there exactly once; fsync, read back
+        manifest.json               by rank 0, when every tensor and every expert is there exactly once; read back
     -> rename to step_000000120 -> latest.json -> the oldest go
 
 Nothing is read before ``verify_checkpoint`` has seen every byte, and nothing goes unless as many as are to be kept have

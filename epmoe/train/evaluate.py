@@ -70,7 +70,7 @@ def evaluate(
         batch = data.batch(chosen).to(device)
         with autocast(precision, device.type):
             logits_BSV, reports = model(batch.token_BS, batch.context)
-        add_sums(totals, {"loss": token_loss(logits_BSV, batch), "tokens": batch.loss_BS.sum()})
+        add_sums(totals, {"loss": token_loss(logits_BSV, batch).sum(), "tokens": batch.loss_BS.sum()})
         add_sums(totals, report_sums(reports))
     model.train(was_training)
     sums = all_reduce_sums(totals, None)

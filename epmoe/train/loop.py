@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epmoe import env
-from epmoe.config import Config
+from epmoe.config import Config, loss_coefficients
 from epmoe.data.loader import Batch, TrainData
 from epmoe.errors import DataError, NumericsError
 from epmoe.models.decoder import Decoder
@@ -136,7 +136,7 @@ class Trainer:
                 with_counts(batch.to(self.runtime.device), self.model, local),
                 num_tokens=max(tokens.in_loss, 1),
                 num_routed=max(tokens.routed, 1),
-                coefficients=self.config.moe.losses if self.config.moe else {},
+                coefficients=loss_coefficients(self.config.moe, self.progress.step),
                 precision=self.config.train.precision,
                 backward=self._backward,
             )

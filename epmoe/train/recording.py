@@ -32,6 +32,7 @@ class Recorder:
         self, config: Config, vocab_size: int, device: torch.device, world_size: int, seconds: float
     ) -> None:
         moe = config.moe
+        self.sources = [source.name for source in config.data.sources]
         self.layers = [i for i in range(config.model.num_layers) if moe is not None and is_moe_layer(moe, i)]
         self.flops_per_token = flops_per_token(config.model, moe, vocab_size, config.data.seq_len)
         self.device, self.world_size = device, world_size
@@ -95,6 +96,7 @@ class Recorder:
             samples=progress.samples,
             loss=float(sums["loss"]) / tokens if tokens else math.nan,
             loss_tokens=tokens,
+            source_loss=self._source_loss(sums),
             aux=aux,
             lr=result.lr,
             grad_norm=result.grad_norm,
@@ -114,6 +116,13 @@ class Recorder:
         )
         self._clear()
         return self.latest
+
+    def _source_loss(self, sums: Sums) -> dict[str, float]:
+        if "source_loss" not in sums:
+            return {}
+        pairs = zip(sums["source_loss"].tolist(), sums["source_tokens"].tolist(), strict=True)
+        losses = (loss / tokens if tokens else math.nan for loss, tokens in pairs)
+        return dict(zip(self.sources, losses, strict=True))
 
 
 def layer_health(sums: Sums, index: int) -> LayerHealth:

@@ -41,6 +41,7 @@ SHAPES = (
     "moe.activation",
     "moe.shared_experts",
     "optimizer.name",
+    "train.freeze",
 )
 """Settings that decide which tensors there are or what they mean, but for the harmless ones."""
 HARMLESS = (
@@ -63,9 +64,18 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def changed_keys(old: dict[str, Any], new: Config) -> list[str]:
     """``key: old -> new`` for every setting that differs, in the order of the keys."""
-    before, after = (_resolved(flatten(env.masked(one))) for one in (old, new.model_dump(mode="json")))
+    both = (_with_defaults(old), new.model_dump(mode="json"))
+    before, after = (_resolved(flatten(env.masked(one))) for one in both)
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:
+    """A configuration from before a key existed had what is now its default."""
+    try:
+        return Config.model_validate(old).model_dump(mode="json")
+    except ValidationError:
+        return old
 
 
 def _resolved(flat: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +126,7 @@ def check_resumable(
         raise CheckpointError(
             f"the checkpoint of step {record.step} in {config.out} is of another model or optimizer",
             why="; ".join(shapes[:10]),
-            fix="undo these changes, or choose another out= for a new run",
+            fix="undo these changes, or choose another out= for a new run, which may take its weights: train.init_from",
         )
     if record.tokenizer_hash != tokenizer_hash:
         raise CheckpointError(

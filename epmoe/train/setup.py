@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from epmoe.config import Config
+from epmoe.config import Config, FreezeGroup
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import Accelerators, choose_accelerators
 from epmoe.models.decoder import Block, Decoder
@@ -120,6 +122,7 @@ def build_model(
     for module in model.modules():
         if isinstance(module, Router):
             module.to(torch.promote_types(dtype, torch.float32))
+    freeze(model, config.train.freeze)
     if mesh is not None and config.parallel.engine == "fsdp":
         _shard(model, config, mesh, device)
         return model
@@ -127,6 +130,27 @@ def build_model(
     if init:
         init_weights(model, config.seed)
     return model
+
+
+GROUPS: Mapping[FreezeGroup, tuple[str, ...]] = {
+    "embedding": ("embed.*",),
+    "head": ("head.*",),
+    "attention": ("blocks.*.attention.?_proj.*",),
+    "norms": ("norm.*", "blocks.*norm.*"),
+    "dense_ffn": ("blocks.*.ffn.*",),
+    "router": ("blocks.*.moe.router.*",),
+    "experts": ("blocks.*.moe.experts.*",),
+    "shared_experts": ("blocks.*.shared.*",),
+}
+"""Groups of ``train.freeze`` -> the parameters they have, by name. Every parameter is in one of them."""
+
+
+def freeze(model: nn.Module, groups: Iterable[FreezeGroup]) -> None:
+    """Takes groups of parameters of a decoder out of training."""
+    patterns = [pattern for group in groups for pattern in GROUPS[group]]
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
 
 
 def _shard(model: Decoder, config: Config, mesh: ExpertMesh, device: torch.device) -> None:

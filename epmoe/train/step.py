@@ -30,12 +30,13 @@ def autocast(precision: str, device_type: str) -> AbstractContextManager[object]
 
 
 def token_loss(logits_BSV: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the targets that count -> scalar, in at least float32."""
+    """Cross-entropy in nats, summed over the targets of each sequence that count -> ``[B]``, in at least float32."""
     logits_TV = logits_BSV.flatten(0, 1)
     target_T = batch.target_BS.masked_fill(~batch.loss_BS, IGNORED).flatten()
-    return F.cross_entropy(
-        logits_TV.to(compute_dtype(logits_TV.dtype)), target_T, ignore_index=IGNORED, reduction="sum"
+    loss_T = F.cross_entropy(
+        logits_TV.to(compute_dtype(logits_TV.dtype)), target_T, ignore_index=IGNORED, reduction="none"
     )
+    return loss_T.view_as(batch.loss_BS).sum(1)
 
 
 def micro_step(
@@ -58,17 +59,28 @@ def micro_step(
         num_routed: Tokens that are routed, at least 1: all but padding.
 
     Returns:
-        Sums over this micro-batch: ``loss``, ``aux.<name>`` and ``<layer>.<metric>``.
+        Sums over this micro-batch: ``loss``, ``aux.<name>``, ``<layer>.<metric>`` and those of ``source_sums``.
     """
     with autocast(precision, batch.token_BS.device.type):
         logits_BSV, reports = model(batch.token_BS, batch.context)
-    loss = token_loss(logits_BSV, batch)
-    objective = loss
+    loss_B = token_loss(logits_BSV, batch)
+    loss = objective = loss_B.sum()
     for report in reports:
         for name, value in report.losses.items():
             objective = objective + coefficients[name] * (num_tokens / num_routed) * value
     backward(objective / num_tokens)
-    return {"loss": loss.detach(), **report_sums(reports)}
+    return {"loss": loss.detach(), **report_sums(reports), **source_sums(loss_B, batch)}
+
+
+def source_sums(loss_B: Tensor, batch: Batch) -> Sums:
+    """``source_loss`` and ``source_tokens``, a number for each source; nothing where there is only one."""
+    if batch.num_sources == 1 or batch.context.task_B is None:
+        return {}
+    per_source = {"source_loss": loss_B.detach(), "source_tokens": batch.loss_BS.sum(1)}
+    return {
+        name: value_B.new_zeros(batch.num_sources).index_add_(0, batch.context.task_B, value_B)
+        for name, value_B in per_source.items()
+    }
 
 
 def with_counts(batch: Batch, model: Decoder, sums: Sums) -> Batch:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from epmoe.config import Config
+from epmoe.config import Config, MoEConfig, loss_coefficients
 from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh, is_expert
 from epmoe.parallel.norm import clip_coefficient
@@ -171,7 +171,7 @@ def measure(
             if name.endswith(("demand_E", "kept_E"))
         },
         objectives=all_reduce_sums(own, mesh.world_group)["objectives"].tolist(),
-        meant=_objectives(losses, auxiliary, config.moe.losses if config.moe else {}),
+        meant=_objectives(losses, auxiliary, config.moe),
         norms=[result.grad_norm for result in results],
         clips=[result.clip for result in results],
         gradients=in_order(trainer.model, engine.first_gradients),
@@ -185,12 +185,13 @@ def measure(
 
 
 def _objectives(
-    losses: list[float], auxiliary: Mapping[str, list[float]], coefficients: Mapping[str, float]
+    losses: list[float], auxiliary: Mapping[str, list[float]], moe: MoEConfig | None
 ) -> list[float]:
-    return [
-        loss + sum(coefficients[name[4:]] * values[step] for name, values in auxiliary.items())
-        for step, loss in enumerate(losses)
-    ]
+    meant = []
+    for step, loss in enumerate(losses):
+        coefficients = loss_coefficients(moe, step)
+        meant.append(loss + sum(coefficients[name[4:]] * values[step] for name, values in auxiliary.items()))
+    return meant
 
 
 def _routed_tokens(sums: Sums) -> int:

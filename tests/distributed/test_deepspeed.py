@@ -69,6 +69,8 @@ class Cell:
     compiled: bool = False
     fsdp: bool = False
     """The engine fsdp, without a stage."""
+    frozen: bool = False
+    """Router, attention and norms are."""
     poisoned: int | None = None
     """Step in which the last rank gets objectives that are not numbers."""
 
@@ -108,14 +110,15 @@ ADAM = [
     for precision in ("fp32", "bf16_autocast")
     for stage in STAGES
 ]
+FROZEN = [Cell(2, 2, stage, 2, frozen=True) for stage in STAGES]
 HALF = [Cell(2, 2, stage, 2, "adamw", "bf16_params", steps=4) for stage in (1, 2)]
 HASH = [Cell(2, 2, stage, router="hash", steps=30) for stage in STAGES]
 POISONED = [Cell(2, 2, stage, 2, poisoned=1, steps=4) for stage in (None, 0, 1, 2)]
-NATIVE = [Cell(), Cell(router="hash", steps=30)]
+NATIVE = [Cell(), Cell(frozen=True), Cell(router="hash", steps=30)]
 NATIVE += [
     Cell(2, 2, None, 2, "adamw", precision, steps=4) for precision in ("fp32", "bf16_autocast", "bf16_params")
 ]
-CELLS = [*NATIVE, *PARITY, *ADAM, *HALF, *HASH, *POISONED]
+CELLS = [*NATIVE, *PARITY, *FROZEN, *ADAM, *HALF, *HASH, *POISONED]
 
 
 def config_of(cell: Cell) -> Config:
@@ -123,6 +126,7 @@ def config_of(cell: Cell) -> Config:
     raw["optimizer"] |= {"name": cell.optimizer, "lr": 0.3 if cell.optimizer == "sgd" else 0.01}
     raw["train"]["steps"] = cell.steps
     raw["train"]["recompute"] = cell.recompute
+    raw["train"]["freeze"] = ("router", "attention", "norms") if cell.frozen else ()
     raw["moe"]["dispatcher"] = cell.dispatcher
     raw["parallel"] = EXCHANGES[cell.exchange]
     if cell.fsdp:
@@ -217,9 +221,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return lambda cell: world(cell.world)[cell]
 
 
-@pytest.mark.parametrize("cell", PARITY, ids=str)
+@pytest.mark.parametrize("cell", [*PARITY, *FROZEN], ids=str)
 def test_equals_one_native_process(results: Results, cell: Cell) -> None:
-    [reference], ranks = results(Cell()), results(cell)
+    [reference], ranks = results(Cell(frozen=cell.frozen)), results(cell)
     for rank in ranks:
         for kind in ("gradients", "weights"):
             error, name = worst_error(kind, rank, reference)

@@ -38,7 +38,8 @@ STEPS = {"gshard_top2": 20, "switch": 5, "topk": 5, "noisy_topk": 5, "deepseek":
          "soft": 3, "strictly_balanced": 3, "two_levels": 3, "expert_choice": 3, "base": 3, "sinkhorn": 3,
          "sentence": 3, "task": 3, "dense": 3, "hash": 3,
          "hierarchical": 5, "hierarchical_padded": 5, "overlap": 5, "overlap_padded": 5,
-         "twelve": 3, "everything": 3, "wire": 3, "wire_hierarchical": 3}  # fmt: skip
+         "twelve": 3, "everything": 3, "wire": 3, "wire_hierarchical": 3,
+         "expert_dropout": 3, "expert_dropout_everything": 3, "frozen": 3, "frozen_fsdp": 3}  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
     "noisy_topk": {"router": {"name": "noisy_topk", "jitter": 0.05}},
     "deepseek": {
@@ -84,6 +85,15 @@ ROUTERS |= {
     "everything": {"router": "gshard_top2", "num_experts": 12, "dispatcher": "padded"},
     "wire": {"router": "gshard_top2", "dispatcher": "all_to_all"},  # which also rounds on one rank
     "wire_hierarchical": {"router": "gshard_top2", "dispatcher": "padded"},
+    "expert_dropout": {"router": "gshard_top2", "expert_dropout": 0.4},
+    "expert_dropout_everything": {
+        "router": "gshard_top2",
+        "expert_dropout": 0.4,
+        "dispatcher": "padded",
+        "save": "hidden",
+    },
+    "frozen": {"router": "deepseek"},
+    "frozen_fsdp": {"router": "deepseek"},
 }
 TWO_NODES: dict[str, Any] = {"exchange": "hierarchical", "ranks_per_node": 2}
 PARALLEL: dict[str, dict[str, Any]] = {
@@ -94,8 +104,11 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "everything": {"overlap_chunks": 3, "overlap_shared": True, **TWO_NODES},
     "wire": {"wire_dtype": "bf16"},
     "wire_hierarchical": {"wire_dtype": "bf16", "overlap_shared": True, **TWO_NODES},
+    "expert_dropout_everything": {"overlap_chunks": 2},
+    "frozen_fsdp": {"engine": "fsdp"},
 }
 """Their parallel section."""
+FROZEN = ("router", "attention", "norms")
 ENGINES: dict[str, dict[str, Any]] = {
     "native": {},
     "fsdp": {"engine": "fsdp"},
@@ -106,7 +119,8 @@ PARALLEL |= ENGINES
 ROUTERS |= dict.fromkeys(ENGINES, ROUTERS["ragged"])
 SAME_FUNCTION = {"padded": "ragged", "hidden": "ragged", "padded_hidden": "ragged",
                  "hierarchical": "ragged", "hierarchical_padded": "ragged", "overlap": "ragged",
-                 "overlap_padded": "ragged", "everything": "twelve", "wire_hierarchical": "wire"}  # fmt: skip
+                 "overlap_padded": "ragged", "everything": "twelve", "wire_hierarchical": "wire",
+                 "expert_dropout_everything": "expert_dropout", "frozen_fsdp": "frozen"}  # fmt: skip
 RECOMPUTE = {
     "full": "ragged",
     "selective": "ragged",
@@ -115,6 +129,7 @@ RECOMPUTE = {
     "deepseek_full": "deepseek",
     "global_balance_full": "global_balance",
     "soft_full": "soft",
+    "expert_dropout_full": "expert_dropout",
     "overlap_full": "overlap",
     "overlap_padded_full": "overlap_padded",
     "overlap_padded_selective": "overlap_padded",
@@ -164,6 +179,7 @@ def config(router: str, precision: str, accumulation: int, world_size: int) -> C
             "parallel": PARALLEL.get(router, {}),
             "optimizer": {"name": "sgd", "lr": 0.3, "warmup_steps": 2, "clip_norm": 0.8},
             "train": {"steps": STEPS[router], "global_batch_size": GLOBAL_BATCH, "precision": precision,
+                      "freeze": FROZEN if router.startswith("frozen") else (),
                       "micro_batch_size": GLOBAL_BATCH // accumulation // world_size,
                       "recompute": router.rpartition("_")[2] if router in RECOMPUTE else "none"},
         }
@@ -293,6 +309,12 @@ CELLS += [
     (4, 4, "everything", "fp64", 1),
     (4, 4, "wire", "fp64", 2),
     (4, 4, "wire_hierarchical", "fp64", 1),
+    (1, 1, "expert_dropout", "fp64", 1),
+    (2, 2, "expert_dropout", "fp64", 1),
+    (2, 2, "expert_dropout_everything", "fp64", 1),
+    (1, 1, "frozen", "fp64", 1),
+    (2, 2, "frozen", "fp64", 2),
+    (4, 2, "frozen_fsdp", "fp64", 1),
 ]
 RECOMPUTED: dict[Cell, str] = {
     (2, 2, "full", "fp64", 1): "ragged",
@@ -302,6 +324,7 @@ RECOMPUTED: dict[Cell, str] = {
     (2, 2, "deepseek_full", "fp64", 2): "deepseek",
     (2, 2, "global_balance_full", "fp64", 1): "global_balance",
     (2, 2, "soft_full", "fp64", 1): "soft",
+    (2, 2, "expert_dropout_full", "fp64", 1): "expert_dropout",
     (2, 2, "overlap_padded_full", "fp64", 1): "overlap_padded",
     (2, 2, "overlap_padded_selective", "fp64", 1): "overlap_padded",
     (4, 2, "overlap_full", "fp64", 2): "overlap",
@@ -354,6 +377,20 @@ def assert_same_training(ranks: list[dict[str, Any]], reference: dict[str, Any],
         assert rank["norms"] == ranks[0]["norms"]
         assert rank["clips"] == ranks[0]["clips"]
     assert min(reference["clips"]) < 1.0, "the clip was never active"
+
+
+def test_what_is_frozen_stays_where_it_was(results: Results) -> None:
+    """In every layout, the buffers of a frozen router included; the rest is trained."""
+    cfg = config("frozen", "fp64", 1, 1)
+    before = build_model(cfg, VOCAB, device=torch.device("cpu")).state_dict()
+    for cell in [cell for cell in CELLS if cell[2].startswith("frozen")]:
+        for rank in results[cell]:
+            for name, weight in rank["weights"].items():
+                if "experts" in name or weight.shape != before[name].shape:
+                    continue
+                frozen = "router" in name or "norm" in name or ("_proj" in name and "attention" in name)
+                assert torch.equal(weight, before[name]) == frozen, (cell, name)
+                assert (name in rank["gradients"]) == (not frozen), (cell, name)
 
 
 def test_recomputation_repeats_no_decision(results: Results) -> None:

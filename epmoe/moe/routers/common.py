@@ -34,7 +34,7 @@ class Choices:
 def missing_draws(policy: str) -> ValueError:
     """The error of a random policy that was not told which samples the tokens belong to."""
     return ValueError(
-        f"router policy {policy!r} draws random numbers in training and needs TokenContext.sample_B "
+        f"{policy!r} draws random numbers in training and needs TokenContext.sample_B "
         f"(the sample number of each sequence); pass ctx=TokenContext(sample_B=...)"
     )
 

@@ -18,9 +18,11 @@ from epmoe.config import (
     DataConfig,
     MoEConfig,
     ParallelConfig,
+    Ramp,
     SourceConfig,
     TrainConfig,
     choose_ep_size,
+    loss_coefficients,
 )
 from epmoe.config_file import check_layout, dump_config, load_config, override_config
 from epmoe.config_routers import GShardTop2Options, SwitchOptions
@@ -241,7 +243,7 @@ def test_overrides_are_yaml_scalars_or_flow_collections(write):
     assert (config.optimizer.lr, config.optimizer.clip_norm, config.train.steps) == (1e-4, None, 9)
     assert (config.train.sample.prompt, config.out) == ("def f(x): # *", "5")
     assert config.moe is not None
-    assert config.moe.losses == {"z": 0.1}
+    assert config.moe.losses == {"balance": 0.01, "z": 0.1}
     assert [(s.glob, s.path) for s in config.data.sources] == [("**/*.py", "stdlib"), ("**/*", "a=b")]
 
 
@@ -472,13 +474,74 @@ def test_one_expert_of_weight_one_would_not_train_the_router(name: str):
     assert Config.model_validate(one).moe.top_k == 1  # type: ignore[union-attr]
 
 
-def test_one_coefficient_on_the_command_line_keeps_the_others(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("text", "overrides", "wanted"),
+    [
+        ("moe: {losses: {balance: 0.3}}", [], {"balance": 0.3, "z": 0.001}),
+        ("moe: {losses: {balance: 0.3}}", ["moe.losses.z=0.5"], {"balance": 0.3, "z": 0.5}),
+        ("moe: {losses: {balance: 0.3}}", ["moe.losses={z: 0.5}"], {"balance": 0.01, "z": 0.5}),
+        ("moe: {top_k: 2}", ["moe.losses.z=0.5"], {"balance": 0.01, "z": 0.5}),
+        ("seed: 1", ["moe.losses.z=0"], {"balance": 0.01, "z": 0.0}),
+        ("moe: {losses: {}}", [], {}),
+        (
+            "moe: {router: noisy_topk, losses: {load: 0.3}}",
+            [],
+            {"importance": 0.1, "load": 0.3},
+        ),
+        (
+            "moe: {losses: {z: {start: 0.1, end: 0, steps: 10}}}",
+            [],
+            {"balance": 0.01, "z": Ramp(start=0.1, end=0.0, steps=10)},
+        ),
+    ],
+)
+def test_a_coefficient_that_is_given_keeps_the_others(
+    tmp_path: Path, text: str, overrides: list[str], wanted
+):
     path = tmp_path / "a.yaml"
-    for text, wanted in (
-        ("moe: {top_k: 2}", {"balance": 0.01, "z": 0.5}),
-        ("moe: {losses: {balance: 0.3}}", {"balance": 0.3, "z": 0.5}),
-        ("seed: 1", {"balance": 0.01, "z": 0.5}),
-    ):
-        path.write_text(text)
-        assert load_config(path, ["moe.losses.z=0.5"]).moe.losses == wanted  # type: ignore[union-attr]
-        assert load_config(path, ["moe.losses={z: 0.5}"]).moe.losses == {"z": 0.5}  # type: ignore[union-attr]
+    path.write_text(text)
+    config = load_config(path, overrides)
+    assert config.moe is not None
+    assert config.moe.losses == wanted
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_a_loss_that_python_left_out_is_no_default_of_the_file_that_is_written(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    path.write_text(dump_config(Config.model_validate({"moe": {"losses": {"balance": 0.3}}})))
+    assert load_config(path).moe.losses == {"balance": 0.3, "z": 0.0}  # type: ignore[union-attr]
+
+
+def test_a_coefficient_goes_in_a_straight_line_and_stays():
+    moe = MoEConfig.model_validate({"losses": {"balance": {"start": 0.1, "end": 0.02, "steps": 4}, "z": 0.5}})
+    found = [loss_coefficients(moe, step) for step in (0, 1, 2, 4, 9)]
+    assert [each["balance"] for each in found] == pytest.approx([0.1, 0.08, 0.06, 0.02, 0.02], rel=1e-12)
+    assert {each["z"] for each in found} == {0.5}
+    assert loss_coefficients(None, 3) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (
+            "moe: null\ntrain: {freeze: [router]}",
+            ["no router of its own", "embedding, attention, norms, dense_ffn"],
+        ),
+        ("train: {freeze: [head]}", ["train.freeze", "no head of its own"]),
+        ("train: {freeze: [shared_experts]}", ["no shared_experts of its own"]),
+        ("train: {freeze: [rooter]}", ["train.freeze.0", "did you mean router?"]),
+        (
+            "train: {freeze: [embedding, attention, norms, dense_ffn, router, experts]}",
+            ["nothing is left to train", "leave out one of embedding"],
+        ),
+        ("moe: {losses: {z: {start: 1, end: 0}}}", ["moe.losses.z.steps"]),
+        ("moe: {router: soft, allow_non_causal: true, expert_dropout: 0.1}", ["mixtures of tokens"]),
+    ],
+)
+def test_what_cannot_be_frozen_or_dropped_is_told(tmp_path: Path, text: str, parts: list[str]):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert all(part in str(caught.value) for part in parts), caught.value

@@ -12,7 +12,7 @@ from epmoe.config import Config
 from epmoe.data.loader import Batch
 from epmoe.models.decoder import Decoder
 from epmoe.models.layers import Embedding
-from epmoe.train.setup import build_model
+from epmoe.train.setup import GROUPS, build_model, freeze
 from epmoe.train.step import micro_step
 from epmoe.types import TokenContext
 
@@ -121,3 +121,45 @@ def test_float32_looks_up_as_torch_does() -> None:
     embed = Embedding(3, 4)
     nn.init.ones_(embed.weight)
     assert type(embed(torch.tensor([1])).grad_fn).__name__ == "EmbeddingBackward0"
+
+
+def test_losses_per_source_add_up_to_the_loss() -> None:
+    """Numbered by the tasks of the sequences; a source without tokens in the loss has zeros."""
+    config = make_config("fp64", router="topk")
+    model, batch = build_model(config, VOCAB, device=torch.device("cpu")).train(), make_batch(0.5)
+    task_B = torch.tensor([0, 0, 3, 0, 1, 1, 3, 0])
+    batch = replace(batch, context=replace(batch.context, task_B=task_B), num_sources=4)
+    whole = _sums(model, batch)
+    assert whole["source_tokens"].tolist() == [
+        int(batch.loss_BS[task_B == source].sum()) for source in range(4)
+    ]
+    for source in range(4):
+        only = replace(batch, loss_BS=batch.loss_BS & (task_B == source).unsqueeze(1))
+        assert float(whole["source_loss"][source]) == pytest.approx(
+            float(_sums(model, only)["loss"]), rel=1e-12
+        )
+    assert float(whole["source_loss"].sum()) == pytest.approx(float(whole["loss"]), rel=1e-12)
+    assert "source_loss" not in _sums(model, replace(batch, num_sources=1))
+
+
+def _sums(model: Decoder, batch: Batch) -> dict[str, Tensor]:
+    return micro_step(
+        model,
+        batch,
+        num_tokens=1.0,
+        num_routed=1.0,
+        coefficients={"balance": 0.0, "z": 0.0},
+        precision="fp64",
+        backward=lambda objective: None,
+    )
+
+
+@pytest.mark.parametrize("moe", [None, {"num_experts": 4, "shared_experts": 1}])
+@pytest.mark.parametrize("tie", [True, False])
+def test_every_parameter_is_in_a_group_that_can_be_frozen(moe: dict[str, object] | None, tie: bool) -> None:
+    sections = {
+        "model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "qk_norm": True, "tie_embeddings": tie}
+    }
+    model = build_model(Config.model_validate({**sections, "moe": moe}), VOCAB, device=torch.device("cpu"))
+    freeze(model, GROUPS)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == []
