@@ -84,10 +84,10 @@ class TrainingRecord(_Part):
 
     step: int = Field(ge=0, lt=10**9)
     """Optimizer steps done."""
-    tokens: int = Field(ge=0)
+    tokens: int = Field(ge=0, lt=2**63)
     """Tokens in the loss so far."""
-    samples: int = Field(ge=0)
-    """The sampler's counter: the next sample number."""
+    samples: int = Field(ge=0, lt=2**40)
+    """The sampler's counter: the next sample number. More of them no random draw tells apart."""
     config: dict[str, Any]
     """The resolved configuration."""
     data_fingerprint: str
@@ -134,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     manifest = _parse_manifest(path, _manifest_bytes(path))
     for name in manifest.files:
-        if Path(name).name != name or not name.endswith(SHARD_SUFFIX):
+        if Path(name).name != name or "\0" in name or not name.endswith(SHARD_SUFFIX):
             raise CheckpointError(
                 f"{path} names the file {name!r}",
                 why="shards are plain *.safetensors names in the same folder",

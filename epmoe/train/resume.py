@@ -79,11 +79,16 @@ def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(flat: dict[str, Any]) -> dict[str, Any]:
-    """Sizes of the model that are left to others, spelled out: null and the number it stands for are no change."""
+    """Sizes of the model that are left to others, spelled out: null and the number it stands for are no change.
+
+    A checkpoint may say anything there.
+    """
     width, heads = flat.get("model.d_model"), flat.get("model.num_heads")
     stands_for = {
         "model.num_kv_heads": heads,
-        "model.head_dim": width // heads if width and heads else None,
+        "model.head_dim": width // heads
+        if isinstance(width, int) and isinstance(heads, int) and heads
+        else None,
         "moe.d_ff": flat.get("model.d_ff"),
     }
     return flat | {key: value for key, value in stands_for.items() if key in flat and flat[key] is None}

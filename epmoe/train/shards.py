@@ -328,8 +328,9 @@ def _coverage(pieces: list[Piece], wanted: TensorRecord) -> str | None:
         return "written by no rank"
     if len(pieces) == 1 and pieces[0].shape == wanted.shape and pieces[0].dtype == wanted.dtype:
         return None
-    if not wanted.shape:
-        return f"written {len(pieces)} times"
+    if not all(wanted.shape and piece.shape for piece in pieces):
+        held = ", ".join(f"{piece.dtype} {list(piece.shape)} in {piece.file}" for piece in pieces)
+        return f"held as {held}, expected {wanted.dtype} {list(wanted.shape)} once"
     rows = 0
     for piece in sorted(pieces, key=lambda piece: piece.start):
         if piece.dtype != wanted.dtype or piece.shape[1:] != wanted.shape[1:] or any(piece.start[1:]):

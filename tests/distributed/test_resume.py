@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.distributed.runs import (
     tensors,
     write_text,
 )
+from tests.distributed.tiny import rewrite_manifest
 
 
 # ------------------------------------------------------------------------------------------- bit for bit
@@ -224,6 +226,33 @@ def test_a_run_does_not_begin_anew_over_damaged_checkpoints(base: Path, referenc
         assert "step_000000015 is damaged" in end.message
     assert status(Path(config.out))["exit_code"] == 4
     assert (Path(config.out) / "metrics.jsonl").read_bytes() == before
+
+
+ODD_RECORDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no counters": (lambda r: r.update(trainer={}), "record.trainer.seconds: Field required"),
+    "none at all": (lambda r: r.pop("trainer"), "record.trainer.seconds: Field required"),
+    "one more": (lambda r: r["trainer"].update(laps=3), "record.trainer.laps: Extra inputs"),
+    "text": (lambda r: r["trainer"].update(seconds="long"), "record.trainer.seconds: Input should be"),
+    "negative": (lambda r: r["trainer"].update(skipped=-1), "record.trainer.skipped: Input should be"),
+    "no scale": (lambda r: r["trainer"].update(loss_scale=0), "record.trainer.loss_scale: Input should be"),
+    "no configuration": (lambda r: r.update(config={}), "of another model or optimizer"),
+    "other types": (lambda r: r["config"]["model"].update(d_model="x"), "model.d_model: x -> 16"),
+    "a list": (lambda r: r["config"]["model"].update(num_heads=[2]), "model.num_heads: [2] -> 2"),
+}
+"""Manifests with a right checksum that no epmoe of this version writes: what is changed in the record, what is said."""
+
+
+def test_a_record_that_cannot_be_used_is_one_message(base: Path, reference: Path) -> None:
+    configs = []
+    for number, (change, _) in enumerate(ODD_RECORDS.values()):
+        configs.append(copy_of(reference, f"odd-{number}", [15]))
+        checkpoint = Path(configs[-1].out) / "ckpt" / "step_000000015"
+        rewrite_manifest(checkpoint, lambda manifest: change(manifest["record"]))  # noqa: B023 - called at once
+    for ends_of_a_rank in run_ranks(2, attempts, base, [(config, None) for config in configs]):
+        for end, (_, says) in zip(ends_of_a_rank, ODD_RECORDS.values(), strict=True):
+            assert end.code == 4, says
+            assert says in end.message
+            assert "fix: " in end.message
 
 
 # ------------------------------------------------------------------------------------------- changed configurations

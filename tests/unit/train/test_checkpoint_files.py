@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +39,7 @@ from epmoe.train.entries import MAX_LISTED, differences
 from epmoe.train.manifest import MANIFEST, TensorRecord, candidates, read_manifest
 from epmoe.train.shards import ShardReader, incomplete_tensors, read_pieces
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import Tiny, draw, record, tiny_model, trained
+from tests.distributed.tiny import Tiny, draw, record, rewrite_manifest, tiny_model, trained
 
 
 def _write(rank: int, folder: Path) -> None:
@@ -67,15 +66,6 @@ def run(written: Path, tmp_path: Path) -> Path:
 
 def _newest(run: Path) -> Path:
     return run / "ckpt" / "step_000000002"
-
-
-def _rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes the manifest as somebody who knows how its checksum is made."""
-    value = json.loads((folder / MANIFEST).read_bytes())
-    del value["crc32"]
-    change(value)
-    rest = json.dumps(value, indent=1).removeprefix("{\n").encode()
-    (folder / MANIFEST).write_bytes(f'{{"crc32": "{zlib.crc32(rest):08x}",\n'.encode() + rest)
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -143,8 +133,17 @@ def test_every_single_bit_of_a_manifest_and_of_a_shards_header_counts(run: Path)
         (lambda m: m["tensors"]["model.norm"].update(shape=[-1]), "tensors.model.norm.shape"),
         (lambda m: m["tensors"]["model.norm"].update(shape=[10**12]), "lists tensors of"),
         (lambda m: m["tensors"]["model.norm"].update(dtype="F33"), "'F33' is no type of a tensor"),
-        (lambda m: m["tensors"]["model.norm"].update(shape=[]), "model.norm: "),
+        (lambda m: m["tensors"]["model.norm"].update(shape=[]), r"model.norm: held as F32 \[3\] in shard_"),
+        (
+            lambda m: m["tensors"]["model.temperature"].update(shape=[1]),
+            r"model.temperature: held as F32 \[\]",
+        ),
+        (lambda m: m["files"].update({"a\0b.safetensors": {"size": 0, "crc32": 0}}), "names the file"),
+        (lambda m: m["record"].update(samples=2**40), "record.samples"),
+        (lambda m: m["record"].update(tokens=2**63), "record.tokens"),
+        (lambda m: m["record"].update(trainer=None), "record.trainer"),
         (lambda m: m["tensors"].pop("model.norm"), "model.norm is in shard_.*, but not expected"),
+        (lambda m: m["tensors"].clear(), "but not expected"),
     ],
     ids=[
         "newer",
@@ -158,12 +157,18 @@ def test_every_single_bit_of_a_manifest_and_of_a_shards_header_counts(run: Path)
         "negative size",
         "more than its files hold",
         "unknown type",
-        "other shape",
+        "no shape",
+        "a shape where there is none",
+        "null character",
+        "too many samples",
+        "too many tokens",
+        "no counters",
         "tensor left out",
+        "no tensors",
     ],
 )
 def test_a_manifest_that_cannot_be_trusted_is_refused(change: Any, says: str, run: Path) -> None:
-    _rewrite(_newest(run), change)
+    rewrite_manifest(_newest(run), change)
     with pytest.raises(CheckpointError, match=says):
         verify_checkpoint(_newest(run))
     assert "\n" not in find_resumable(run / "ckpt").rejected[0]
@@ -217,7 +222,7 @@ def _more(run: Path, *steps: int) -> Path:
         folder = run / "ckpt" / f"step_{step:09d}"
         if step > 1:
             shutil.copytree(_newest(run), folder)
-            _rewrite(folder, lambda m: m["record"].update(step=step))  # noqa: B023 - called at once
+            rewrite_manifest(folder, lambda m: m["record"].update(step=step))  # noqa: B023 - called at once
         verify_checkpoint(folder)
     verify_checkpoint(_newest(run))
     return run / "ckpt"
@@ -312,7 +317,7 @@ def test_a_pipe_of_the_promised_size_is_not_waited_for(run: Path) -> None:
     path = _newest(run) / "shard_00000.safetensors"
     path.unlink()
     os.mkfifo(path)
-    _rewrite(_newest(run), lambda m: m["files"][path.name].update(size=0))
+    rewrite_manifest(_newest(run), lambda m: m["files"][path.name].update(size=0))
     with pytest.raises(CheckpointError):
         verify_checkpoint(_newest(run))
 
