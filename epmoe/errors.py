@@ -61,6 +61,10 @@ class CheckpointError(EpmoeError):
     exit_code = 4
 
 
+class UnreachableCheckpoint(CheckpointError):
+    """The file system did not give a checkpoint's bytes: nobody knows whether it is good, so none takes its place."""
+
+
 class NumericsError(EpmoeError):
     """Training stopped because losses or gradients are not finite."""
 

@@ -173,7 +173,7 @@ def raise_together(error: EpmoeError | None) -> None:
         if error is not None and text == mine:
             raise error
         name, what, why, fix = json.loads(text)
-        kind = {cls.__name__: cls for cls in EpmoeError.__subclasses__()}.get(name, errors.EpmoeError)
+        kind: type[EpmoeError] = getattr(errors, name, EpmoeError)
         theirs = kind(f"rank {rank}: {what}", why=why, fix=fix)
         theirs.rank = rank
         raise theirs

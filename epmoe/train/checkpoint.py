@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from epmoe import env
 from epmoe.data.files import forget_cached, sync_folder, write_json
-from epmoe.errors import CheckpointError, EpmoeError, warn
+from epmoe.errors import CheckpointError, EpmoeError, UnreachableCheckpoint, warn
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.runtime import gather_text, on_rank_zero, raise_together
 from epmoe.train.engine import Engine
@@ -48,12 +48,14 @@ from epmoe.train.entries import (
 from epmoe.train.manifest import (
     FORMAT,
     MANIFEST,
+    OF_THE_FILE,
     FileRecord,
     Manifest,
     TensorRecord,
     TrainingRecord,
     candidates,
     damaged_files,
+    no_answer,
     read_manifest,
     step_folder,
     unlisted_shards,
@@ -212,15 +214,15 @@ def _read_back(temporary: Path, mine: Mapping[str, FileRecord]) -> None:
             forget_cached(temporary / name)
         if problems := damaged_files(temporary, mine):
             error = _not_what_was_written(temporary, problems)
-    except OSError as caught:
-        error = _not_what_was_written(temporary, [str(caught)])
+    except (OSError, UnreachableCheckpoint) as caught:
+        error = _not_what_was_written(temporary, [str(caught).partition("\n")[0]])
     raise_together(error)
 
 
 def _not_what_was_written(temporary: Path, problems: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"{temporary} is damaged right after it was written: {'; '.join(problems)}",
-        why="the disk, the way to it or this machine's memory changes bytes",
+        f"{temporary} does not give back what was just written: {'; '.join(problems)}",
+        why="the disk, the way to it or this machine's memory fails",
         fix="look for errors of the disk and the memory (dmesg), or put out= on another disk; older checkpoints are "
         "untouched, and the same command goes on from the newest",
     )
@@ -242,8 +244,8 @@ def _read_manifest_back(temporary: Path, manifest: Manifest) -> None:
     try:
         forget_cached(temporary / MANIFEST)
         found = read_manifest(temporary)
-    except CheckpointError as error:
-        raise _not_what_was_written(temporary, [error.what]) from None
+    except (OSError, CheckpointError) as error:
+        raise _not_what_was_written(temporary, [str(error).partition("\n")[0]]) from None
     if (found.files, found.tensors) != (manifest.files, manifest.tensors):
         raise _not_what_was_written(temporary, [f"{MANIFEST} is another one"])
 
@@ -362,7 +364,8 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     """Reads every byte of a checkpoint once, each rank its share of the files. A collective.
 
     Raises:
-        CheckpointError: On every rank, naming the damaged file or what is wrong with the manifest.
+        CheckpointError: On every rank, naming the damaged file or what is wrong with the manifest;
+            ``UnreachableCheckpoint`` where the file system did not give its bytes.
     """
     error, manifest = None, None
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -372,8 +375,6 @@ def verify_checkpoint(path: Path) -> Checkpoint:
         _require_whole(path, manifest, mine, headers=rank == 0)
     except CheckpointError as caught:
         error = caught
-    except OSError as caught:
-        error = CheckpointError(f"{path} cannot be read: {caught.strerror}", fix="use an older checkpoint")
     try:
         raise_together(error)
     except CheckpointError:
@@ -402,7 +403,8 @@ def find_resumable(folder: Path) -> Resumable:
     """The newest checkpoint of a folder that is undamaged, if there is one. A collective.
 
     Raises:
-        CheckpointError: The folder cannot be listed.
+        CheckpointError: The folder cannot be listed, or the file system does not give the bytes of one that may be
+            good.
     """
     names: list[str] = []
     on_rank_zero(lambda: names.extend(path.name for path in candidates(folder)), CheckpointError)
@@ -410,6 +412,8 @@ def find_resumable(folder: Path) -> Resumable:
     for name in json.loads(gather_text(json.dumps(names))[0]):
         try:
             return Resumable(checkpoint=verify_checkpoint(folder / name), rejected=tuple(rejected))
+        except UnreachableCheckpoint:
+            raise
         except CheckpointError as error:
             rejected.append(error.what)
     return Resumable(checkpoint=None, rejected=tuple(rejected))
@@ -432,8 +436,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: It is damaged, or there is none.
     """
     # Rank 0 looks, and all follow: another rank may see another disk.
-    inside = "" if (path / MANIFEST).exists() else CHECKPOINTS if os.path.lexists(path / CHECKPOINTS) else "."
-    inside = gather_text(inside)[0]
+    seen: list[str] = []
+    on_rank_zero(lambda: seen.append(_place_of_checkpoints(path)), CheckpointError)
+    inside = gather_text("".join(seen))[0]
     if not inside:
         return verify_checkpoint(path)
     folder = path / inside
@@ -447,6 +452,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     warn_passed_over(found)
     return found.checkpoint
+
+
+def _place_of_checkpoints(path: Path) -> str:
+    """Below a run's folder or that of its checkpoints; empty where the path is a checkpoint itself."""
+    if _is_there(path / MANIFEST):
+        return ""
+    return CHECKPOINTS if _is_there(path / CHECKPOINTS) else "."
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise no_answer(f"{path} cannot be looked at", error) from None
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------- reading

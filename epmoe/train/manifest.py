@@ -10,6 +10,7 @@ a CRC-32 of the manifest itself in its first line.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from epmoe.data.files import crc32_of, open_regular, write_atomically
-from epmoe.errors import CheckpointError
+from epmoe.errors import CheckpointError, UnreachableCheckpoint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -33,6 +34,12 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes of an element, by safetensors' name of its type."""
+
+
+OF_THE_FILE = (*(0, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG),)
+"""Error numbers that say that a file is not there, or is something else: damage. Any other one speaks of the file
+system (EIO, ESTALE, ETIMEDOUT ...), of this user or of this process, and the file behind it may be good."""
+NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 
 
 class _Part(BaseModel):
@@ -166,7 +173,7 @@ def _manifest_bytes(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}", fix="make it readable, or use another checkpoint"
+            f"{path} cannot be read: {damage_of(path, error)}", fix="use another checkpoint"
         ) from None
     if len(raw) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
@@ -210,6 +217,28 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def damage_of(path: Path, error: OSError) -> str:
+    """What an error in reading a file of a checkpoint says about the file, in words.
+
+    Raises:
+        UnreachableCheckpoint: Nothing.
+    """
+    if error.errno not in OF_THE_FILE:
+        without = f"; to do without this checkpoint, move {path.parent} elsewhere"
+        raise no_answer(f"{path} cannot be read", error, without) from None
+    return str(error.strerror)
+
+
+def no_answer(what: str, error: OSError, otherwise: str = "") -> UnreachableCheckpoint:
+    """The error where a file system, and not a file, is at fault."""
+    wait = "let this user read it" if error.errno in NOT_ALLOWED else "wait until the file system answers"
+    return UnreachableCheckpoint(
+        f"{what}: {error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})",
+        why="a checkpoint that may be good is not passed over for an older one",
+        fix=f"{wait}, then run the same command again{otherwise}",
+    )
+
+
 def damaged_files(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
     """What is wrong with these files, one line each: missing, other size, other CRC-32. Reads them whole."""
     problems = []
@@ -222,7 +251,7 @@ def damaged_files(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
                 continue
             crc = crc32_of(path)
         except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
+            problems.append(f"{name}: {damage_of(path, error)}")
             continue
         if crc != expected.crc32:
             problems.append(f"{name} has CRC-32 {crc:08x}, expected {expected.crc32:08x}")
@@ -231,7 +260,11 @@ def damaged_files(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
 
 def unlisted_shards(folder: Path, manifest: Manifest) -> list[str]:
     """Shards the manifest does not know; a reader that lists the folder would take tensors from them."""
-    found = sorted(path.name for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIX))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return [damage_of(folder / MANIFEST, error)]
+    found = [name for name in names if name.endswith(SHARD_SUFFIX)]
     return [f"{name} is not in {MANIFEST}" for name in found if name not in manifest.files]
 
 
@@ -242,7 +275,13 @@ def candidates(folder: Path) -> list[Path]:
         CheckpointError: ``folder`` is something else than a folder, or cannot be listed.
     """
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:  # what an entry is, it knows without a look at it
+            names = [
+                entry.name
+                for entry in entries
+                if STEP_FOLDER.fullmatch(entry.name)
+                and (entry.is_symlink() or entry.is_dir(follow_symlinks=False))
+            ]
     except FileNotFoundError:
         if not folder.is_symlink():
             return []
@@ -251,9 +290,10 @@ def candidates(folder: Path) -> list[Path]:
             fix="bring that folder back (is its disk mounted?), or choose another out= for a new run",
         ) from None
     except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise no_answer(f"{folder} cannot be listed", error) from None
         raise CheckpointError(
             f"{folder} cannot be listed: {error.strerror}",
-            fix="make it a folder that this user can read, or choose another out=",
+            fix="make it a folder, or choose another out=",
         ) from None
-    found = [folder / name for name in sorted(names, reverse=True) if STEP_FOLDER.fullmatch(name)]
-    return [path for path in found if path.is_dir() or path.is_symlink()]
+    return [folder / name for name in sorted(names, reverse=True)]

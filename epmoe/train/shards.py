@@ -45,7 +45,7 @@ from torch.futures import Future
 from epmoe import env
 from epmoe.data.files import open_regular
 from epmoe.errors import CheckpointError
-from epmoe.train.manifest import SHARD_SUFFIX, FileRecord, Manifest, TensorRecord
+from epmoe.train.manifest import SHARD_SUFFIX, FileRecord, Manifest, TensorRecord, damage_of
 
 DTYPES = {
     torch.float64: "F64",
@@ -195,7 +195,7 @@ def read_pieces(path: Path) -> dict[str, Piece]:
     """The pieces a shard holds, by key, from its header alone.
 
     Raises:
-        CheckpointError: The header is damaged.
+        CheckpointError: The header is damaged; ``UnreachableCheckpoint`` where that cannot be told.
     """
     try:
         with open_regular(path) as file:
@@ -210,7 +210,9 @@ def read_pieces(path: Path) -> dict[str, Piece]:
             key: _piece(path.name, entry, offsets[key]["saved_offsets"], 8 + length, size)
             for key, entry in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {damage_of(path, error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a shard of epmoe", why=f"{type(error).__name__}: {error}"
         ) from None
@@ -259,14 +261,22 @@ class ShardReader(HuggingFaceStorageReader):
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].file, []).append(item)
         for name, items in by_file.items():
-            with open_regular(self._folder / name) as file:
-                for item in items:
-                    target = planner.resolve_tensor(item).detach()
-                    _read_rows(file, self.storage_data[item.storage_index], item, target)
-                    planner.commit_tensor(item, target)
+            try:
+                self._read_items(self._folder / name, items, planner)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._folder / name} is gone: {damage_of(self._folder / name, error)}"
+                ) from None
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read_items(self, path: Path, items: list[ReadItem], planner: LoadPlanner) -> None:
+        with open_regular(path) as file:
+            for item in items:
+                target = planner.resolve_tensor(item).detach()
+                _read_rows(file, self.storage_data[item.storage_index], item, target)
+                planner.commit_tensor(item, target)
 
 
 def _described(tensor: TensorRecord, pieces: list[Piece]) -> TensorStorageMetadata:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from epmoe.errors import CheckpointError
+from epmoe.errors import CheckpointError, UnreachableCheckpoint
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from epmoe.parallel.runtime import start
-from epmoe.train import checkpoint
+from epmoe.train import checkpoint, manifest
 from epmoe.train.checkpoint import (
     UNFINISHED,
     find_resumable,
@@ -363,7 +365,7 @@ def test_what_the_disk_gives_back_otherwise_never_becomes_a_checkpoint(what: str
     ):
         assert says in said
         assert name in said
-        assert "is damaged right after it was written" in said
+        assert "does not give back what was just written" in said
         assert "older checkpoints are untouched" in said
         assert (code, newest) == (4, "step_000000001")
         assert left == ["latest.json", "step_000000001"]
@@ -395,6 +397,26 @@ def test_all_ranks_reject_a_checkpoint_that_one_of_them_finds_damaged_and_replac
         assert name == "step_000000001"
         assert len(rejected) == 1
         assert "step_000000002 is damaged: shard_00001.safetensors has CRC-32" in rejected[0]
+
+
+def _unreadable_on_one_rank(rank: int, folder: Path) -> list[str]:
+    mesh = _mesh(2)
+    model = tiny_model(mesh)
+    for step in (1, 2):
+        _save(folder, model, trained(model, mesh, 1), mesh, step)
+    if rank == 1:
+        manifest.crc32_of = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    try:
+        find_resumable(folder)
+    except UnreachableCheckpoint as error:
+        return [error.what, *sorted(path.name for path in folder.iterdir())]
+    return ["passed over"]
+
+
+def test_no_rank_passes_over_what_another_cannot_read(tmp_path: Path) -> None:
+    for said, *left in run_ranks(2, _unreadable_on_one_rank, tmp_path, tmp_path / "ckpt"):
+        assert "step_000000002/shard_00001.safetensors cannot be read: Input/output error (EIO)" in said
+        assert left == ["latest.json", "step_000000001", "step_000000002"]
 
 
 def _values(rank: int, folder: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -10,15 +11,17 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+import epmoe.data.files
 from epmoe.cli.rewind import rewind
-from epmoe.errors import CheckpointError, ConfigError
+from epmoe.errors import CheckpointError, ConfigError, UnreachableCheckpoint
 from epmoe.parallel.mesh import build_mesh
 from epmoe.parallel.runtime import start
 from epmoe.train import lock
@@ -346,6 +349,95 @@ def test_a_newer_checkpoint_that_is_passed_over_is_named(
     assert open_checkpoint(run).manifest.record.step == 1
     assert "warning: passed over a checkpoint:" in (said := capsys.readouterr().err)
     assert "step_000000002 is damaged: shard_00000.safetensors has CRC-32" in said
+
+
+# ------------------------------------------------------------------------------------------- no answer
+def _fail(monkeypatch: pytest.MonkeyPatch, call: str, path: Path, code: int) -> None:
+    """Makes one system call fail for one path, as a file system does that does not answer."""
+    original = getattr(os, call)
+
+    def failing(name: Any, *rest: Any, **more: Any) -> Any:
+        if isinstance(name, (str, Path)) and Path(name) == path:
+            raise OSError(code, os.strerror(code), str(name))
+        return original(name, *rest, **more)
+
+    monkeypatch.setattr(os, call, failing)
+
+
+def _fail_reading(monkeypatch: pytest.MonkeyPatch, path: Path, code: int) -> None:
+    """It can be opened, and what is in it does not come."""
+    original = epmoe.data.files.open_regular
+
+    def opened(name: Path) -> BinaryIO:
+        file = original(name)
+        if name == path:
+            file.read = Mock(side_effect=OSError(code, os.strerror(code)))  # type: ignore[method-assign]
+        return file
+
+    for module in ("epmoe.data.files", "epmoe.train.manifest", "epmoe.train.shards"):
+        monkeypatch.setattr(f"{module}.open_regular", opened)
+
+
+SHARD = "shard_00000.safetensors"
+NO_ANSWERS = [
+    ("scandir", ".", errno.ESTALE),
+    ("open", MANIFEST, errno.ESTALE),
+    ("open", MANIFEST, errno.EACCES),
+    ("open", SHARD, errno.ETIMEDOUT),
+    ("open", SHARD, errno.EMFILE),
+    ("stat", SHARD, errno.EIO),
+    ("listdir", "", errno.ENOTCONN),
+    ("read", MANIFEST, errno.EIO),
+    ("read", SHARD, errno.EIO),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "code"), NO_ANSWERS, ids=[f"{c} {n} {errno.errorcode[e]}" for c, n, e in NO_ANSWERS]
+)
+def test_a_file_system_that_does_not_answer_is_no_damage(
+    call: str, name: str, code: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run / "ckpt" if name == "." else _newest(run) / name
+    with monkeypatch.context() as patch:
+        if call == "read":
+            _fail_reading(patch, path, code)
+        else:
+            _fail(patch, call, path, code)
+        for find in (lambda: find_resumable(run / "ckpt"), lambda: open_checkpoint(run)):
+            with pytest.raises(UnreachableCheckpoint) as caught:
+                find()
+            assert caught.value.exit_code == 4
+            assert f"{os.strerror(code)} ({errno.errorcode[code]})" in caught.value.what
+            assert str(path) in caught.value.what
+            assert "run the same command again" in str(caught.value.fix)
+    assert open_checkpoint(run).path == _newest(run)
+
+
+def test_a_header_that_cannot_be_read_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _newest(run) / SHARD
+    _fail_reading(monkeypatch, path, errno.EIO)
+    with pytest.raises(UnreachableCheckpoint, match=r"shard_00000.safetensors cannot be read: .* \(EIO\)"):
+        read_pieces(path)
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_missing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail(monkeypatch, "lstat", _newest(run) / MANIFEST, errno.EIO)
+    _fail(monkeypatch, "stat", _newest(run) / MANIFEST, errno.EIO)
+    with pytest.raises(UnreachableCheckpoint, match=r"manifest.json cannot be looked at: .* \(EIO\)"):
+        open_checkpoint(_newest(run))
+
+
+def test_a_real_read_error_is_no_damage(run: Path) -> None:
+    (_newest(run) / MANIFEST).unlink()
+    (_newest(run) / MANIFEST).symlink_to("/proc/self/mem")  # its first page is not there: EIO
+    with pytest.raises(
+        UnreachableCheckpoint, match=r"step_000000002/manifest.json cannot be read: .* \(EIO\)"
+    ):
+        open_checkpoint(run)
+    assert _steps(run / "ckpt") == [2, 1]
 
 
 # ------------------------------------------------------------------------------------------- space
