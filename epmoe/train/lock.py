@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
+import stat
 import threading
 import time
+from io import FileIO
 from pathlib import Path
 
 from epmoe import env
@@ -29,25 +32,51 @@ def take(lock: Path) -> None:
     """
     for _ in range(5):
         try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            _reclaim(lock)
-            continue
-        with os.fdopen(descriptor, "w") as file:
-            file.write(identity())
-        return
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise _no_file(lock, error) from None
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
+            # Looking and writing are one step: of many that find it stale, the first takes it and the others see that.
+            _exclusively(file)
+            if not _is_still(lock, file):
+                continue
+            _require_gone(lock, file.read(MAX_BYTES).decode(errors="replace"))
+            file.seek(0)
+            file.truncate()
+            file.write(identity().encode())
+            return
     raise ConfigError(f"{lock} keeps changing hands", why="several runs start in this folder at once")
 
 
-def _require_file(lock: Path) -> None:
-    """Raises when what could not be read is there all the same."""
-    if not os.path.lexists(lock):
-        return
+def _exclusively(file: FileIO) -> None:
+    """Waits for others that look at this moment; a disk without such locks has to do without."""
+    for _ in range(100):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            return None
+    return None
+
+
+def _is_still(lock: Path, file: FileIO) -> bool:
+    """Whether the path still leads to this file: its owner may have given it back meanwhile."""
+    mine = os.fstat(file.fileno())
+    if not stat.S_ISREG(mine.st_mode):
+        raise _no_file(lock)
+    try:
+        return os.path.samestat(mine, lock.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _no_file(lock: Path, error: OSError | None = None) -> ConfigError:
     if lock.is_symlink():
         what = f"{lock} is a link to {os.readlink(lock)}"
     else:
-        what = f"{lock} is no file that can be read"
-    raise ConfigError(
+        what = f"{lock} is no file that can be read{f': {error.strerror}' if error else ''}"
+    return ConfigError(
         what,
         why="a run locks its folder with a file of that name",
         fix="move it away, or choose another out=",
@@ -81,35 +110,17 @@ def give_back(lock: Path) -> None:
         lock.unlink()
 
 
-def _reclaim(lock: Path) -> None:
-    """Removes a lock whose owner is gone; raises when it is alive."""
-    owner = owner_of(lock)
-    if owner == "":  # made a moment ago, or its maker died between making and writing it
-        time.sleep(0.2)
-        owner = owner_of(lock)
-    if owner is None:
-        _require_file(lock)
+def _require_gone(lock: Path, owner: str) -> None:
+    """Raises where the owner is alive."""
+    if not owner or is_gone(owner, _age_on_disk_s(lock)):
         return
-    if owner and not is_gone(owner, _age_on_disk_s(lock)):
-        host, pid, *_ = owner.split(":")
-        here = host == socket.gethostname()
-        given_up = (
-            f"; if that machine is gone, start again {SILENT_S / 60:g} minutes after its last sign of life"
-        )
-        raise ConfigError(
-            f"{lock.parent} is in use by process {pid} on {host}",
-            fix=f"stop that run or choose another out={'' if here else given_up}",
-        )
-    # Renaming first: of two processes that both found the lock stale, only one gets it.
-    stale = lock.with_name(f".lock-stale-{os.getpid()}")
-    try:
-        os.rename(lock, stale)
-    except FileNotFoundError:
-        return
-    if owner_of(stale) != owner and not lock.exists():  # somebody's fresh lock was caught: give it back
-        os.rename(stale, lock)
-        return
-    stale.unlink(missing_ok=True)
+    host, pid, *_ = owner.split(":")
+    here = host == socket.gethostname()
+    given_up = f"; if that machine is gone, start again {SILENT_S / 60:g} minutes after its last sign of life"
+    raise ConfigError(
+        f"{lock.parent} is in use by process {pid} on {host}",
+        fix=f"stop that run or choose another out={'' if here else given_up}",
+    )
 
 
 def owner_of(lock: Path) -> str | None:
