@@ -36,7 +36,7 @@ ITEM_BYTES = {
 """Bytes of an element, by safetensors' name of its type."""
 
 
-OF_THE_FILE = (*(0, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG),)
+OF_THE_FILE = (0, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG)
 """Error numbers that say that a file is not there, or is something else: damage. Any other one speaks of the file
 system (EIO, ESTALE, ETIMEDOUT ...), of this user or of this process, and the file behind it may be good."""
 NOT_ALLOWED = (errno.EACCES, errno.EPERM)
@@ -221,7 +221,7 @@ def damage_of(path: Path, error: OSError) -> str:
     """What an error in reading a file of a checkpoint says about the file, in words.
 
     Raises:
-        UnreachableCheckpoint: Nothing.
+        UnreachableCheckpoint: It says nothing about the file.
     """
     if error.errno not in OF_THE_FILE:
         without = f"; to do without this checkpoint, move {path.parent} elsewhere"

@@ -30,7 +30,7 @@ from epmoe.train.loss_scale import restored_scale
 from epmoe.train.manifest import MANIFEST, Counters, TrainingRecord
 from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.run_folder import RunFolder
-from epmoe.train.status import CHECKPOINTS
+from epmoe.train.status import CHECKPOINTS, STATUS, newest_saved
 
 SHAPES = (
     "model.",
@@ -154,7 +154,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
     """Loads the newest good checkpoint, or the weights ``init_from`` names -> training seconds so far. A collective.
 
     Raises:
-        CheckpointError: The checkpoint does not go with the configuration, or none of several is usable.
+        CheckpointError: The checkpoint does not go with the configuration, none of several is usable, or all are gone.
     """
     config, checkpoints = trainer.config, folder.path / CHECKPOINTS
     on_rank_zero(lambda: remove_unfinished(checkpoints), CheckpointError)
@@ -167,6 +167,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
                 why="; ".join(found.rejected),
                 fix="bring one of them back, or choose another out= to begin anew",
             )
+        on_rank_zero(lambda: _require_new(folder.path), CheckpointError)
         _start_from(config, trainer, prepared)
         return 0.0
     changes = check_resumable(
@@ -186,6 +187,16 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
         if rate := rate_change(found.checkpoint.manifest.record.config, config, progress.step):
             say(f"  {rate}")
     return seconds
+
+
+def _require_new(run: Path) -> None:
+    """Where there is no checkpoint, none may ever have been: a new run would write over the records of that one."""
+    if saved := newest_saved(run):
+        raise CheckpointError(
+            f"{run / CHECKPOINTS} holds no checkpoint, and {STATUS} says that step {saved} was saved there",
+            why="the folder was moved, emptied, or its disk is not mounted",
+            fix="bring the checkpoints back, or choose another out= to begin anew",
+        )
 
 
 def _progress_of(checkpoint: Checkpoint, config: Config) -> tuple[Progress, float]:

@@ -315,6 +315,7 @@ class Run:
                 keep=self.config.checkpoint.keep,
             )
         self.saved_at = self.progress.step
+        record_state(self.folder, "running", step=self.saved_at, saved=self.saved_at)
 
     def _training_record(self) -> TrainingRecord:
         progress = self.progress

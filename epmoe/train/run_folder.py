@@ -169,14 +169,22 @@ def begin_attempt(run: RunFolder, step: int, config: Mapping[str, Any]) -> int:
 
 
 def record_state(
-    run: RunFolder, state: str, *, exit_code: int | None = None, step: int | None = None, message: str = ""
+    run: RunFolder,
+    state: str,
+    *,
+    exit_code: int | None = None,
+    step: int | None = None,
+    saved: int | None = None,
+    message: str = "",
 ) -> None:
     """Writes run_status.json of a run that goes on, or ended as it should; then its attempts are forgotten."""
     if not run.is_writer:
         return
     if exit_code is not None:
         forget_attempts(run.path)
-    status = Status(state=state, attempt=run.attempt, exit_code=exit_code, step=step, message=message)
+    status = Status(
+        state=state, attempt=run.attempt, exit_code=exit_code, step=step, saved=saved, message=message
+    )
     write_status(run.path, status)
 
 

@@ -46,6 +46,8 @@ class Status(BaseModel):
     """Of the first cause, see ``epmoe.errors``; None while the run goes on."""
     step: int | None = None
     """Optimizer steps done; None before the first is known."""
+    saved: int | None = None
+    """Step of the newest checkpoint that this run is known to have; None before the first."""
     rank: int | None = None
     """Where the first cause was; None when no rank in particular failed."""
     message: str = ""
@@ -62,9 +64,17 @@ def read_status(folder: Path) -> Status | None:
         return None
 
 
+def newest_saved(folder: Path) -> int | None:
+    """Step of the newest checkpoint that the run in this folder is known to have had."""
+    status = read_status(folder)
+    return status.saved if status else None
+
+
 def write_status(folder: Path, status: Status) -> None:
-    """Replaces the status, secrets masked. A full disk is only warned about: it must not hide what is recorded."""
-    written = status.model_copy(update={"written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    """Replaces the status, secrets masked; the newest checkpoint stays known. A full disk is only warned about: it must
+    not hide what is recorded."""
+    saved = status.saved if status.saved is not None else newest_saved(folder)
+    written = status.model_copy(update={"written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "saved": saved})
     try:
         write_json(folder / STATUS, env.masked(written.model_dump()))
     except OSError as error:

@@ -228,6 +228,25 @@ def test_a_run_does_not_begin_anew_over_damaged_checkpoints(base: Path, referenc
     assert (Path(config.out) / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(base: Path, reference: Path) -> None:
+    config = make_config(base, "unmounted")
+    folder = Path(config.out)
+    run(base, config, "point=train.step_start,rank=1,step=8,action=kill")
+    before = (folder / "metrics.jsonl").read_bytes()
+    (folder / "ckpt").rename(folder / "elsewhere")
+    (folder / "ckpt").mkdir()
+    for _ in range(2):  # the refusal does not forget it
+        for end in ends(base, config):
+            assert end.code == 4
+            assert "step 5 was saved there" in end.message
+            assert "is not mounted" in end.message
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    (folder / "ckpt").rmdir()
+    (folder / "elsewhere").rename(folder / "ckpt")
+    finish(base, config)
+    assert_same_run(folder, reference)
+
+
 ODD_RECORDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no counters": (lambda r: r.update(trainer={}), "record.trainer.seconds: Field required"),
     "none at all": (lambda r: r.pop("trainer"), "record.trainer.seconds: Field required"),

@@ -264,7 +264,7 @@ def test_status_says_how_the_run_ended(run: RunFolder) -> None:
     assert status.pop("written")[:2] == "20"
     assert status == {
         **{"state": "stopped", "attempt": "here:1:2:", "exit_code": 75, "step": 12, "rank": None},
-        **{"message": "SIGTERM with token=<redacted>", "earlier": None},
+        **{"saved": None, "message": "SIGTERM with token=<redacted>", "earlier": None},
     }
 
 
