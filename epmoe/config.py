@@ -455,7 +455,7 @@ class SampleConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
-FreezeGroup = Literal[
+ParameterGroup = Literal[
     "embedding", "head", "attention", "norms", "dense_ffn", "router", "experts", "shared_experts"
 ]
 
@@ -493,7 +493,10 @@ class TrainConfig(Section):
     """With ``skip``: stop after this many such steps in a row."""
     init_from: PathText | None = None
     """Checkpoint or run folder whose weights (not optimizer, not step) the run starts from."""
-    freeze: tuple[FreezeGroup, ...] = ()
+    init_without: tuple[ParameterGroup, ...] = ()
+    """Groups of parameters that ``init_from`` leaves as they are drawn: ``[router]`` for a new router, of the same
+    family or another, over trained experts. The checkpoint need not have them."""
+    freeze: tuple[ParameterGroup, ...] = ()
     """Groups of parameters that are not trained and cost no optimizer state: ``[router]``, ``[router, experts]``. A
     frozen router's buffers stay as they are too. Norms of queries and keys belong to ``norms``."""
     sample: SampleConfig = SampleConfig()

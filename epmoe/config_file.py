@@ -19,8 +19,8 @@ from epmoe import env
 from epmoe.config import (
     BPE_ENTRIES_BELOW,
     Config,
-    FreezeGroup,
     MoEConfig,
+    ParameterGroup,
     causality_problem,
     choose_ep_size,
     choose_node_size,
@@ -174,7 +174,7 @@ def _cross_section(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
         yield ("parallel", "overlap_shared"), what, "moe.shared_experts: 1 or more, or overlap_shared: false"
     if problem := causality_problem(moe):
         yield ("moe", "router"), *problem
-    yield from _freezing(config)
+    yield from _groups(config)
     if config.data.tokenizer == "bpe" and config.data.vocab_size < BPE_ENTRIES_BELOW:
         what = f"a byte-level BPE has {BPE_ENTRIES_BELOW} entries before it learns anything"
         yield ("data", "vocab_size"), what, f"{BPE_ENTRIES_BELOW} or more, or data.tokenizer: byte"
@@ -191,9 +191,9 @@ def _num_sparse(config: Config) -> int:
     return sum((i + 1) % moe.every == 0 for i in range(moe.first_dense, config.model.num_layers))
 
 
-def _freezing(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
-    """What is to be frozen must be there, and something must be left."""
-    moe, model, key = config.moe, config.model, ("train", "freeze")
+def _groups(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
+    """Groups of parameters that are named must be there, and something must be left to train."""
+    moe, model, train = config.moe, config.model, config.train
     sparse = _num_sparse(config)
     absent = {
         "head": model.tie_embeddings,
@@ -202,12 +202,16 @@ def _freezing(config: Config) -> Iterator[tuple[KeyPath, str, str]]:
         "experts": sparse == 0,
         "shared_experts": sparse == 0 or not (moe and moe.shared_experts),
     }
-    groups = [group for group in get_args(FreezeGroup) if not absent.get(group)]
-    for group in config.train.freeze:
-        if group not in groups:
-            yield key, f"the model has no {group} of its own", f"groups of this model: {', '.join(groups)}"
-    if set(groups) <= set(config.train.freeze):
-        yield key, "nothing is left to train", f"leave out one of {', '.join(groups)}"
+    groups = [group for group in get_args(ParameterGroup) if not absent.get(group)]
+    for key, named in (("freeze", train.freeze), ("init_without", train.init_without)):
+        for group in sorted({*named} - {*groups}):
+            what = f"the model has no {group} of its own"
+            yield ("train", key), what, f"groups of this model: {', '.join(groups)}"
+    if {*groups} <= {*train.freeze}:
+        yield ("train", "freeze"), "nothing is left to train", f"leave out one of {', '.join(groups)}"
+    if train.init_without and train.init_from is None:
+        what = "there is no checkpoint to leave them out of"
+        yield ("train", "init_without"), what, "train.init_from: RUN, or init_without: []"
 
 
 def _as_error(problems: Sequence[Problem]) -> ConfigError:

@@ -19,7 +19,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from epmoe.parallel.runtime import gather_text, on_rank_zero, raise_together
 from epmoe.train.engine import Engine
 from epmoe.train.entries import (
     MAX_LISTED,
+    WEIGHTS,
     Held,
     as_entries,
     differences,
@@ -481,7 +482,7 @@ def load_checkpoint(
         CheckpointError: The model's tensors are not the checkpoint's; nothing has been read then.
     """
     tensors = local_tensors(model, engine)
-    _require_match(checkpoint, held_by_this_rank(model, tensors), prefix="", same_dtype=True)
+    _require_match(checkpoint, held_by_this_rank(model, tensors), lambda key: True, same_dtype=True)
     _read(checkpoint, as_entries(tensors, mesh))
     engine.publish()
     return checkpoint.manifest.record
@@ -493,19 +494,25 @@ def load_weights(
     model: nn.Module,
     engine: Engine | None = None,
     mesh: ExpertMesh | None = None,
+    leave: Callable[[str], bool] = lambda name: False,
 ) -> TrainingRecord:
     """Reads only the weights, in place; floating-point types are converted. A collective if there are ranks.
 
     Args:
         engine: Whose weights are read into, float32 masters for example; None = the model's own.
         mesh: None in a single process that holds all experts; no process group is needed then.
+        leave: Which tensors of the model stay as they are, by name, whether the checkpoint has them or not.
 
     Raises:
         CheckpointError: The model's tensors are not the checkpoint's; nothing has been read then.
     """
+
+    def wanted(key: str) -> bool:
+        return key.startswith(WEIGHTS) and not leave(key.removeprefix(WEIGHTS))
+
     tensors = local_tensors(model, engine)
-    weights = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
-    _require_match(checkpoint, held_by_this_rank(model, weights), prefix="model.", same_dtype=False)
+    weights = {key: tensor for key, tensor in tensors.items() if wanted(key)}
+    _require_match(checkpoint, held_by_this_rank(model, weights), wanted, same_dtype=False)
     _read(checkpoint, as_entries(weights, mesh))
     if engine is not None:
         engine.publish()
@@ -513,9 +520,9 @@ def load_weights(
 
 
 def _require_match(
-    checkpoint: Checkpoint, held: Mapping[str, Held], *, prefix: str, same_dtype: bool
+    checkpoint: Checkpoint, held: Mapping[str, Held], wanted: Callable[[str], bool], *, same_dtype: bool
 ) -> None:
-    stored = {key: value for key, value in checkpoint.manifest.tensors.items() if key.startswith(prefix)}
+    stored = {key: value for key, value in checkpoint.manifest.tensors.items() if wanted(key)}
     lines = differences(stored, whole_tensors(held), same_dtype=same_dtype)
     error = None
     if lines:
@@ -523,7 +530,8 @@ def _require_match(
         error = CheckpointError(
             f"the model does not fit {checkpoint.path}: {len(lines)} tensors differ",
             why="\n    " + "\n    ".join(lines[:MAX_LISTED]) + more,
-            fix="use the configuration of the run that wrote it (manifest.json holds it)",
+            fix="use the configuration of the run that wrote it (manifest.json holds it)"
+            + ("" if same_dtype else ", or leave groups of parameters out: train.init_without"),
         )
     raise_together(error)
 

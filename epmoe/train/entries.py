@@ -38,10 +38,14 @@ class Held(NamedTuple):
     """Experts there should be over the ep group; 0 where ``experts`` is None."""
 
 
+WEIGHTS = "model."
+"""How the checkpoint keys of a model's own tensors begin."""
+
+
 def local_tensors(model: nn.Module, engine: Engine | None) -> dict[str, Tensor]:
     """This rank's tensors by checkpoint key; without an engine only the model's."""
     weights = named_weights(model) if engine is None else engine.weights()
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
+    tensors = {f"{WEIGHTS}{name}": tensor.detach() for name, tensor in weights.items()}
     if engine is not None:
         tensors |= {f"optim.{name}": tensor.detach() for name, tensor in engine.state().items()}
     return tensors

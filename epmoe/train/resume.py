@@ -30,6 +30,7 @@ from epmoe.train.loss_scale import restored_scale
 from epmoe.train.manifest import MANIFEST, Counters, TrainingRecord
 from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.run_folder import RunFolder
+from epmoe.train.setup import in_groups
 from epmoe.train.status import CHECKPOINTS, STATUS, newest_saved
 
 SHAPES = (
@@ -168,7 +169,7 @@ def resume(folder: RunFolder, trainer: Trainer, data: TrainData, prepared: Prepa
                 fix="bring one of them back, or choose another out= to begin anew",
             )
         on_rank_zero(lambda: _require_new(folder.path), CheckpointError)
-        _start_from(config, trainer, prepared)
+        _start_from(folder, trainer, prepared)
         return 0.0
     changes = check_resumable(
         found.checkpoint.manifest.record,
@@ -224,8 +225,9 @@ def _progress_of(checkpoint: Checkpoint, config: Config) -> tuple[Progress, floa
     return progress, counters.seconds
 
 
-def _start_from(config: Config, trainer: Trainer, prepared: PreparedData) -> None:
+def _start_from(folder: RunFolder, trainer: Trainer, prepared: PreparedData) -> None:
     """Loads the weights ``init_from`` names, if it names any."""
+    config = trainer.config
     if config.train.init_from is None:
         return
     start = open_checkpoint(Path(config.train.init_from))
@@ -237,4 +239,14 @@ def _start_from(config: Config, trainer: Trainer, prepared: PreparedData) -> Non
             why="the rows of its embedding would stand for other tokens",
             fix="data.tokenizer=RUN/tokenizer/tokenizer.json, with RUN the run it comes from",
         )
-    load_weights(start, model=trainer.model, engine=trainer.engine, mesh=trainer.mesh)
+    new = config.train.init_without
+    load_weights(
+        start,
+        model=trainer.model,
+        engine=trainer.engine,
+        mesh=trainer.mesh,
+        leave=lambda name: in_groups(name, new),
+    )
+    if folder.is_writer:
+        without = f" without {', '.join(new)}, which is new" if new else ""
+        say(f"starting from the weights of {start.path}{without}")

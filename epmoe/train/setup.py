@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from epmoe.config import Config, FreezeGroup
+from epmoe.config import Config, ParameterGroup
 from epmoe.errors import ConfigError
 from epmoe.models.accelerators import Accelerators, choose_accelerators
 from epmoe.models.decoder import Block, Decoder
@@ -132,7 +132,7 @@ def build_model(
     return model
 
 
-GROUPS: Mapping[FreezeGroup, tuple[str, ...]] = {
+GROUPS: Mapping[ParameterGroup, tuple[str, ...]] = {
     "embedding": ("embed.*",),
     "head": ("head.*",),
     "attention": ("blocks.*.attention.?_proj.*",),
@@ -142,14 +142,18 @@ GROUPS: Mapping[FreezeGroup, tuple[str, ...]] = {
     "experts": ("blocks.*.moe.experts.*",),
     "shared_experts": ("blocks.*.shared.*",),
 }
-"""Groups of ``train.freeze`` -> the parameters they have, by name. Every parameter is in one of them."""
+"""Groups of parameters -> the names they have. Every parameter is in one of them."""
 
 
-def freeze(model: nn.Module, groups: Iterable[FreezeGroup]) -> None:
+def in_groups(name: str, groups: Collection[ParameterGroup]) -> bool:
+    """Whether a parameter or buffer of a decoder belongs to one of these."""
+    return any(fnmatchcase(name, pattern) for group in groups for pattern in GROUPS[group])
+
+
+def freeze(model: nn.Module, groups: Collection[ParameterGroup]) -> None:
     """Takes groups of parameters of a decoder out of training."""
-    patterns = [pattern for group in groups for pattern in GROUPS[group]]
     for name, parameter in model.named_parameters():
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
+        if in_groups(name, groups):
             parameter.requires_grad_(False)
 
 

@@ -411,6 +411,39 @@ def test_init_from_takes_the_weights_and_nothing_else(base: Path, reference: Pat
     assert line["loss"] < history(reference)[0]["loss"] - 0.5  # the same samples, a trained model
 
 
+def _whole_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The model's tensors by name; experts lie in the order of the shards."""
+    whole: dict[str, torch.Tensor] = {}
+    for place, tensor in tensors(folder, step).items():
+        key = place.partition(":")[2]
+        if key.startswith("model."):
+            whole[key] = torch.cat((whole[key], tensor)) if key in whole else tensor
+    return whole
+
+
+def test_a_new_router_of_another_family_starts_over_trained_experts(
+    base: Path, reference: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    frozen = [f"optimizer.lr={1e-30!r}", "optimizer.warmup_steps=0", "train.steps=1"]
+    frozen += ["moe.router={name: deepseek, bias_rate: 1.0e-30}"]
+    start = [f"train.init_from={reference}", *frozen]
+    for end in ends(base, make_config(base, "router-kept", *start)):
+        assert end.code == 4
+        assert "moe.router.bias is not in the checkpoint" in end.message
+        assert "train.init_without" in end.message
+    fresh = _whole_weights(finish(base, make_config(base, "router-alone", *frozen), world_size=1), 1)
+    old = _whole_weights(reference, 20)
+    for ranks in (1, 2):
+        config = make_config(base, f"router-new-{ranks}", *start, "train.init_without=[router]")
+        folder = finish(base, config, world_size=ranks)
+        assert "step_000000020 without router, which is new" in capfd.readouterr().out
+        new = _whole_weights(folder, 1)
+        assert any(".router." in key for key in new)
+        for key, tensor in new.items():
+            want = (fresh if ".router." in key else old)[key]
+            assert torch.allclose(tensor, want, rtol=0, atol=1e-20), key
+
+
 def test_init_from_refuses_another_tokenizer(base: Path, reference: Path) -> None:
     overrides = [f"train.init_from={reference}", "data.tokenizer=bpe", "data.vocab_size=300"]
     for end in ends(base, make_config(base, "other-tokenizer", *overrides)):

@@ -535,6 +535,8 @@ def test_a_coefficient_goes_in_a_straight_line_and_stays():
             "train: {freeze: [embedding, attention, norms, dense_ffn, router, experts]}",
             ["nothing is left to train", "leave out one of embedding"],
         ),
+        ("train: {init_without: [router]}", ["no checkpoint to leave them out of", "train.init_from"]),
+        ("train: {init_from: run, init_without: [head]}", ["train.init_without", "no head of its own"]),
         ("moe: {losses: {z: {start: 1, end: 0}}}", ["moe.losses.z.steps"]),
         ("moe: {router: soft, allow_non_causal: true, expert_dropout: 0.1}", ["mixtures of tokens"]),
     ],
