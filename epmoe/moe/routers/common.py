@@ -161,10 +161,9 @@ def groups_of(inputs: RouterInputs) -> tuple[int, int]:
     """
     num_tokens = inputs.valid_T.shape[0]
     size = inputs.group_size or num_tokens
-    num_groups, rest = divmod(num_tokens, max(size, 1))
-    if rest:
+    if num_tokens % max(size, 1):
         raise ValueError(f"{num_tokens} tokens do not divide into groups of {size}")
-    return num_groups, size
+    return num_tokens // max(size, 1), size
 
 
 def token_order(inputs: RouterInputs, options: RouterOptions, probs_TE: Tensor) -> Tensor | None:

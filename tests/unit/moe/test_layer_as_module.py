@@ -45,6 +45,39 @@ def test_a_copy_computes_the_same_and_is_trained_apart(router, way):
     assert torch.equal(layer(x_BSD, ctx)[0], wanted)
 
 
+class _Output(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_BSD):
+        return self.layer(x_BSD)[0]
+
+
+EXPORTED = {
+    "dropless": ("top2", {"capacity_factor_eval": None}, {}),
+    "capacity": ("gshard_all", {"capacity_factor_eval": 0.7}, {}),
+    "padded": ("top2", {"capacity_factor_eval": 0.7}, {"dispatcher": "padded"}),
+    "bias": ("v3", {}, {}),
+    "expert choice": ("expert_choice", {}, {}),
+    "by thresholds": ("strict2", {}, {}),
+    "soft": ("soft", {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_it_can_be_exported_with_sizes_left_open(case):
+    router, settings, more = EXPORTED[case]
+    layer = build_moe_layer(config(router, **settings, **more), d_model=4, d_ff=3).double().eval()
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(
+        _Output(layer), (tokens(3, 6),), dynamic_shapes=({0: auto, 1: auto},), strict=False
+    )
+    for shape in ((3, 6), (5, 4)):
+        x_BSD = tokens(*shape, seed=1)
+        assert torch.equal(program.module()(x_BSD), layer(x_BSD)[0])
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_without_memory_at_first_a_layer_gets_its_weights_and_buffers(router):
     """``meta``, ``to_empty``, ``reset_parameters``: the way of large models."""
