@@ -189,7 +189,7 @@ def equal_parts(
 
 def plan_local(routing: Routing, slots: Slots) -> DispatchPlan:
     """The plan of a rank that holds all experts."""
-    # The one device-to-host copy: the number of rows is a shape. ``torch.export`` does not see it and asks what it can be.
+    # The one device-to-host copy: the number of rows is a shape. ``torch.export`` is told what it can be.
     num_kept = slots.tokens_per_expert_E.sum().item()
     torch._check(num_kept >= 0)
     torch._check(num_kept <= slots.order_A.shape[0])
