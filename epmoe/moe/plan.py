@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -190,7 +191,7 @@ def equal_parts(
 def plan_local(routing: Routing, slots: Slots) -> DispatchPlan:
     """The plan of a rank that holds all experts."""
     # The one device-to-host copy: the number of rows is a shape. ``torch.export`` is told what it can be.
-    num_kept = slots.tokens_per_expert_E.sum().item()
+    num_kept = cast(int, slots.tokens_per_expert_E.sum().item())
     torch._check(num_kept >= 0)
     torch._check(num_kept <= slots.order_A.shape[0])
     return _plan(routing, slots, num_kept, ())

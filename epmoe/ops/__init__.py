@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from epmoe.ops.calls import ops
 from epmoe.ops.checks import ACTIVATIONS
 from epmoe.ops.reference import DROPLESS, UNFILLED
-from epmoe.ops.registration import kernel_status, ops
+from epmoe.ops.registration import kernel_status
 
 route_topk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = ops.route_topk
 assign_slots: Callable[[Tensor, Tensor, Tensor, int, int, int], tuple[Tensor, Tensor]] = ops.assign_slots

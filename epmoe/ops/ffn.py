@@ -11,10 +11,10 @@ threads share the experts out, and each goes from product to activation to produ
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from epmoe.ops import checks
+from epmoe.ops.calls import ops
 from epmoe.ops.gemm import multiply, multiply_weight_grad, split
 
 
@@ -44,7 +44,7 @@ def expert_ffn(
     widths = (*w_in_LDX.shape[1:], *w_out_LFD.shape[1:])
     blocks = split("expert_ffn", rows_RD, tokens_per_expert_L, rows_per_expert, widths)
     hidden_RX = multiply(rows_RD, w_in_LDX, blocks)
-    act_RF = torch.ops.epmoe.activate(hidden_RX, weight_R, activation)
+    act_RF = ops.activate(hidden_RX, weight_R, activation)
     return multiply(act_RF, w_out_LFD, blocks), hidden_RX
 
 
@@ -72,9 +72,7 @@ def expert_ffn_backward(
     widths = (*w_in_LDX.shape[1:], *w_out_LFD.shape[1:])
     blocks = split("expert_ffn_backward", rows_RD, tokens_per_expert_L, rows_per_expert, widths)
     d_act_RF = multiply(d_y_RD, w_out_LFD.transpose(1, 2), blocks)
-    d_hidden_RX, act_RF, d_weight_R = torch.ops.epmoe.activate_backward(
-        d_act_RF, hidden_RX, weight_R, activation
-    )
+    d_hidden_RX, act_RF, d_weight_R = ops.activate_backward(d_act_RF, hidden_RX, weight_R, activation)
     none = rows_RD.new_empty
     return (
         multiply(d_hidden_RX, w_in_LDX.transpose(1, 2), blocks) if needs_rows else none(0),

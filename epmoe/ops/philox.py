@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from epmoe.ops.calls import ops
+
 SECOND_EXPERT, JITTER, NOISE, GUMBEL, DROPOUT, PRIORITY, SMOOTHING, PROBE, EXPERT_DROPOUT = range(9)
 """Streams: what a number is drawn for."""
 
@@ -68,7 +70,7 @@ def uniform(
         ValueError: A number is out of range.
     """
     key = (seed + 2**63) % 2**64 - 2**63  # the same bits as a signed integer
-    draws_TL: Tensor = torch.ops.epmoe.uniform(
+    draws_TL: Tensor = ops.uniform(
         sample_T.long(), position_T.long(), key, stream, layer, num_lanes, first_lane
     )
     return draws_TL

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from epmoe.ops import checks, ffn, native, reference
+from epmoe.ops.calls import ops
 from epmoe.types import compute_dtype
 
 _LIBRARY = torch.library.Library("epmoe", "DEF")
@@ -43,8 +44,6 @@ for _name, _schema in _SCHEMAS.items():
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
 
 _STATUS = native.load_kernels()
-
-ops = torch.ops.epmoe
 
 
 def kernel_status() -> tuple[str, str]:

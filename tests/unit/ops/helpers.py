@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epmoe import ops
-from epmoe.ops import ffn, reference
+from epmoe.ops import ffn, kernel_status, reference
+from epmoe.ops.calls import ops
 from tests.unit.ops.twins import WIDE, randn
 
-KERNELS, REASON = ops.kernel_status()
+KERNELS, REASON = kernel_status()
 needs_native = pytest.mark.skipif(KERNELS != "native", reason=f"no native kernels: {REASON}")
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded", "negated")
 
@@ -17,7 +17,7 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded", "negated
 def call(name, *args):
     """The registered operator, below autograd."""
     with torch.no_grad():
-        return getattr(torch.ops.epmoe, name)(*args)
+        return getattr(ops, name)(*args)
 
 
 def laid_out(tensor, layout):

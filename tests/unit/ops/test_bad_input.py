@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from epmoe import ops
 from tests.unit.ops.helpers import call, needs_native, plain, small
 
 BIG = 2**40
@@ -268,6 +270,23 @@ def test_native_kernels_say_for_what_memory_was_missing(name, change, what):
         f"^{name}: can't allocate memory for {what} of shape",
         RuntimeError,
     )
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [
+        ("permute: token[3]=9 must be in [-1, 4)", ValueError),
+        ("permute: can't allocate memory for rows of shape [4]", RuntimeError),
+        ("permute: CUDA: out of memory", RuntimeError),
+        ("combine: of another operator", RuntimeError),
+    ],
+)
+def test_what_a_kernel_refuses_is_a_value_error_in_every_torch(told, kind, monkeypatch):
+    """Newer versions hand on whatever a native kernel throws as a RuntimeError."""
+    monkeypatch.setattr(torch.ops.epmoe, "permute", Mock(side_effect=RuntimeError(told)))
+    with pytest.raises(kind) as caught:
+        ops.permute(FLAGS, FLAGS)
+    assert (str(caught.value), type(caught.value)) == (told, kind)
 
 
 TENSORS = [
