@@ -34,6 +34,8 @@ import torch
 import torch._dynamo  # imported by the first optimizer; once here instead of 2 s in every child
 import torch.distributed as dist
 
+from tests.patience import HANGS_S
+
 GRACE_S = 3.0
 """How long the other ranks may go on after one has failed."""
 
@@ -57,7 +59,7 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], tmp_path: Path, *args: Any, timeout: float = 60.0
+    world_size: int, fn: Callable[..., Any], tmp_path: Path, *args: Any, timeout: float = HANGS_S
 ) -> list[Any]:
     """``fn(rank, *args)`` on every rank -> the results in rank order.
 
@@ -83,7 +85,7 @@ def rank_outcomes(
     fn: Callable[..., Any],
     tmp_path: Path,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = HANGS_S,
     join_group: bool = True,
     grace: float = GRACE_S,
 ) -> list[Outcome]:

@@ -24,6 +24,7 @@ from epmoe.train.setup import build_model
 from epmoe.train.signals import StopFlag
 from epmoe.types import Routing
 from epmoe.verify.samples import Samples
+from tests.patience import HANGS_S
 
 VOCAB, SEQ_LEN, WIDTH, NUM_EXPERTS, STEPS = 64, 64, 128, 8, 4
 CAPACITY = 2 * SEQ_LEN // NUM_EXPERTS
@@ -91,7 +92,7 @@ def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, A
 def main(folder: Path) -> None:
     """Every exchange and dispatcher; each rank writes a file."""
     torch.set_num_threads(1)
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     try:
         found = {
             f"{exchange} {dispatcher}": train(place, exchange, dispatcher)

@@ -26,6 +26,7 @@ from epmoe.errors import EpmoeError
 from epmoe.train.manifest import read_manifest, step_folder
 from epmoe.train.run import train
 from tests.distributed.harness import Outcome, rank_outcomes, run_ranks
+from tests.patience import HANGS_S
 
 STEPS = 20
 Fault = str | None
@@ -71,7 +72,7 @@ def make_config(base: Path, out: str, *overrides: str) -> Config:
             },
             "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "dropout": 0.1},
             "moe": {"num_experts": 4, "capacity_factor": 1.0, "min_capacity": 1},
-            "parallel": {"timeout_s": 30.0},
+            "parallel": {"timeout_s": HANGS_S},
             "optimizer": {"lr": 5e-3, "warmup_steps": 4, "clip_norm": 0.5},
             "train": {"steps": STEPS, "global_batch_size": 4, "device": "cpu", "log_every": 1, "sample": {"tokens": 4}},
             "checkpoint": {"every": 5},

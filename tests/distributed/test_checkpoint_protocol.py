@@ -156,7 +156,7 @@ def test_a_kill_at_any_point_leaves_the_previous_or_the_new_checkpoint_whole(tmp
     folders = []
     for point, victim, result in KILLS:
         folder = tmp_path / point / "ckpt"
-        outcomes = rank_outcomes(2, _killed_while_saving, tmp_path, folder, point, victim, timeout=20)
+        outcomes = rank_outcomes(2, _killed_while_saving, tmp_path, folder, point, victim)
         assert outcomes[victim].exit_code == -signal.SIGKILL, point
         assert bool(list(folder.glob(f"{UNFINISHED}*"))) == (result == "previous"), point
         folders.append(folder)

@@ -37,6 +37,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.runs import finish, history, make_config
 from tests.distributed.test_parity import VOCAB, Samples, config, worst_error
 from tests.distributed.tiny import record
+from tests.patience import HANGS_S
 
 pytestmark = [
     pytest.mark.slow,
@@ -173,7 +174,7 @@ def poison(trainer: Trainer, when: int) -> None:
 
 
 def train_cells(rank: int, cells: list[Cell]) -> list[dict[str, Any]]:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     layouts = sorted({(cell.ep, cell.exchange) for cell in cells})
     meshes = {way: build_mesh(place, way[0], ParallelConfig(**EXCHANGES[way[1]])) for way in layouts}
     return [train_cell(place, meshes[cell.ep, cell.exchange], cell) for cell in cells]
@@ -287,7 +288,7 @@ def load(trainer: Trainer, path: Path) -> None:
 
 def hand_over(rank: int, base: Path, ep: int, precision: str) -> list[str]:
     """From the native engine through every stage back to it -> what was not the same after a hand-over."""
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     mesh = build_mesh(place, ep)
 
     def trainer(stage: int | None) -> Trainer:
@@ -317,12 +318,12 @@ def hand_over(rank: int, base: Path, ep: int, precision: str) -> list[str]:
 @pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16_params"])
 def test_checkpoints_go_between_engines(tmp_path: Path, world: int, ep: int, precision: str) -> None:
-    assert run_ranks(world, hand_over, tmp_path, tmp_path, ep, precision, timeout=60) == [[]] * world
+    assert run_ranks(world, hand_over, tmp_path, tmp_path, ep, precision, timeout=HANGS_S) == [[]] * world
 
 
 def write_and_read(rank: int, base: Path, ep: int, stage: int | None) -> dict[str, Tensor]:
     """Writes a checkpoint if there is none, or reads it -> what the engine has then."""
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     trainer = make_trainer(Cell(place.world_size, ep, stage, 1, "adamw"), place, build_mesh(place, ep))
     if (base / "step_000000002").exists():
         load(trainer, base / "step_000000002")
@@ -344,7 +345,7 @@ def test_a_checkpoint_of_partitions_loads_on_another_number_of_ranks(tmp_path: P
 
 def pass_on(rank: int, cell: Cell, source: Path | None, target: Path) -> dict[str, Tensor]:
     """Reads a checkpoint, or trains a step, and writes one -> what the engine has."""
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     cfg = config_of(cell)
     trainer = make_trainer(cell, place, build_mesh(place, cell.ep, cfg.parallel))
     if source is None:

@@ -18,6 +18,7 @@ from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
+from tests.patience import HANGS_S
 
 WORLD, NUM_EXPERTS, WIDTH, SHAPE = 2, 6, 4, (2, 5, 4)  # three experts on each rank: not as many as ranks
 VARIANTS = [
@@ -121,7 +122,7 @@ class Collectives:
 
 
 def on_a_rank(rank: int) -> dict[str, Any]:
-    mesh = build_mesh(runtime.start("cpu", 60.0), WORLD)
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), WORLD)
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         collectives = Collectives(monkeypatch)

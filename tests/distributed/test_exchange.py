@@ -21,6 +21,7 @@ from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import ExpertMesh, build_mesh, flat_after_all
 from tests.distributed.harness import run_ranks
+from tests.patience import HANGS_S
 
 WORLD, PER_NODE, WIDTH = 4, 2, 3
 NUM_LOCAL = 3
@@ -60,7 +61,7 @@ def travel(trip: Trip, rows_ND: Tensor, *, background: bool) -> dict[str, Tensor
 
 
 def carry_rows(rank: int) -> dict[str, Any]:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     meshes = {
         "flat": build_mesh(place, WORLD),
         "hierarchical": build_mesh(place, WORLD, ParallelConfig(**HIERARCHICAL)),
@@ -278,7 +279,7 @@ def outcome(layer: MoELayer, batch: str, rank: int) -> dict[str, Tensor]:
 
 
 def pass_layers(rank: int) -> dict[tuple[str, str, str], dict[str, Tensor]]:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     meshes = {way: build_mesh(place, WORLD, ParallelConfig(**options)) for way, options in WAYS.items()}
     assert [mesh.exchange.sizes for mesh in meshes.values()].count((PER_NODE, WORLD // PER_NODE)) == 2
     found = {}
@@ -348,7 +349,7 @@ class Waited:
 
 
 def write_down(rank: int) -> tuple[list[str], list[str]]:
-    mesh = build_mesh(runtime.start("cpu", 60.0), 2, ParallelConfig(overlap_chunks=3))
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), 2, ParallelConfig(overlap_chunks=3))
     log: list[str] = []
     experts = ModuleExperts(
         [Step(log, part) for part in range(3)], num_experts=2 * 3, first_expert=3 * mesh.ep_rank
@@ -389,7 +390,7 @@ def test_one_part_travels_while_another_is_computed(tmp_path_factory: pytest.Tem
 
 # ------------------------------------------------------------------------------------------- nodes
 def choose(rank: int) -> dict[str, Any]:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     found: dict[str, Any] = {}
     for name, ep_size, ranks_per_node, sizes in (
         ("auto", 4, "auto", (2, 2, 2, 2)),

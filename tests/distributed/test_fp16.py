@@ -20,6 +20,7 @@ from epmoe.train.signals import StopFlag
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, ends, history, make_config
 from tests.distributed.test_parity import VOCAB, Samples, config
+from tests.patience import HANGS_S
 
 STEPS = 6
 INTERVAL = 3
@@ -59,7 +60,7 @@ def train_cell(place: Any, mesh: Any, precision: str, fault: str, engine: str = 
 
 def train_ranks(rank: int) -> list[dict[str, Any]]:
     loss_scale.GROWTH_INTERVAL = INTERVAL  # type: ignore[misc]
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     mesh = build_mesh(place, 2)
     fault = "point=train.after_backward,rank=1,step=1,action=inf"
     cells: list[tuple[str, ...]] = [("fp32", ""), ("fp16_autocast", ""), ("fp16_autocast", fault)]

@@ -35,6 +35,7 @@ from tests.distributed.test_parity import (
     worst_error,
 )
 from tests.distributed.test_torchrun import LIMIT_S, log_of, torchrun
+from tests.patience import HANGS_S
 
 pytestmark = pytest.mark.timeout(300)  # all cells are trained when the first is asked for
 SHORT = ["train.steps=4", "train.eval_every=2", "checkpoint.every=0"]
@@ -131,7 +132,7 @@ def test_shards_are_trained_and_make_up_the_whole_model(parity: Results, engine:
 
 # ------------------------------------------------------------------------------------------- the start
 def _starts(rank: int) -> None:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     for precision in ("fp32", "bf16_params"):
         for ep_size in (1, 2):
             mesh = build_mesh(place, ep_size)
@@ -163,7 +164,7 @@ def test_shards_start_with_the_bits_of_native_weights(tmp_path: Path) -> None:
 
 
 def _modules(rank: int) -> str:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     model = build_model(config("topk", "fp32", 1, 1), VOCAB, device=place.device)
     next(model.moe_layers()).experts = ModuleExperts([nn.Identity()])
     with pytest.raises(ValueError, match="ModuleExperts") as caught:
@@ -180,7 +181,7 @@ def test_experts_that_are_modules_are_refused(tmp_path: Path) -> None:
 
 
 def _two_experts_only(rank: int) -> list[list[float]]:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     found = []
     for ep_size in (1, 2, 4):
         cfg = override_config(config("topk", "fp64", 2, 4), [*FSDP, "moe.capacity_factor=null"])

@@ -18,6 +18,7 @@ from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from tests.distributed.harness import run_ranks
 from tests.examples import example
+from tests.patience import HANGS_S
 
 WITH_DEEPSPEED = [
     pytest.mark.slow,
@@ -88,7 +89,7 @@ def prepared(mesh: ExpertMesh | None, wrapper: str) -> tuple[nn.Module, nn.Modul
 
 def gradients(rank: int, ep_size: int, wrapper: str) -> dict[str, tuple[Tensor, int]]:
     """Of one step in two micro-batches: this rank's rows of each tensor, and which is the first."""
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     mesh = build_mesh(place, ep_size)
     model, wrapped = prepared(mesh, wrapper)
     for micro in range(MICRO):
@@ -136,7 +137,7 @@ def deepspeed_gradients(rank: int, ep_size: int, stage: int) -> dict[str, tuple[
     """As ``gradients``, in float32: DeepSpeed's ZeRO knows no float64."""
     from deepspeed.utils import safe_get_full_grad
 
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     mesh = build_mesh(place, ep_size)
     model = example("reverser").Reverser()
     shard_experts(model, mesh)

@@ -29,6 +29,7 @@ from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from tests.distributed.harness import run_ranks
+from tests.patience import HANGS_S
 
 RANKS, STEPS, MOE = 2, 4, MoEConfig(num_experts=4, router="topk", losses={}, capacity_factor=None)
 USES = (
@@ -187,7 +188,7 @@ def trained(use: str, wrapper: str, mesh: ExpertMesh, rank: int) -> dict[str, tu
 
 
 def all_uses(rank: int, wrapper: str) -> dict[str, dict[str, tuple[Tensor, int]]]:
-    mesh = build_mesh(runtime.start("cpu", 60.0), RANKS)
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), RANKS)
     uses = [use for use in USES if use not in TORCH_FORBIDS.get(wrapper, ())]
     if wrapper.startswith("ddp"):
         uses.remove("frozen at first")  # DDP itself never learns of what is trained later
@@ -210,7 +211,7 @@ def test_every_use_trains_what_one_process_trains(wrapper: str, tmp_path: Path) 
 
 # ------------------------------------------------------------------------------------------- identity
 def keep_identity(rank: int) -> None:
-    mesh = build_mesh(runtime.start("cpu", 60.0), RANKS)
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), RANKS)
     layer = build_moe_layer(MOE, d_model=8, d_ff=12)
     layer.experts.w_out.requires_grad_(False)
     before = dict(layer.named_parameters())
@@ -234,7 +235,7 @@ def test_parameters_stay_what_they_are(tmp_path: Path) -> None:
 
 
 def refuse(rank: int) -> None:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     mesh = build_mesh(place, RANKS)
 
     class Shared(nn.Module):
@@ -277,7 +278,7 @@ def test_what_would_train_wrongly_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- copies and files
 def copies(rank: int) -> None:
-    mesh = build_mesh(runtime.start("cpu", 60.0), RANKS)
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), RANKS)
     layer = build_moe_layer(MOE, d_model=8, d_ff=12)
     x_BSD = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(rank))
     whole, _ = layer(x_BSD)
@@ -320,7 +321,7 @@ def test_dropout_in_experts_is_the_same_when_it_is_recomputed(preserve: bool) ->
 
 # ------------------------------------------------------------------------------------------- precision
 def low_precision(rank: int) -> None:
-    mesh = build_mesh(runtime.start("cpu", 60.0), RANKS)
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), RANKS)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = Net("nothing special")
     shard_experts(model, mesh)
@@ -340,7 +341,7 @@ def test_fsdp_in_mixed_precision(tmp_path: Path) -> None:
 
 
 def replaced(rank: int) -> None:
-    mesh = build_mesh(runtime.start("cpu", 60.0), 1)
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), 1)
     model = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
     first, second = Gradients(model, mesh), Gradients(model, mesh)
     model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
@@ -377,7 +378,7 @@ def test_padded_dispatch_names_different_shapes(tmp_path: Path) -> None:
 def under_deepspeed(rank: int, stage: int) -> dict[str, dict[str, tuple[Tensor, int]]]:
     from deepspeed.utils import safe_get_full_grad
 
-    mesh = build_mesh(runtime.start("cpu", 60.0), RANKS)
+    mesh = build_mesh(runtime.start("cpu", HANGS_S), RANKS)
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},

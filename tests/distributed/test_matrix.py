@@ -19,6 +19,7 @@ from epmoe.verify.scaling import Subject, make_subject
 from epmoe.verify.suite import prove
 from epmoe.verify.worlds import assemble
 from tests.distributed.harness import run_ranks
+from tests.patience import HANGS_S
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
@@ -50,7 +51,7 @@ def prove_all(rank: int) -> dict[str, Any]:
         if cell.scenario == "parity" and all(dict(cell.settings)[key] == PLAIN[key] for key in ELSEWHERE)
     ]
     plan = replace(whole, cells=tuple(cells))
-    verdict = prove(assemble("cpu", 60.0, same="{}"), subject(), plan, lambda *_: None, shared=None)
+    verdict = prove(assemble("cpu", HANGS_S, same="{}"), subject(), plan, lambda *_: None, shared=None)
     assert len(verdict.rows) == len(cells), verdict.notes
     return {"ways": {way_of(cell) for cell in cells}, "violations": verdict.violations}
 

@@ -29,6 +29,7 @@ from epmoe.train.signals import StopFlag
 from epmoe.verify import samples
 from tests.distributed.harness import run_ranks
 from tests.oracle.deepseek import moved_bias
+from tests.patience import HANGS_S
 
 pytestmark = pytest.mark.timeout(300)  # all cells are trained when the first is asked for
 VOCAB, SEQ_LEN, GLOBAL_BATCH, NUM_EXPERTS, NUM_TASKS = 48, 8, 8, 4, 3
@@ -188,7 +189,7 @@ def config(router: str, precision: str, accumulation: int, world_size: int) -> C
 
 def train_cells(rank: int, cells: list[tuple[int, str, str, int]]) -> list[dict[str, Any]]:
     """Trains each (ep_size, router, precision, accumulation) for a few steps in this world."""
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     layouts = {(ep_size, ParallelConfig(**PARALLEL.get(router, {}))) for ep_size, router, *_ in cells}
     meshes = {layout: build_mesh(place, *layout) for layout in sorted(layouts, key=repr)}
     return [

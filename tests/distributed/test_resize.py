@@ -27,6 +27,7 @@ from epmoe.train.signals import StopFlag
 from epmoe.train.status import CHECKPOINTS
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import ENGINES, Samples, config, worst_error
+from tests.patience import HANGS_S
 
 VOCAB, WARM_UP_STEPS = 50, 2
 
@@ -70,7 +71,7 @@ def hops(
     rank: int, folder: Path, precision: str, first: int, layouts: list[tuple[int, str]]
 ) -> list[dict[str, Any]]:
     """Every layout reads the newest checkpoint, writes it again and takes a step; number 0 trains it first."""
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     return [
         hop(place, folder, number, ep_size, resized(engine, precision))
         for number, (ep_size, engine) in enumerate(layouts, start=first)

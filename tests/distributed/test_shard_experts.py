@@ -17,6 +17,7 @@ from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
+from tests.patience import HANGS_S
 
 NUM_EXPERTS = 4
 MOE = MoEConfig(num_experts=NUM_EXPERTS, top_k=2, router={"name": "topk"}, capacity_factor=None)
@@ -54,7 +55,7 @@ def tokens(rank: int) -> Tensor:
 
 
 def share_modules(rank: int) -> dict[str, Any]:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     mesh = build_mesh(place, 2)
     layer = module_layer(2 * rank, 2)
     held = [id(parameter) for parameter in layer.parameters()]
@@ -104,7 +105,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 def one_rank(_: int) -> list[bool]:
-    place = runtime.start("cpu", 60.0)
+    place = runtime.start("cpu", HANGS_S)
     mesh = build_mesh(place, 1)
     found = []
     for name, kind in (

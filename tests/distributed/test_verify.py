@@ -22,6 +22,7 @@ from epmoe.verify.self_test import plan_for_faults
 from epmoe.verify.suite import prove
 from epmoe.verify.worlds import assemble, run_here
 from tests.distributed.harness import run_ranks
+from tests.patience import HANGS_S
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 PLANTED = {
@@ -36,7 +37,7 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 def _prove(rank: int, names: Sequence[str | None]) -> list[dict[str, Any]]:
     subject = make_subject(Config(moe=MoEConfig(num_experts=4)), 2, "small", ranks_per_node=2)
-    ranks = assemble("cpu", 60.0, same="{}")
+    ranks = assemble("cpu", HANGS_S, same="{}")
     whole = plan_for_faults(subject)
     found = []
     for name in names:
@@ -113,7 +114,9 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     path = [str(CONFIG.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=HANGS_S
+    )
 
 
 def run_verify(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.patience import HANGS_S
+
 REPEATED = """
 import ctypes, os, resource, sys
 import torch
@@ -53,7 +55,7 @@ def numbers(code, *words, **variables):
     ours = {key: value for key, value in os.environ.items() if not key.startswith(configured)}
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(
-        command, env=ours | variables, capture_output=True, text=True, check=True, timeout=120
+        command, env=ours | variables, capture_output=True, text=True, check=True, timeout=HANGS_S
     )
     return tuple(map(int, done.stdout.split()))
 

@@ -24,6 +24,7 @@ from epmoe.errors import (
     NumericsError,
     Preempted,
 )
+from tests.patience import HANGS_S
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -95,7 +96,7 @@ def test_the_shell_understands_it(path: Path) -> None:
 def test_a_missing_variable_is_named(path: Path, name: str) -> None:
     variables = {"PATH": "/usr/bin:/bin", "CONFIG": "a.yaml", "OUT": "runs/a"}
     del variables[name]
-    done = subprocess.run(["bash", path], env=variables, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", path], env=variables, capture_output=True, text=True, timeout=HANGS_S)
     assert done.returncode == ConfigError.exit_code
     assert done.stderr.startswith(f"error: {name} is not set; ")
     assert done.stderr.count("\n") == 1

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from epmoe import env
+from tests.patience import HANGS_S
 
 SLURM = {
     "SLURM_JOB_ID": "41",
@@ -137,7 +138,7 @@ def test_a_wrong_number_is_named_and_an_empty_variable_is_none(chosen, words, va
 def test_a_wrong_number_ends_a_run_with_code_2(chosen, tmp_path):
     command = [sys.executable, "-m", "epmoe", "train", "configs/quickstart.yaml", f"out={tmp_path}/out"]
     done = subprocess.run(
-        command, env=os.environ | chosen, capture_output=True, text=True, check=False, timeout=60
+        command, env=os.environ | chosen, capture_output=True, text=True, check=False, timeout=HANGS_S
     )
     assert done.returncode == 2
     assert f"RANK={chosen['RANK'] if chosen['RANK'].isdecimal() else repr(chosen['RANK'])}" in done.stderr
@@ -146,6 +147,9 @@ def test_a_wrong_number_ends_a_run_with_code_2(chosen, tmp_path):
 
 def test_closed_outputs_are_none_of_a_runs_business():
     done = subprocess.run(
-        f"{sys.executable} -m epmoe prepare no-such.yaml <&- >&- 2>&-", shell=True, check=False, timeout=60
+        f"{sys.executable} -m epmoe prepare no-such.yaml <&- >&- 2>&-",
+        shell=True,
+        check=False,
+        timeout=HANGS_S,
     )
     assert done.returncode == 2

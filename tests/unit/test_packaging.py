@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import epmoe
+from tests.patience import HANGS_S
 
 ROOT = Path(epmoe.__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
@@ -66,7 +67,7 @@ def test_the_commands_of_the_readme_work_from_a_wheel(tmp_path: Path):
             env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANGS_S,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("out: runs/quickstart\n")
@@ -87,7 +88,7 @@ def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path: Path):
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS_S,
     )
     assert done.stdout == f"{copy_at / 'epmoe' / '__init__.py'}\n", done.stderr
 

@@ -16,6 +16,7 @@ import torch
 import epmoe
 import epmoe.cli
 from epmoe.errors import CheckpointError, ConfigError, Preempted
+from tests.patience import HANGS_S
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +26,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         text=True,
         check=False,
         env={**os.environ, **environment},
-        timeout=60,
+        timeout=HANGS_S,
     )
 
 
@@ -117,7 +118,7 @@ def test_a_missing_package_is_named_without_a_traceback(tmp_path: Path, package:
         f"import sys; sys.modules[{package!r}] = None; from epmoe.cli import main; main({words.split()})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS_S
     )
     assert "Traceback" not in done.stderr + done.stdout
     assert done.returncode == code, done.stderr

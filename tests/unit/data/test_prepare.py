@@ -36,6 +36,7 @@ from epmoe.data.prepared import (
 from epmoe.data.shards import encode_document
 from epmoe.data.tokenizer import ByteTokenizer, train_bpe
 from epmoe.errors import ConfigError, DataError, Preempted
+from tests.patience import HANGS_S
 from tests.unit.data.helpers import config, text, write_folder, write_jsonl, write_pair
 
 
@@ -144,7 +145,7 @@ def run_prepare(cfg: DataConfig, fault: str) -> subprocess.CompletedProcess[str]
         env={**os.environ, "EPMOE_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS_S,
         check=False,
     )
 

@@ -16,6 +16,7 @@ from epmoe.config_routers import TopKOptions
 from epmoe.models import presets
 from epmoe.models.decoder import Decoder
 from epmoe.models.sizes import count_parameters, flops_per_token
+from tests.patience import HANGS_S
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 Preset = Callable[[], tuple[ModelConfig, MoEConfig | None]]
@@ -108,7 +109,7 @@ def test_presets_keep_their_promises() -> None:
 
 def test_sizes_need_no_torch() -> None:
     code = "import sys, epmoe.models.presets, epmoe.models.sizes; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANGS_S).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import epmoe
+from tests.patience import HANGS_S
 
 OPTIONS = '''
 
@@ -129,7 +130,7 @@ def test_a_family_is_an_options_class_a_file_and_its_names(with_mine: Path) -> N
         env={**os.environ, "PYTHONPATH": str(with_mine), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("trained\n")

@@ -27,6 +27,7 @@ from epmoe.observe.display import (
     sparkline,
 )
 from epmoe.observe.trackers import scalars
+from tests.patience import HANGS_S
 from tests.unit.observe.samples import health, record
 
 
@@ -178,7 +179,7 @@ def test_a_run_outlives_the_reader_of_its_output(how: str):
     assert run.stdout is not None
     run.stdout.close()
     run.stdout = None
-    _, errors = run.communicate("go\n", timeout=60)
+    _, errors = run.communicate("go\n", timeout=HANGS_S)
     assert run.returncode == 0, errors
     assert errors.endswith("finished\n")
     if how == "reader gone":
