@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
         Raises:
             TypeError, ValueError: Vectors and context do not fit (``epmoe.moe.inputs``).
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
-                ``ctx.sample_B`` is missing.
+                ``ctx.sample_B`` is missing. Or ``replay`` has served another call.
             RuntimeError: In training, its experts are spread over ranks and nobody reduces their gradients.
         """
         self.check_pass(x_BSD, ctx)
@@ -110,9 +110,9 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, RouterReport]:
         """The mean output of copies of the input that all go where the input goes, plus what is computed beside."""
         group_size, capacity = self.group_and_capacity(x_BSD)
-        routing = self.route(x_BSD, ctx, replay, remake)
-        plan = None if replay is None else replay.plan
+        plan = None if replay is None else replay.plan_of_first_pass()
         again = plan is not None
+        routing = self.route(x_BSD, ctx, replay, remake)
         outputs, beside_BSD = [], None
         for copy_BSD in copies:
             batch, plan = self.dispatcher.dispatch(

@@ -50,6 +50,19 @@ class Replay:
                 self.copies.append(Replay())
             yield self.copies[number]
 
+    def plan_of_first_pass(self) -> DispatchPlan | None:
+        """None in the first pass itself.
+
+        Raises:
+            ValueError: There was one, and this is not the second: no backward pass asks for it.
+        """
+        if self.plan is not None and torch._C._current_graph_task_id() == -1:
+            raise ValueError(
+                "this Replay holds the decision of an earlier call, and no backward pass asks for that one again; "
+                "pass a new Replay() to every call of a layer"
+            )
+        return self.plan
+
     def remember(self, routing: Routing, plan: DispatchPlan) -> None:
         """Keeps both, cut off from the graph: it would hold this object, and this object the graph."""
         self.routing, self.plan = pytree.tree_map_only(Tensor, _cut, (routing, plan))

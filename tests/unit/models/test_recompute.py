@@ -131,6 +131,15 @@ def test_replay_holds_nothing_of_the_graph() -> None:
     assert torch.equal(got, x_BSD.grad)
 
 
+def test_a_replay_serves_one_call() -> None:
+    moe = build_moe_layer(MoEConfig(num_experts=4, router="topk"), d_model=8, d_ff=8)  # type: ignore[arg-type]
+    x_BSD, replay = torch.randn(2, 6, 8, requires_grad=True), Replay()
+    y_BSD, _ = checkpoint(moe, x_BSD, None, replay=replay, use_reentrant=False)
+    y_BSD.sum().backward()
+    with pytest.raises(ValueError, match="new Replay"):
+        checkpoint(moe, x_BSD.detach() + 1, None, replay=replay, use_reentrant=False)
+
+
 def kept_per_token(mode: str) -> float:
     model = decoder(recompute=mode, precision="fp32", every=1, num_layers=1)
     token_BS, ctx = samples()
