@@ -81,6 +81,23 @@ def spread_layers(model: nn.Module, mesh: ExpertMesh) -> list[tuple[str, MoELaye
     return layers
 
 
+def refuse_equal_numbers(model: nn.Module) -> None:
+    """Raises where two MoE layers of a model would draw the same random numbers.
+
+    Raises:
+        ValueError: With the names of both.
+    """
+    seen: dict[int, str] = {}
+    for name, layer in moe_layers(model):
+        number = layer.router.layer
+        if number in seen:
+            raise ValueError(
+                f"{seen[number]} and {name} are both layer {number}, so they draw the same random numbers; give each "
+                f"MoE layer of a model its own: build_moe_layer(..., layer=1)"
+            )
+        seen[number] = name
+
+
 def take_over(model: nn.Module, by: str) -> list[MoELayer]:
     """Lets the MoE layers of ``model`` train: whoever calls this reduces the gradients of their experts over the ranks
     that hold the same ones.
@@ -92,8 +109,9 @@ def take_over(model: nn.Module, by: str) -> list[MoELayer]:
         The layers with experts on several ranks that nobody had before.
 
     Raises:
-        ValueError: Somebody else reduces those of a layer already.
+        ValueError: Somebody else reduces those of a layer already, or two layers have the same number.
     """
+    refuse_equal_numbers(model)
     spread = [(name, layer) for name, layer in moe_layers(model) if layer.before_training is not None]
     for name, layer in spread:
         if isinstance(layer.before_training, Reduced) and layer.before_training.by != by:

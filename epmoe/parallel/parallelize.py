@@ -14,7 +14,7 @@ from epmoe.moe.experts import FFNExperts, ModuleExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.ddp import leave_experts_to_us
 from epmoe.parallel.deepspeed import mark_experts
-from epmoe.parallel.layers import moe_layers, refuse_if_unreduced, refuse_shared
+from epmoe.parallel.layers import moe_layers, refuse_equal_numbers, refuse_if_unreduced, refuse_shared
 from epmoe.parallel.mesh import ExpertMesh
 
 
@@ -39,7 +39,7 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
         )
     if mesh.ep_size > 1:
         refuse_shared(model)
-    _refuse_equal_numbers(model)
+    refuse_equal_numbers(model)
     num_parts = mesh.parallel.overlap_chunks
     if num_parts == 1 and not mesh.parallel.overlap_shared:
         num_parts = 0
@@ -67,18 +67,6 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
             layer.sum_over_ranks = SumCounts(mesh.world_group)
     if mesh.ep_size > 1:
         leave_experts_to_us(model)
-
-
-def _refuse_equal_numbers(model: nn.Module) -> None:
-    seen: dict[int, str] = {}
-    for name, layer in moe_layers(model):
-        number = layer.router.layer
-        if number in seen:
-            raise ValueError(
-                f"{seen[number]} and {name} are both layer {number}, so they draw the same random numbers; give each "
-                f"MoE layer of a model its own: build_moe_layer(..., layer=1)"
-            )
-        seen[number] = name
 
 
 def _keep_local_experts(layer: MoELayer, mesh: ExpertMesh) -> None:

@@ -257,6 +257,11 @@ def refuse(rank: int) -> None:
     twins = nn.ModuleList(build_moe_layer(MOE, d_model=8, d_ff=12) for _ in range(2))
     with pytest.raises(ValueError, match="0 and 1 are both layer 0, so they draw the same random numbers"):
         shard_experts(twins, mesh)
+    for twin in twins:
+        shard_experts(twin, mesh)
+    for reduce in (Gradients, ddp.prepare):
+        with pytest.raises(ValueError, match="0 and 1 are both layer 0"):
+            reduce(twins, mesh)
     inner = build_moe_layer(MOE, d_model=8, d_ff=12)
     shard_experts(inner, mesh)
     ddp.prepare(inner, mesh)
