@@ -97,7 +97,12 @@ class Corpus:
 
 def is_validation(key: bytes) -> bool:
     """The split rule: sha256 of the key, as a big-endian integer, is 0 modulo 20."""
-    return int.from_bytes(hashlib.sha256(key).digest(), "big") % VALIDATION_MODULUS == 0
+    return is_held_out(hashlib.sha256(key).digest())
+
+
+def is_held_out(sha256: bytes) -> bool:
+    """The same of the digest."""
+    return int.from_bytes(sha256, "big") % VALIDATION_MODULUS == 0
 
 
 def human_bytes(count: int) -> str:

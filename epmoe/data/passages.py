@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from epmoe.data.corpora import VALIDATION_MODULUS, Corpus, Piece, Split, is_validation
+from epmoe.data.corpora import VALIDATION_MODULUS, Corpus, Piece, Split, is_held_out, is_validation
 from epmoe.data.files import BLOCK_BYTES
 from epmoe.data.forms import BYTE_ORDER_MARK
 from epmoe.data.listing import unreadable
+from epmoe.data.long_lines import LONG_BYTES, blocks, outline
 from epmoe.errors import DataError
 
 Ranges = tuple[tuple[int, int], ...]
@@ -35,14 +36,18 @@ class Passage:
 
 
 def read_piece(corpus: Corpus, piece: Piece) -> Iterator[Passage]:
-    """The documents of a piece, in order; memory is that of the longest JSONL line, or little.
+    """The documents of a piece, in order; memory is twice the bytes of the longest JSONL line, or little. A record
+    with loss ranges is decoded whole.
 
     Raises DataError when a line is malformed or, at the end, when the file changed since the scan.
     """
     if corpus.kind == "jsonl":
-        for number, (line, replaced) in enumerate(_lines(piece), start=piece.first_line):
-            if line and not line.isspace():
-                yield _record(corpus, piece, line, f"{piece.path}:{number}", replaced=replaced)
+        for number, line in enumerate(_lines(piece), start=piece.first_line):
+            where = f"{piece.path}:{number}"
+            if len(line) > LONG_BYTES and corpus.loss_field is None:
+                yield from _long_record(corpus, piece, line, where)
+            else:
+                yield from _record(corpus, piece, line, where)
         return
     blocks = _TextBlocks(piece)
     start = 0
@@ -150,8 +155,8 @@ def _between(blocks: _TextBlocks, start: int, end: int, split: Split) -> Iterato
 
 
 # --------------------------------------------------------------------------------------------- JSONL
-def _lines(piece: Piece) -> Iterator[tuple[str, bool]]:
-    """The lines of a piece, and whether bytes of them had to be replaced."""
+def _lines(piece: Piece) -> Iterator[bytes]:
+    """The lines of a piece that are not empty."""
     digest, left = hashlib.sha256(), piece.end - piece.start
     try:
         with open(piece.path, "rb") as file:
@@ -159,9 +164,8 @@ def _lines(piece: Piece) -> Iterator[tuple[str, bool]]:
             while left and (line := file.readline(left)):
                 digest.update(line)
                 left -= len(line)
-                decoded = _decode(line.removeprefix(BYTE_ORDER_MARK))
-                del line  # as large as the text
-                yield decoded
+                if line := line.removeprefix(BYTE_ORDER_MARK):
+                    yield line
     except OSError as error:
         raise unreadable(piece.path, error) from None
     _check_unchanged(piece, digest.hexdigest())
@@ -175,7 +179,30 @@ def _decode(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8", errors="replace"), True
 
 
-def _record(corpus: Corpus, piece: Piece, line: str, where: str, *, replaced: bool) -> Passage:
+def _long_record(corpus: Corpus, piece: Piece, line: bytes, where: str) -> Iterator[Passage]:
+    """The text of a long line in parts; what is wrong with it, or short in it, is seen on the whole line."""
+    digest, replaced = hashlib.sha256(), False
+    try:
+        record, long = outline(line)
+        chosen = long[record[corpus.text_field]]
+        for span in long.values():
+            for text, wrong, _ in blocks(line, span):  # what is no text shows in any of them
+                if span == chosen:
+                    clean = _clean(text)
+                    digest.update(clean.encode())
+                    replaced = replaced or wrong or clean != text
+    except (ValueError, RecursionError, KeyError, TypeError):
+        yield from _record(corpus, piece, line, where)
+        return
+    split = piece.split or ("val" if is_held_out(digest.digest()) else "train")
+    for text, _, last in blocks(line, chosen):
+        yield Passage(text=_clean(text), split=split, loss_ranges=None, replaced=replaced, last=last)
+
+
+def _record(corpus: Corpus, piece: Piece, data: bytes, where: str) -> Iterator[Passage]:
+    line, replaced = _decode(data)
+    if line.isspace():
+        return
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -185,13 +212,17 @@ def _record(corpus: Corpus, piece: Piece, line: str, where: str, *, replaced: bo
     if not isinstance(record, dict) or not isinstance(record.get(corpus.text_field), str):
         raise _no_text_field(corpus.text_field, record, where)
     text = record[corpus.text_field]
-    # JSON may spell half a surrogate pair, which no encoding can write. One for one, so ranges still fit.
-    clean = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    clean = _clean(text)
     split = piece.split or ("val" if is_validation(clean.encode()) else "train")
     ranges = None
     if corpus.loss_field is not None and record.get(corpus.loss_field) is not None:
         ranges = _loss_ranges(record[corpus.loss_field], len(text), corpus.loss_field, where)
-    return Passage(text=clean, split=split, loss_ranges=ranges, replaced=replaced or clean != text, last=True)
+    yield Passage(text=clean, split=split, loss_ranges=ranges, replaced=replaced or clean != text, last=True)
+
+
+def _clean(text: str) -> str:
+    """JSON may spell half a surrogate pair, which no encoding can write. One for one, so ranges still fit."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _no_text_field(field: str, record: object, where: str) -> DataError:
