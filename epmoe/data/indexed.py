@@ -84,6 +84,25 @@ class IndexedPair:
         """Documents, empty ones included."""
         return len(self.document_offsets) - 1
 
+    def require_whole(self) -> None:
+        """Called before a read, because one of what is no longer there ends the process with SIGBUS.
+
+        Raises:
+            DataError: A file has shrunk since it was mapped.
+        """
+        files = {bin_path(self.prefix): self.tokens, mask_path(self.prefix): self.mask}
+        for path, mapped in files.items():
+            try:
+                size = os.stat(path).st_size
+            except OSError:
+                continue  # what was removed stays mapped
+            if mapped is not None and size < mapped.nbytes:
+                raise DataError(
+                    f"{path} has shrunk from {mapped.nbytes} to {size} bytes while it was read",
+                    why="somebody writes or cuts it; samples are read where they lie",
+                    fix="restore it, then run the same command again: training goes on from the last checkpoint",
+                )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSums:

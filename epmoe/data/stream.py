@@ -62,8 +62,9 @@ def lacks_end(pair: IndexedPair, eos_id: int) -> NDArray[np.bool_]:
 def read_span(stream: TokenStream, start: int, stop: int) -> Span:
     """Tokens ``[start, stop)`` of the stream: O(log documents) to find them, then one gather.
 
-    Raises DataError that names file, document and offset when an id is outside the vocabulary.
+    Raises DataError that names a file that has shrunk, or file, document and offset of an id outside the vocabulary.
     """
+    stream.pair.require_whole()
     position = np.arange(start, min(stop, len(stream)), dtype=np.int64)
     # "right" skips empty documents, which share their start with the next one.
     document = np.searchsorted(stream.document_starts, position, side="right") - 1

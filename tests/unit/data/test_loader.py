@@ -283,3 +283,13 @@ def test_a_weight_too_small_to_be_seen_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="weight"):
         TrainData(prepare(cfg), cfg, seed=0)
+
+
+def test_a_token_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
+    prepared, cfg = paired(tmp_path, [list(range(250)) * 60])
+    data = TrainData(prepared, cfg, seed=0)
+    data.batch(range(4))
+    with bin_path(tmp_path / "train").open("r+b") as file:
+        file.truncate(100)  # less than a page: what lies behind it would end this process
+    with pytest.raises(DataError, match=r"train\.bin has shrunk from \d+ to 100 bytes"):
+        data.batch(range(60))
