@@ -43,9 +43,14 @@ def launch(command: Sequence[str], grace_s: int) -> int:
     with tempfile.TemporaryDirectory(prefix="epmoe-launch-") as notes:
         env.adopt_orphans()
         environment = env.for_launcher(notes, grace_s)
-        child = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=env.die_with_parent
-        )
+        # Held back until there is somebody to pass them on to.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+        def begin() -> None:
+            env.die_with_parent()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=begin)
 
         def pass_on(_number: int, _frame: object) -> None:
             with contextlib.suppress(ProcessLookupError):
@@ -54,6 +59,7 @@ def launch(command: Sequence[str], grace_s: int) -> int:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means what it says
                 signal.signal(number, pass_on)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = child.wait()
         _end_orphans(grace_s)
         known = noted_exit(Path(notes))

@@ -26,9 +26,10 @@ from tests.distributed.runs import (
     run,
     status,
 )
+from tests.patience import HANGS_S
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
-LIMIT_S = 90
+LIMIT_S = HANGS_S
 
 
 @contextlib.contextmanager
