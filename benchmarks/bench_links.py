@@ -32,7 +32,7 @@ from torch import Tensor
 from epmoe import TokenContext, build_moe_layer, shard_experts
 from epmoe.comm.exchange import Exchange, Trip, exchange_rows
 from epmoe.config import MoEConfig, ParallelConfig
-from epmoe.moe.dispatcher import PaddedDispatcher
+from epmoe.moe.dispatch import PaddedDispatcher
 from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
@@ -102,16 +102,15 @@ def exchanges(place: runtime.Runtime, rounds: int, quick: bool) -> list[dict[str
 def way_of(layer: Any, step: Callable[[], None]) -> Any:
     """The splits with which the rows of a step travel."""
     plans: list[Any] = []
-    dispatch = layer.dispatcher.dispatch
+    plan = layer.dispatcher.plan
 
-    def watched(*values: Any, **named: Any) -> Any:
-        batch, plan = dispatch(*values, **named)
-        plans.append(plan)
-        return batch, plan
+    def watched(*values: Any) -> Any:
+        plans.append(plan(*values))
+        return plans[-1]
 
-    layer.dispatcher.dispatch = watched
+    layer.dispatcher.plan = watched
     step()
-    del layer.dispatcher.dispatch  # the class's own method shows again
+    del layer.dispatcher.plan  # the class's own method shows again
     return plans[0].parts[0].splits
 
 

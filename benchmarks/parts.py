@@ -22,7 +22,7 @@ from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from epmoe.moe import dispatcher
+from epmoe.moe import dispatch
 from epmoe.moe.layer import MoELayer
 
 REST = "rest"
@@ -61,9 +61,9 @@ def moe_labels(layer: MoELayer) -> list[Label]:
     """The parts of an MoE layer."""
     return [
         (layer.router, "forward", ROUTING),
-        (layer.dispatcher, "dispatch", ROUTING),  # planning; the rows in it are told apart by MOE_RULES
-        (layer.dispatcher, "combine", MOVES),
-        (dispatcher, "exchange_counts", EXCHANGE),
+        (layer.dispatcher, "apply", MOVES),
+        (layer.dispatcher, "plan", ROUTING),
+        (dispatch, "exchange_counts", EXCHANGE),
         (layer.experts, "forward", ACTIVATION),
         (layer, "report", LOSSES),
     ]

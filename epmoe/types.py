@@ -52,6 +52,19 @@ class TokenContext:
 
 @register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How many tokens share what each expert takes."""
+
+    num_experts: int
+    """Experts over all ranks, E."""
+    group_size: int
+    """Tokens per capacity group; consecutive tokens form a group."""
+    capacity: int
+    """Slots per expert and group, C; -1 = no limit."""
+
+
+@register_pytree
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
     """Counters of the stateless random numbers of a layer's tokens (``epmoe.ops.philox``)."""
 
@@ -186,7 +199,7 @@ class DispatchPlan:
     tokens_per_expert_E: Tensor
     """int64: kept entries of each expert, of this rank's tokens."""
     parts: tuple[PartPlan, ...] = ()
-    """What travels, one part after the other; each takes the next rows of the list above. Empty where nothing does."""
+    """What travels, one part after the other; each takes the next rows of the list above. On one rank a single part."""
 
 
 @register_pytree

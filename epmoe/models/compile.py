@@ -12,8 +12,8 @@ from torch import Tensor
 from epmoe.config import MoEConfig
 from epmoe.errors import ConfigError
 from epmoe.models.decoder import Block, BlockFunction, Decoder
-from epmoe.moe.dispatcher import PaddedDispatcher
-from epmoe.moe.recompute import Remake, Replay, plain
+from epmoe.moe.dispatch import PaddedDispatcher
+from epmoe.moe.recompute import KEEP, Recompute
 from epmoe.types import RouterReport
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -79,7 +79,7 @@ def _is_one_graph(block: Block, in_shards: bool) -> bool:
     moe: MoEConfig = block.moe.moe
     static = moe.router.no_capacity is not None or moe.capacity_factor is not None
     dispatcher = block.moe.dispatcher
-    padded = isinstance(dispatcher, PaddedDispatcher) and not dispatcher.overlap
+    padded = isinstance(dispatcher, PaddedDispatcher)  # and no overlap of one
     left_out = in_shards or moe.router.decides_on_host or block.recompute == "full"
     return static and padded and not left_out
 
@@ -104,11 +104,10 @@ def _around_experts(block: Block, compiler: Compiler) -> BlockFunction:
         inputs: Any,
         ctx: Any,
         cache: None = None,
-        replay: Replay | None = None,
-        remake: Remake = plain,
+        recompute: Recompute = KEEP,
     ) -> tuple[Tensor, RouterReport]:
         x_BSD, normed_BSD = attend(x_BSD, inputs, ctx)
-        out_BSD, report = moe(normed_BSD, ctx, beside, replay)
+        out_BSD, report = moe(normed_BSD, ctx, beside, recompute)
         return add(x_BSD, out_BSD, ctx), report
 
     return run

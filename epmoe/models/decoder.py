@@ -43,10 +43,10 @@ from epmoe.models.layers import Embedding, KeyedDropout, Linear, RMSNorm, SwiGLU
 from epmoe.models.sizes import expert_width, is_moe_layer
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.layer import MoELayer
-from epmoe.moe.recompute import CheapTensors, Remake, Replay, plain
+from epmoe.moe.recompute import KEEP, CheapTensors, Recompute, Remake, Replay, plain
 from epmoe.types import RouterReport, TokenContext
 
-Recompute = Literal["none", "selective", "full"]
+RecomputeMode = Literal["none", "selective", "full"]
 """Keep everything; keep all but what is cheap to make again; keep the input and what was decided."""
 BlockFunction = Callable[..., tuple[Tensor, RouterReport | None]]
 
@@ -86,7 +86,7 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(model.d_model, model.d_ff)
         self.ffn_dropout = KeyedDropout(model.dropout, site=2 * layer + 2, seed=seed)
-        self.recompute: Recompute = "none"
+        self.recompute: RecomputeMode = "none"
         """What a training pass does not keep for its backward pass."""
         self.compiled: BlockFunction | None = None
         """``run`` for training passes, if they are compiled."""
@@ -104,8 +104,8 @@ class Block(nn.Module):
                 run, x_BSD, inputs, ctx, None, Replay(), use_reentrant=False, preserve_rng_state=False
             )
         if self.recompute == "selective" and self.compiled is None:
-            with CheapTensors() as remake:
-                return run(x_BSD, inputs, ctx, None, None, remake)
+            with CheapTensors() as cheap:
+                return run(x_BSD, inputs, ctx, None, cheap)
         return run(x_BSD, inputs, ctx, None)
 
     def run(
@@ -114,16 +114,16 @@ class Block(nn.Module):
         inputs: AttentionInputs,
         ctx: TokenContext | None,
         cache: KVCache | None = None,
-        replay: Replay | None = None,
-        remake: Remake = plain,
+        recompute: Recompute = KEEP,
     ) -> tuple[Tensor, RouterReport | None]:
         """What ``forward`` returns, computed once."""
+        remake = recompute.remake
         x_BSD, normed_BSD = self.attend(x_BSD, inputs, ctx, cache, remake)
         if self.ffn is not None:
             return self.add(x_BSD, self.ffn(normed_BSD, remake), ctx), None
         assert self.moe is not None  # the constructor sets one of the two
         beside = None if self.shared is None else partial(self.shared, remake=remake)
-        out_BSD, report = self.moe(normed_BSD, ctx, beside, replay, remake)
+        out_BSD, report = self.moe(normed_BSD, ctx, beside, recompute)
         return self.add(x_BSD, out_BSD, ctx), report
 
     def attend(

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor, nn
 
 from epmoe.comm.exchange import Exchange, Group, flat, hierarchical
 from epmoe.config import MoEConfig
 from epmoe.moe import soft
-from epmoe.moe.dispatcher import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
+from epmoe.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
 from epmoe.moe.expert_dropout import HiddenDropout
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer, balance_count
@@ -33,8 +34,10 @@ from epmoe.moe.losses import (
     tokens_per_device,
     z_loss,
 )
+from epmoe.moe.overlap import OverlapDispatcher
 from epmoe.moe.router import Router
 from epmoe.moe.routers.family import Family
+from epmoe.moe.smoothed_layer import SmoothedMoELayer
 
 FILES = (
     "gshard_top2",
@@ -131,8 +134,8 @@ LOSSES: dict[str, Callable[[MoEConfig, LossInputs], Tensor]] = {
     "batchwise_threshold": _batchwise_threshold,
 }
 
-DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
-    "local": lambda _exchange, *, weigh_rows, num_parts=0: LocalDispatcher(weigh_rows=weigh_rows),
+DISPATCHERS: dict[str, Callable[..., Any]] = {
+    "local": lambda _exchange, *, weigh_rows, num_parts=1: LocalDispatcher(weigh_rows=weigh_rows),
     "all_to_all": AllToAllDispatcher,
     "padded": PaddedDispatcher,
 }
@@ -183,7 +186,10 @@ def build_dispatcher(
         name = "all_to_all" if ep_size > 1 else "local"
     if name != "all_to_all" and ep_size == 1:
         exchange = None
-    return DISPATCHERS[name](exchange, weigh_rows=moe.save == "hidden", num_parts=num_parts)
+    dispatcher = DISPATCHERS[name](exchange, weigh_rows=moe.save == "hidden", num_parts=max(num_parts, 1))
+    overlaps = num_parts > 0 and exchange is not None
+    found: Dispatcher = OverlapDispatcher(dispatcher) if overlaps else dispatcher
+    return found
 
 
 def build_moe_layer(
@@ -239,17 +245,25 @@ def build_moe_layer(
         layer=layer,
         seed=seed,
     )
-    layer_class = soft.SoftMoELayer if moe.router.name == "soft" else MoELayer
-    moe_layer = layer_class(router, experts, moe, {name: partial(LOSSES[name], moe) for name in moe.losses})
+    moe_layer = _layer_class(moe)(
+        router, experts, moe, {name: partial(LOSSES[name], moe) for name in moe.losses}
+    )
     if moe.dispatcher != "all_to_all":  # which needs ranks; until then the layer keeps its local one
         moe_layer.dispatcher = build_dispatcher(moe, None, device_type="cpu")
     refuse_batch_statistics(moe_layer)
     return moe_layer
 
 
+def _layer_class(moe: MoEConfig) -> type[MoELayer]:
+    if moe.router.name == "soft":
+        return soft.SoftMoELayer
+    smoothing = moe.router.smoothing
+    return SmoothedMoELayer if smoothing is not None and smoothing.draws else MoELayer
+
+
 def refuse_batch_statistics(layer: MoELayer) -> None:
     """Raises ValueError where blocks with rows of zeros would meet experts that look at their rows together."""
-    if not isinstance(layer.dispatcher, PaddedDispatcher) or isinstance(layer, soft.SoftMoELayer):
+    if not layer.dispatcher.static or isinstance(layer, soft.SoftMoELayer):
         return
     for name, module in layer.experts.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epmoe.moe.dispatcher import LocalDispatcher
-from epmoe.moe.layer import MoELayer, mean_of
+from epmoe.moe.dispatch import LocalDispatcher
+from epmoe.moe.layer import MoELayer
 from epmoe.moe.routers.common import missing_draws
+from epmoe.moe.smoothed_layer import copies_of, mean_of
 from epmoe.ops import DROPLESS, philox
-from epmoe.types import DispatchPlan, Draws, RouterReport, Routing, TokenContext
+from epmoe.types import DispatchPlan, Draws, Limits, RouterReport, Routing, TokenContext
 
 SOFTMAX_ROUTERS = ("dense", "gshard_top2", "switch", "topk", "noisy_topk")
 """Families whose probabilities are the softmax of the logits in their decision."""
@@ -52,8 +53,9 @@ def run_experts(
     """
     _check(layer, probes)
     ctx = ctx or TokenContext()
-    routing = layer.route(x_BSD, ctx)
-    rows_NO, plan = _rows(layer, x_BSD, ctx, routing, layer.group_and_capacity(x_BSD)[1])
+    limits = layer.limits(x_BSD)
+    routing = layer.router(x_BSD, ctx, limits)
+    rows_NO, plan = _rows(layer, x_BSD, ctx, routing, limits)
     y_TO = LocalDispatcher().combine(rows_NO, routing, plan).to(x_BSD.dtype)
     num_tokens = x_BSD.shape[0] * x_BSD.shape[1]
     width = routing.token_A.shape[0] // num_tokens if num_tokens else layer.moe.top_k
@@ -63,7 +65,8 @@ def run_experts(
         if draws is None:
             raise missing_draws("probes")
         extra = _probe_routing(routing, draws, probes)
-        found = _by_token(*_rows(layer, x_BSD, ctx, extra, DROPLESS), extra, probes)
+        dropless = replace(limits, capacity=DROPLESS)
+        found = _by_token(*_rows(layer, x_BSD, ctx, extra, dropless), extra, probes)
         outputs_TKO, expert_TK = torch.cat((outputs_TKO, found[0]), 1), torch.cat((expert_TK, found[1]), 1)
     return ExpertOutputs(
         y_BSO=y_TO.unflatten(0, x_BSD.shape[:2]),
@@ -87,7 +90,8 @@ def _check(layer: MoELayer, probes: int) -> None:
             f"router {name} has probabilities that are not the softmax of its logits, which losses of mixtures are "
             f"made from; routers that go: {', '.join(SOFTMAX_ROUTERS)}"
         )
-    if layer.rerouted:
+    smoothing = layer.router.options.smoothing
+    if layer.training and smoothing is not None and smoothing.draws and smoothing.reroute:
         raise ValueError(
             "smoothing.reroute=true gives every noisy copy of the input experts of its own, so a token has no one "
             "output per expert; set reroute: false"
@@ -98,19 +102,12 @@ def _check(layer: MoELayer, probes: int) -> None:
 
 
 def _rows(
-    layer: MoELayer, x_BSD: Tensor, ctx: TokenContext, routing: Routing, capacity: int
+    layer: MoELayer, x_BSD: Tensor, ctx: TokenContext, routing: Routing, limits: Limits
 ) -> tuple[Tensor, DispatchPlan]:
     """What the experts say, without weights, averaged over the noisy copies where the input is smoothed."""
-    group_size, _ = layer.group_and_capacity(x_BSD)
     rows = []
-    for copy_BSD in layer.copies(x_BSD, ctx):
-        batch, plan = LocalDispatcher().dispatch(
-            copy_BSD.flatten(0, 1),
-            routing,
-            num_experts=layer.moe.num_experts,
-            group_size=group_size,
-            capacity=capacity,
-        )
+    for copy_BSD in copies_of(layer, x_BSD, ctx):
+        batch, plan = LocalDispatcher().dispatch(copy_BSD.flatten(0, 1), routing, limits)
         rows.append(layer.experts(batch))
     return mean_of(rows), plan
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, islice
 from typing import Any
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.moe.expert_dropout import HiddenDropout, expert_of_rows
-from epmoe.moe.trip import Pipeline
 from epmoe.ops import activate, expert_ffn
 from epmoe.types import ExpertBatch
+
+Part = Callable[[ExpertBatch], Tensor]
 
 
 def reset_modules(parent: nn.Module) -> None:
@@ -121,18 +122,16 @@ class FFNExperts(nn.Module):
         )
         return f"{held}, D={self.w_in.shape[1]}, F={self.w_out.shape[1]}, {self.activation}"
 
-    def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
-        """Each row through its expert, times its weight if it has one -> ``[R, D]``; a pipeline's rows come home."""
-        if isinstance(batch, ExpertBatch):
-            return self._compute(batch, self.w_in, self.w_out, self.first_expert)
+    def forward(self, batch: ExpertBatch) -> Tensor:
+        """Each row through its expert, times its weight if it has one -> ``[R, D]``."""
+        return self._compute(batch, self.w_in, self.w_out, self.first_expert)
+
+    def in_parts(self, sizes: Sequence[int], run: Callable[[list[Part]], Tensor]) -> Tensor:
+        """``run`` of a function for every so many experts, consecutive ones, in one forward pass of the module."""
         # Split once: slices would each have a gradient of the whole size.
-        parts = zip(
-            self.w_in.split(batch.num_local),
-            self.w_out.split(batch.num_local),
-            accumulate(batch.num_local, initial=self.first_expert),
-            strict=False,
-        )
-        return batch.through([partial(self._compute, w_in_LDX=a, w_out_LFD=b, first=e) for a, b, e in parts])
+        firsts = accumulate(sizes, initial=self.first_expert)
+        parts = zip(self.w_in.split(list(sizes)), self.w_out.split(list(sizes)), firsts, strict=False)
+        return run([partial(self._compute, w_in_LDX=a, w_out_LFD=b, first=e) for a, b, e in parts])
 
     @property
     def wants_labels(self) -> bool:
@@ -225,14 +224,15 @@ class ModuleExperts(nn.Module):
                 torch.manual_seed(seed + int(number))
                 reset_modules(nn.ModuleDict({number: module}))
 
-    def forward(self, batch: ExpertBatch | Pipeline) -> Tensor:
-        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, d_out]``; a
-        pipeline's rows come home."""
-        if isinstance(batch, ExpertBatch):
-            return _through_modules(batch, self.experts.values(), self.d_out)
+    def forward(self, batch: ExpertBatch) -> Tensor:
+        """Each block of rows through its module, times the rows' weights if they have some -> ``[R, d_out]``."""
+        return _through_modules(batch, self.experts.values(), self.d_out)
+
+    def in_parts(self, sizes: Sequence[int], run: Callable[[list[Part]], Tensor]) -> Tensor:
+        """As of ``FFNExperts``."""
         modules = iter(self.experts.values())
-        parts = [[*islice(modules, count)] for count in batch.num_local]
-        return batch.through([partial(_through_modules, modules=part, d_out=self.d_out) for part in parts])
+        parts = [[*islice(modules, count)] for count in sizes]
+        return run([partial(_through_modules, modules=part, d_out=self.d_out) for part in parts])
 
 
 def _through_modules(batch: ExpertBatch, modules: Iterable[nn.Module], d_out: int | None) -> Tensor:

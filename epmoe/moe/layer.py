@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
 from epmoe.config import MoEConfig
-from epmoe.config_routers import SmoothingOptions
-from epmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from epmoe.moe.dispatch import Dispatcher, LocalDispatcher, nothing
 from epmoe.moe.expert_dropout import with_labels
 from epmoe.moe.experts import reset_modules
 from epmoe.moe.inputs import check_inputs
 from epmoe.moe.losses import LossFunction, LossInputs, choice_counts
 from epmoe.moe.plan import expert_capacity
-from epmoe.moe.recompute import Remake, Replay, kept, plain, same_random_numbers
+from epmoe.moe.recompute import KEEP, Recompute
 from epmoe.moe.router import Router
 from epmoe.moe.routers.common import missing_draws
-from epmoe.moe.smoothing import noisy_copy
-from epmoe.types import DispatchPlan, RouterReport, Routing, TokenContext
+from epmoe.types import DispatchPlan, Limits, RouterReport, Routing, TokenContext
 
 
 class MoELayer(nn.Module):
@@ -53,8 +50,7 @@ class MoELayer(nn.Module):
         x_BSD: Tensor,
         ctx: TokenContext | None = None,
         beside: Callable[[Tensor], Tensor] | None = None,
-        replay: Replay | None = None,
-        remake: Remake = plain,
+        recompute: Recompute = KEEP,
     ) -> tuple[Tensor, RouterReport]:
         """Routes, dispatches, computes, combines.
 
@@ -62,8 +58,8 @@ class MoELayer(nn.Module):
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask and sample numbers. None: all tokens are valid and nothing random can be drawn.
             beside: Computed from x_BSD too, while rows travel if the dispatcher overlaps, and added to the result.
-            replay: For a pass that will be recomputed: an empty one, which the second pass gets again.
-            remake: Computes what need not be kept for the backward pass.
+            recompute: What is not kept for the backward pass. For a pass that checkpoint computes again a new
+                ``Replay()``, which the second pass gets too.
 
         Returns:
             y_BSD (as wide as the experts' outputs) and the report with losses (differentiable sums) and metrics; in a
@@ -72,18 +68,16 @@ class MoELayer(nn.Module):
         Raises:
             TypeError, ValueError: Vectors and context do not fit (``epmoe.moe.inputs``).
             ValueError: In training, a policy draws random numbers (the default router's second expert, jitter) and
-                ``ctx.sample_B`` is missing. Or ``replay`` has served another call.
+                ``ctx.sample_B`` is missing. Or the ``Replay`` has served another call.
             RuntimeError: In training, its experts are spread over ranks and nobody reduces their gradients.
         """
         self.check_pass(x_BSD, ctx)
-        ctx = ctx or TokenContext()
-        copies = self.copies(x_BSD, ctx)
-        if self.rerouted:
-            replays = repeat(None) if replay is None else replay.of_copies()
-            pairs = zip(copies, replays, strict=False)
-            y_BSD, report = _mean([self._chain(copy, (copy,), ctx, None, own, remake) for copy, own in pairs])
-            return y_BSD if beside is None else y_BSD + beside(x_BSD), report
-        return self._chain(x_BSD, copies, ctx, beside, replay, remake)
+        ctx, shared = ctx or TokenContext(), Beside(beside, x_BSD)
+        limits, plan = self.limits(x_BSD), recompute.plan_of_first_pass()
+        routing = self.router(x_BSD, ctx, limits, recompute)
+        y_TD, plan = self.compute(x_BSD, ctx, routing, limits, plan, shared, recompute)
+        y_BSD = shared.added_to(as_tokens(y_TD, x_BSD))
+        return y_BSD, self.report(routing, plan, ctx, x_BSD.shape[1], recompute)
 
     def check_pass(self, x_BSD: Tensor, ctx: TokenContext | None) -> None:
         """The beginning of every forward pass, whatever the layer computes."""
@@ -99,67 +93,32 @@ class MoELayer(nn.Module):
         """
         reset_modules(self)
 
-    def _chain(
-        self,
-        x_BSD: Tensor,
-        copies: Iterable[Tensor],
-        ctx: TokenContext,
-        beside: Callable[[Tensor], Tensor] | None,
-        replay: Replay | None,
-        remake: Remake,
-    ) -> tuple[Tensor, RouterReport]:
-        """The mean output of copies of the input that all go where the input goes, plus what is computed beside."""
-        group_size, capacity = self.group_and_capacity(x_BSD)
-        plan = None if replay is None else replay.plan_of_first_pass()
-        again = plan is not None
-        routing = self.route(x_BSD, ctx, replay, remake)
-        outputs, beside_BSD = [], None
-        for copy_BSD in copies:
-            batch, plan = self.dispatcher.dispatch(
-                self.rows(copy_BSD, ctx),
-                routing,
-                num_experts=self.moe.num_experts,
-                group_size=group_size,
-                capacity=capacity,
-                plan=plan,
-            )
-            if beside is not None and beside_BSD is None:
-                beside_BSD = beside(x_BSD)
-            with same_random_numbers(replay, self.experts):
-                rows_RD = self.experts(batch)
-            outputs.append(self.dispatcher.combine(rows_RD, routing, plan))
-        y_BSD = mean_of(outputs).to(x_BSD.dtype).unflatten(0, x_BSD.shape[:2])
-        if beside_BSD is not None:
-            y_BSD = y_BSD + beside_BSD
-        if again:
-            return y_BSD, RouterReport(losses={}, metrics={})
-        assert plan is not None  # there is a copy
-        if replay is not None:
-            replay.remember(routing, plan)
-        with kept(replay):
-            return y_BSD, self.report(routing, plan, ctx, x_BSD.shape[1])
-
-    def route(
-        self, x_BSD: Tensor, ctx: TokenContext | None, replay: Replay | None = None, remake: Remake = plain
-    ) -> Routing:
-        """The router's decision. Arguments as for ``forward``."""
-        group_size, capacity = self.group_and_capacity(x_BSD)
-        routing: Routing = self.router(
-            x_BSD.flatten(0, 1),
-            ctx or TokenContext(),
-            seq_len=x_BSD.shape[1],
-            group_size=group_size,
-            capacity=capacity,
-            replay=replay,
-            remake=remake,
-        )
+    def route(self, x_BSD: Tensor, ctx: TokenContext | None = None) -> Routing:
+        """The router's decision alone: which experts a token would take."""
+        routing: Routing = self.router(x_BSD, ctx or TokenContext(), self.limits(x_BSD))
         return routing
 
-    def group_and_capacity(self, x_BSD: Tensor) -> tuple[int, int]:
+    def limits(self, x_BSD: Tensor) -> Limits:
         """Tokens that share a capacity, and each expert's slots among them."""
         num_sequences, seq_len = x_BSD.shape[:2]
         group_size = seq_len if self.moe.group == "sequence" else num_sequences * seq_len
-        return group_size, expert_capacity(self.moe, group_size, training=self.training)
+        capacity = expert_capacity(self.moe, group_size, training=self.training)
+        return Limits(num_experts=self.moe.num_experts, group_size=group_size, capacity=capacity)
+
+    def compute(
+        self,
+        x_BSD: Tensor,
+        ctx: TokenContext,
+        routing: Routing,
+        limits: Limits,
+        plan: DispatchPlan | None = None,
+        meanwhile: Callable[[], None] = nothing,
+        recompute: Recompute = KEEP,
+    ) -> tuple[Tensor, DispatchPlan]:
+        """What the experts make of the tokens, summed with the routing's weights -> ``[T, D]``."""
+        with recompute.same_random_numbers(self.experts):
+            rows_TD = self.rows(x_BSD, ctx)
+            return self.dispatcher.apply(rows_TD, routing, limits, self.experts, plan, meanwhile)
 
     def rows(self, x_BSD: Tensor, ctx: TokenContext) -> Tensor:
         """What is dispatched: the tokens, with whose they are where the experts ask for it.
@@ -175,31 +134,23 @@ class MoELayer(nn.Module):
             raise missing_draws("expert_dropout")
         return with_labels(x_TD, draws)
 
-    @property
-    def _noisy(self) -> SmoothingOptions | None:
-        """How the input is smoothed now; None = it is not."""
-        smoothing = self.router.options.smoothing
-        return smoothing if self.training and smoothing is not None and smoothing.draws else None
+    def report(
+        self,
+        routing: Routing,
+        plan: DispatchPlan,
+        ctx: TokenContext,
+        seq_len: int,
+        recompute: Recompute = KEEP,
+    ) -> RouterReport:
+        """Losses and metrics of one forward pass, nothing in a second one. With ``balance_scope: global``, in training,
+        a collective."""
+        if recompute.routing is not None:
+            return RouterReport(losses={}, metrics={})
+        recompute.remember(routing, plan)
+        with recompute.kept():
+            return self._report(routing, plan, ctx, seq_len)
 
-    @property
-    def rerouted(self) -> bool:
-        """Whether every copy of the input is routed on its own."""
-        return self._noisy is not None and self._noisy.reroute
-
-    def copies(self, x_BSD: Tensor, ctx: TokenContext) -> Iterator[Tensor]:
-        """The inputs whose outputs are averaged: noisy copies with ``smoothing.draws``, in training; else x itself."""
-        smoothing = self._noisy
-        if smoothing is None:
-            yield x_BSD
-            return
-        draws = self.router.draws(ctx, x_BSD.shape[1], x_BSD.device)
-        if draws is None:
-            raise missing_draws("smoothing")
-        for index in range(smoothing.draws):
-            yield noisy_copy(x_BSD.flatten(0, 1), draws, index, smoothing.sigma).view_as(x_BSD)
-
-    def report(self, routing: Routing, plan: DispatchPlan, ctx: TokenContext, seq_len: int) -> RouterReport:
-        """Losses and metrics of one forward pass. With ``balance_scope: global``, in training, a collective."""
+    def _report(self, routing: Routing, plan: DispatchPlan, ctx: TokenContext, seq_len: int) -> RouterReport:
         metrics = routing_metrics(routing, plan)
         inputs = LossInputs(routing=routing, plan=plan, seq_len=seq_len)
         if self.moe.balance_scope == "global" and "balance" in self.losses:
@@ -225,16 +176,27 @@ class MoELayer(nn.Module):
         return replace(inputs, global_count_E=total_X[:-1], global_tokens=total_X[-1])
 
 
-def mean_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors of one shape."""
-    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)
+def as_tokens(y_TD: Tensor, x_BSD: Tensor) -> Tensor:
+    """Summed rows in the dtype and the sequences of the input."""
+    y_BSD: Tensor = y_TD.to(x_BSD.dtype).unflatten(0, x_BSD.shape[:2])
+    return y_BSD
 
 
-def _mean(results: Sequence[tuple[Tensor, RouterReport]]) -> tuple[Tensor, RouterReport]:
-    """Mean outputs and losses; the metrics are those of the first copy, so that a token is counted once."""
-    outputs, reports = zip(*results, strict=True)
-    losses = {name: mean_of([report.losses[name] for report in reports]) for name in reports[0].losses}
-    return mean_of(outputs), RouterReport(losses=losses, metrics=reports[0].metrics)
+class Beside:
+    """Something that is computed once from a layer's input, while its rows travel, and added to its output."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor] | None, x_BSD: Tensor) -> None:
+        self.fn, self.x_BSD = fn, x_BSD
+        self.result_BSD: Tensor | None = None
+
+    def __call__(self) -> None:
+        if self.fn is not None and self.result_BSD is None:
+            self.result_BSD = self.fn(self.x_BSD)
+
+    def added_to(self, y_BSD: Tensor) -> Tensor:
+        """The sum; y itself where there is nothing."""
+        self()
+        return y_BSD if self.result_BSD is None else y_BSD + self.result_BSD
 
 
 def balance_count(moe: MoEConfig) -> str:

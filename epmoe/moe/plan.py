@@ -23,7 +23,7 @@ from torch import Tensor
 
 from epmoe.config import MoEConfig
 from epmoe.ops import DROPLESS, UNFILLED, assign_slots
-from epmoe.types import DispatchPlan, PartPlan, Routing
+from epmoe.types import DispatchPlan, Limits, PartPlan, Routing
 
 
 def expert_capacity(moe: MoEConfig, group_size: int, *, training: bool) -> int:
@@ -94,15 +94,13 @@ class Slots:
     """int64: kept assignments of each expert."""
 
 
-def _assign(
-    routing: Routing, num_experts: int, group_size: int, capacity: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _assign(routing: Routing, limits: Limits) -> tuple[Tensor, Tensor, Tensor]:
     """Each assignment's slot and group, and the demand before capacity."""
-    num_tokens = routing.valid_T.shape[0]
+    num_tokens, group_size = routing.valid_T.shape[0], limits.group_size
     num_groups = num_tokens // group_size if group_size else 0
     group_A = routing.token_A // max(group_size, 1)
     slot_A, demand_GE = assign_slots(
-        routing.expert_A, group_A, routing.active_A, num_groups, num_experts, capacity
+        routing.expert_A, group_A, routing.active_A, num_groups, limits.num_experts, limits.capacity
     )
     return slot_A, group_A, demand_GE
 
@@ -112,19 +110,13 @@ def _kept(demand_GE: Tensor, capacity: int) -> Tensor:
     return demand_GE if capacity == DROPLESS else demand_GE.clamp_max(capacity)
 
 
-def plan_slots(
-    routing: Routing, *, num_experts: int, group_size: int, capacity: int, spread: Spread = ALONE
-) -> Slots:
-    """Slots for every assignment, and the order in which the kept ones are sent.
-
-    Args:
-        group_size: Tokens per group; consecutive tokens form a group.
-        capacity: Slots per expert and group, or ``DROPLESS``.
-    """
-    slot_A, group_A, demand_GE = _assign(routing, num_experts, group_size, capacity)
-    kept_GE = _kept(demand_GE, capacity)
-    position_E = spread.send_position(torch.arange(num_experts, device=slot_A.device), num_experts)
-    sent_EG = kept_GE.new_empty(num_experts, kept_GE.shape[0]).index_copy_(0, position_E, kept_GE.t())
+def plan_slots(routing: Routing, limits: Limits, spread: Spread = ALONE) -> Slots:
+    """Slots for every assignment, and the order in which the kept ones are sent."""
+    slot_A, group_A, demand_GE = _assign(routing, limits)
+    kept_GE = _kept(demand_GE, limits.capacity)
+    expert_E = torch.arange(limits.num_experts, device=slot_A.device)
+    position_E = spread.send_position(expert_E, limits.num_experts)
+    sent_EG = kept_GE.new_empty(limits.num_experts, kept_GE.shape[0]).index_copy_(0, position_E, kept_GE.t())
     first_EG = (sent_EG.view(-1).cumsum(0).view_as(sent_EG) - sent_EG).index_select(0, position_E)
     # A slot is a place among the kept of its group and expert, so nothing has to be sorted.
     row_A = first_EG.view(-1).index_select(0, routing.expert_A * demand_GE.shape[0] + group_A) + slot_A
@@ -144,15 +136,14 @@ def _at_rows(row_A: Tensor, slot_A: Tensor, num_rows: int) -> Tensor:
     return assignment_X.scatter_(0, row_A, torch.arange(row_A.numel(), device=row_A.device))
 
 
-def plan_padded(
-    routing: Routing, *, num_experts: int, group_size: int, capacity: int, spread: Spread = ALONE
-) -> DispatchPlan:
+def plan_padded(routing: Routing, limits: Limits, spread: Spread = ALONE) -> DispatchPlan:
     """The plan of padded dispatch: E blocks of G*C rows, slot c of group g at row g*C + c of its expert's block.
 
     Nothing here depends on a number that only the device knows. ``capacity`` must not be ``DROPLESS``. How the blocks
     travel is for ``equal_parts`` to say.
     """
-    slot_A, group_A, demand_GE = _assign(routing, num_experts, group_size, capacity)
+    num_experts, capacity = limits.num_experts, limits.capacity
+    slot_A, group_A, demand_GE = _assign(routing, limits)
     num_groups = demand_GE.shape[0]
     num_rows = num_experts * num_groups * capacity
     position_A = spread.send_position(routing.expert_A, num_experts)
@@ -194,7 +185,9 @@ def plan_local(routing: Routing, slots: Slots) -> DispatchPlan:
     num_kept = cast(int, slots.tokens_per_expert_E.sum().item())
     torch._check(num_kept >= 0)
     torch._check(num_kept <= slots.order_A.shape[0])
-    return _plan(routing, slots, num_kept, ())
+    return _plan(
+        routing, slots, num_kept, (PartPlan(splits=(), tokens_per_expert_L=slots.tokens_per_expert_E),)
+    )
 
 
 def plan_exchange(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, repeat
 from typing import Any, Protocol
 
 import torch
@@ -20,16 +20,59 @@ from torch.autograd.graph import saved_tensors_hooks
 from epmoe.types import DispatchPlan, Routing
 
 
+class Remake(Protocol):
+    """Calls a function of tensors whose result, and all it keeps inside, is cheap to compute again."""
+
+    def __call__(self, fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``fn(*inputs)``, which must not depend on autocast or on anything that changes until backward."""
+
+
+def plain(fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """The ``Remake`` that keeps everything."""
+    return fn(*inputs)
+
+
+class Recompute:
+    """How a pass through a layer comes by what its backward pass needs: this one keeps everything."""
+
+    routing: Routing | None = None
+    """The decision of a first pass, in the second one."""
+    remake: Remake = staticmethod(plain)
+    """Computes what need not be kept."""
+
+    def plan_of_first_pass(self) -> DispatchPlan | None:
+        """None in the first pass itself."""
+        return None
+
+    def of_copies(self) -> Iterator[Recompute]:
+        """The same for every copy of the input, where a layer routes each on its own (``smoothing.reroute``)."""
+        return repeat(self)
+
+    def remember(self, routing: Routing, plan: DispatchPlan) -> None:
+        """Called at the end of the first pass."""
+
+    def kept(self) -> AbstractContextManager[object]:
+        """Inside, operators keep what they need, although the pass will be computed again."""
+        return nullcontext()
+
+    def same_random_numbers(self, experts: nn.Module) -> AbstractContextManager[object]:
+        """Around a call of the experts: a second pass finds torch's generators as the first did."""
+        return nullcontext()
+
+
+KEEP = Recompute()
+
+
 # ------------------------------------------------------------------------------------------- replay
-@dataclass(slots=True)
-class Replay:
+@dataclass
+class Replay(Recompute):
     """What a layer decided about a micro-batch in the first pass, for the pass that recomputes its activations.
 
     Routing again could break a tie another way, and then other rows would travel than the first pass has counted. So
     the second pass takes the routing and the plan from here; it exchanges no counts, and makes neither losses nor
     metrics. One object belongs to one layer and one micro-batch:
 
-        checkpoint(layer, x_BSD, ctx, replay=Replay(), use_reentrant=False)
+        checkpoint(layer, x_BSD, ctx, recompute=Replay(), use_reentrant=False)
 
     Experts that are modules and draw random numbers (dropout) draw the same ones again, whatever checkpoint preserves.
     """
@@ -65,27 +108,31 @@ class Replay:
 
     def remember(self, routing: Routing, plan: DispatchPlan) -> None:
         """Keeps both, cut off from the graph: it would hold this object, and this object the graph."""
-        self.routing, self.plan = pytree.tree_map_only(Tensor, _cut, (routing, plan))
+        if self.plan is None:
+            self.routing, self.plan = pytree.tree_map_only(Tensor, _cut, (routing, plan))
 
+    def kept(self) -> AbstractContextManager[object]:
+        """Checkpoint's own hooks do not see what is kept here."""
+        return saved_tensors_hooks(_held, _unpack)
 
-@contextmanager
-def same_random_numbers(replay: Replay | None, experts: nn.Module) -> Iterator[None]:
-    """Around a call of the experts: a second pass finds torch's generators as the first did, and leaves no trace."""
-    if replay is None or not getattr(experts, "draws", True):
-        yield
-        return
-    call = replay._next_call
-    if replay.plan is None:  # the first pass
-        replay.random_states.append(_random_state())
-        yield
-        return
-    replay._next_call = (call + 1) % len(replay.random_states)
-    now = _random_state()
-    _set_random_state(replay.random_states[call])
-    try:
-        yield
-    finally:
-        _set_random_state(now)
+    @contextmanager
+    def same_random_numbers(self, experts: nn.Module) -> Iterator[None]:
+        """A second pass leaves no trace in torch's generators."""
+        if not getattr(experts, "draws", True):
+            yield
+            return
+        call = self._next_call
+        if self.plan is None:  # the first pass
+            self.random_states.append(_random_state())
+            yield
+            return
+        self._next_call = (call + 1) % len(self.random_states)
+        now = _random_state()
+        _set_random_state(self.random_states[call])
+        try:
+            yield
+        finally:
+            _set_random_state(now)
 
 
 def _random_state() -> tuple[Tensor, ...]:
@@ -103,29 +150,12 @@ def _cut(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def kept(replay: Replay | None) -> AbstractContextManager[object]:
-    """Inside, operators keep what they need as they always do, although the pass will be recomputed with a replay."""
-    return nullcontext() if replay is None else saved_tensors_hooks(_held, _unpack)
-
-
 def _held(tensor: Tensor) -> Tensor:
     """Without its graph: a result that its own operator keeps would hold the operator, and so itself, for ever."""
     return tensor if tensor.is_leaf else tensor.detach()
 
 
 # ------------------------------------------------------------------------------------------- cheap tensors
-class Remake(Protocol):
-    """Calls a function of tensors whose result, and all it keeps inside, is cheap to compute again."""
-
-    def __call__(self, fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """``fn(*inputs)``, which must not depend on autocast or on anything that changes until backward."""
-
-
-def plain(fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The ``Remake`` that keeps everything."""
-    return fn(*inputs)
-
-
 @dataclass(slots=True)
 class _Recipe:
     """A result that can be made again, and what was kept while it was made."""
@@ -181,12 +211,12 @@ def _fresh(packed: Any) -> Any:
     return packed
 
 
-class CheapTensors(saved_tensors_hooks):
+class CheapTensors(saved_tensors_hooks, Recompute):
     """While it is entered, operators do not keep the results of the functions it is called with; backward makes them
     again from the functions' inputs, once for all operators that need them, to the same bits.
 
-        with CheapTensors() as remake:
-            y = linear(remake(norm, x))      # keeps x, and not norm(x)
+        with CheapTensors() as cheap:
+            y = linear(cheap.remake(norm, x))      # keeps x, and not norm(x)
     """
 
     def __init__(self) -> None:
@@ -202,7 +232,7 @@ class CheapTensors(saved_tensors_hooks):
         super().__exit__(*args)
         self._made.clear()
 
-    def __call__(self, fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def remake(self, fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """``fn(*inputs)``, not to be kept."""
         recipe = _Recipe(fn=fn, inputs=tuple(map(self._pack_input, inputs)))
         number = 0

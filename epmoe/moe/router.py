@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from epmoe.config_routers import RouterOptions
 from epmoe.moe.inputs import NUM_SAMPLES, numbers_of_valid
-from epmoe.moe.recompute import Remake, Replay, kept, plain
+from epmoe.moe.recompute import KEEP, Recompute, Remake, plain
 from epmoe.moe.routers import common
 from epmoe.moe.routers.family import Family, Init, Part, zeros
 from epmoe.moe.smoothing import gate_noise
 from epmoe.ops import DROPLESS, UNFILLED, permute, philox
-from epmoe.types import Draws, RouterInputs, Routing, TokenContext, compute_dtype
+from epmoe.types import Draws, Limits, RouterInputs, Routing, TokenContext, compute_dtype
 
 
 class Router(nn.Module):
@@ -112,25 +112,19 @@ class Router(nn.Module):
 
     def forward(
         self,
-        x_TD: Tensor,
+        x_BSD: Tensor,
         ctx: TokenContext,
-        *,
-        seq_len: int,
-        group_size: int = 0,
-        capacity: int = DROPLESS,
-        replay: Replay | None = None,
-        remake: Remake = plain,
+        limits: Limits | None = None,
+        recompute: Recompute = KEEP,
     ) -> Routing:
-        """Logits of every token, and the family's decision; with a replay that has one, that one.
+        """Logits of every token, and the family's decision; in a second pass that of the first.
 
         Other arguments and errors are those of ``inputs``.
         """
-        inputs = self.inputs(
-            x_TD, ctx, seq_len=seq_len, group_size=group_size, capacity=capacity, remake=remake
-        )
-        if replay is not None and replay.routing is not None:
-            return replay.routing
-        with kept(replay):
+        inputs = self.inputs(x_BSD, ctx, limits, recompute.remake)
+        if recompute.routing is not None:
+            return recompute.routing
+        with recompute.kept():
             return self.decide(inputs)
 
     def decide(self, inputs: RouterInputs) -> Routing:
@@ -140,26 +134,24 @@ class Router(nn.Module):
 
     def inputs(
         self,
-        x_TD: Tensor,
+        x_BSD: Tensor,
         ctx: TokenContext,
-        *,
-        seq_len: int,
-        group_size: int = 0,
-        capacity: int = DROPLESS,
+        limits: Limits | None = None,
         remake: Remake = plain,
     ) -> RouterInputs:
         """Logits of every token, and all else that the family decides from.
 
         Args:
-            x_TD: Tokens, sequence after sequence.
-            seq_len: Tokens per sequence, S.
-            group_size: Tokens per capacity group; 0 = all of them.
-            capacity: Slots per expert and group, for families whose choice depends on them.
+            x_BSD: Tokens, sequence after sequence.
+            ctx: What is known about them.
+            limits: For families whose choice depends on groups and capacity. None: all tokens are one group, and
+                experts take as many as come.
             remake: Computes what need not be kept for the backward pass.
 
         Raises:
             ValueError: The policy draws random numbers and ``ctx.sample_B`` is None.
         """
+        x_TD, seq_len = x_BSD.flatten(0, 1), x_BSD.shape[1]
         draws = self.draws(ctx, seq_len, x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = remake(self._own_copy, x_TD, draws)
@@ -169,8 +161,8 @@ class Router(nn.Module):
                 valid_T=_valid(x_TD, ctx),
                 draws=draws,
                 training=self.training,
-                group_size=group_size,
-                capacity=capacity,
+                group_size=0 if limits is None else limits.group_size,
+                capacity=DROPLESS if limits is None else limits.capacity,
                 seq_len=seq_len,
                 token_T=None if ctx.token_BS is None else ctx.token_BS.flatten(),
                 segment_T=_segments(ctx, seq_len),

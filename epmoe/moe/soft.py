@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from epmoe.config_routers import SoftOptions
-from epmoe.moe.dispatcher import PaddedDispatcher
-from epmoe.moe.layer import MoELayer
-from epmoe.moe.recompute import Remake, Replay, plain
+from epmoe.moe.dispatch import PaddedDispatcher
+from epmoe.moe.layer import Beside, MoELayer
+from epmoe.moe.overlap import OverlapDispatcher
+from epmoe.moe.recompute import KEEP, Recompute
 from epmoe.moe.routers.family import Family, FloatArray, Part
-from epmoe.moe.trip import Pipeline
 from epmoe.types import (
-    ExpertBatch,
-    PartPlan,
     RouterInputs,
     RouterReport,
     Routing,
@@ -69,23 +67,21 @@ class SoftMoELayer(MoELayer):
         x_BSD: Tensor,
         ctx: TokenContext | None = None,
         beside: Callable[[Tensor], Tensor] | None = None,
-        replay: Replay | None = None,
-        remake: Remake = plain,
+        recompute: Recompute = KEEP,
     ) -> tuple[Tensor, RouterReport]:
         """Mixes tokens into slots, computes, mixes results back.
 
         Args:
             x_BSD: Tokens, sequence after sequence; ``[B, S, D]``.
             ctx: Padding mask. None: all tokens are valid.
-            beside, remake: As in ``MoELayer``.
-            replay: Not looked at: nothing is decided here that a second pass could decide otherwise.
+            beside, recompute: As in ``MoELayer``; nothing is decided here that a second pass could decide otherwise.
 
         Raises:
             RuntimeError: As in ``MoELayer``.
         """
         self.check_pass(x_BSD, ctx)
         num_tokens, width = x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2]
-        size, _ = self.group_and_capacity(x_BSD)
+        size = self.limits(x_BSD).group_size
         num_groups = num_tokens // max(size, 1)
         with torch.autocast(x_BSD.device.type, enabled=False):
             x_GSD = x_BSD.reshape(num_groups, size, width).to(compute_dtype(x_BSD.dtype))
@@ -93,52 +89,39 @@ class SoftMoELayer(MoELayer):
             valid_GS = torch.ones_like(finite_GS)
             if ctx is not None and ctx.valid_BS is not None:
                 valid_GS = ctx.valid_BS.reshape(num_groups, size)
-            x_GSD = remake(torch.where, finite_GS.unsqueeze(2), x_GSD, 0.0)
+            x_GSD = recompute.remake(torch.where, finite_GS.unsqueeze(2), x_GSD, 0.0)
             phi_XD, scale = (getattr(self.router, name).to(x_GSD.dtype) for name in ("phi", "scale"))
             dispatch_GSX, combine_GSX = mixing_weights(x_GSD, phi_XD, scale, valid_GS & finite_GS)
             slot_GXD = dispatch_GSX.transpose(1, 2) @ x_GSD
-        batch, parts = self._send(slot_GXD.to(x_BSD.dtype))
-        beside_BSD = None if beside is None else beside(x_BSD)  # while rows travel
-        result_GXD = self._bring_home(self.experts(batch), parts, slot_GXD)
+        shared = Beside(beside, x_BSD)
+        result_GXD = self._through_experts(slot_GXD.to(x_BSD.dtype), shared)
         with torch.autocast(x_BSD.device.type, enabled=False):
             y_GSD = combine_GSX @ result_GXD.to(combine_GSX.dtype)
         report = RouterReport(losses={}, metrics=self._metrics(combine_GSX, valid_GS, finite_GS))
-        y_BSD = y_GSD.to(x_BSD.dtype).view_as(x_BSD)
-        return y_BSD if beside_BSD is None else y_BSD + beside_BSD, report
+        return shared.added_to(y_GSD.to(x_BSD.dtype).view_as(x_BSD)), report
 
-    def _send(self, slot_GXD: Tensor) -> tuple[ExpertBatch | Pipeline, tuple[PartPlan, ...]]:
-        """Every slot to its expert: slots of all groups together, expert after expert."""
-        dispatcher = self._padded
+    def _through_experts(self, slot_GXD: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        """Every slot through its expert: slots of all groups together, expert after expert."""
         num_groups, num_slots, width = slot_GXD.shape
-        num_experts = self.moe.num_experts
-        slot_GEPD = slot_GXD.reshape(num_groups, num_experts, num_slots // num_experts, width)
-        slot_EGPD = slot_GEPD.transpose(0, 1)
-        if dispatcher.spread.num_parts > 1:
-            slot_EGPD = slot_EGPD.index_select(0, self._send_positions(slot_GXD).argsort())
+        num_experts, spread = self.moe.num_experts, self.dispatcher.spread
+        slot_EGPD = slot_GXD.reshape(num_groups, num_experts, num_slots // num_experts, width).transpose(0, 1)
+        position_E = spread.send_position(torch.arange(num_experts, device=slot_GXD.device), num_experts)
+        if spread.num_parts > 1:
+            slot_EGPD = slot_EGPD.index_select(0, position_E.argsort())
         rows_ND = slot_EGPD.reshape(-1, width)
-        parts = dispatcher.parts(num_experts, rows_ND)
-        return dispatcher.send_blocks(rows_ND, parts), parts
-
-    def _bring_home(self, rows_RD: Tensor, parts: tuple[PartPlan, ...], slot_GXD: Tensor) -> Tensor:
-        """The inverse, for the results."""
-        num_groups, num_slots, width = slot_GXD.shape
-        num_experts = self.moe.num_experts
-        back_ND = self._padded.blocks_home(rows_RD, parts)
+        parts = self._padded.parts(num_experts, rows_ND)
+        back_ND = self.dispatcher.carry(rows_ND, None, parts, self.experts, meanwhile)
         back_EGPD = back_ND.view(num_experts, num_groups, num_slots // num_experts, width)
-        if self._padded.spread.num_parts > 1:
-            back_EGPD = back_EGPD.index_select(0, self._send_positions(slot_GXD))
+        if spread.num_parts > 1:
+            back_EGPD = back_EGPD.index_select(0, position_E)
         return back_EGPD.transpose(0, 1).reshape(num_groups, num_slots, width)
 
     @property
     def _padded(self) -> PaddedDispatcher:
         dispatcher = self.dispatcher
-        assert isinstance(dispatcher, PaddedDispatcher)  # build sees to it
-        return dispatcher
-
-    def _send_positions(self, slot_GXD: Tensor) -> Tensor:
-        num_experts = self.moe.num_experts
-        expert_E = torch.arange(num_experts, device=slot_GXD.device)
-        return self._padded.spread.send_position(expert_E, num_experts)
+        inner = dispatcher.inner if isinstance(dispatcher, OverlapDispatcher) else dispatcher
+        assert isinstance(inner, PaddedDispatcher)  # build sees to it
+        return inner
 
     @torch.no_grad()
     def _metrics(self, combine_GSX: Tensor, valid_GS: Tensor, finite_GS: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from epmoe.models.decoder import Block, Decoder
@@ -101,6 +106,8 @@ def _cut(module: nn.Module, over: DeviceMesh, policy: MixedPrecisionPolicy) -> F
     """Rows of a module's parameters over the ranks of a mesh; their gradients are summed, and divided by nothing."""
     fully_shard(module, mesh=over, mp_policy=policy)
     assert isinstance(module, FSDPModule)
+    if hasattr(module, "in_parts"):
+        register_fsdp_forward_method(module, "in_parts")  # experts, where rows travel in parts
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
     return module

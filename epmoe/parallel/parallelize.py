@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from epmoe.comm.exchange import SumCounts
 from epmoe.config import choose_ep_size
 from epmoe.moe.build import build_dispatcher, refuse_batch_statistics
-from epmoe.moe.experts import FFNExperts, ModuleExperts
+from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.ddp import leave_experts_to_us
 from epmoe.parallel.deepspeed import mark_experts
@@ -51,7 +51,7 @@ def shard_experts(model: nn.Module, mesh: ExpertMesh) -> None:
             device_type=mesh.device_mesh.device_type,
             num_parts=num_parts,
         )
-        if num_parts and not isinstance(layer.experts, FFNExperts | ModuleExperts):
+        if num_parts and not hasattr(layer.experts, "in_parts"):
             raise ValueError(
                 f"overlap_chunks and overlap_shared hand the experts their rows in parts, which "
                 f"{type(layer.experts).__name__} does not understand; use FFNExperts or ModuleExperts, or "

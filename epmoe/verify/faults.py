@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from epmoe.config_routers import SoftOptions
 from epmoe.moe.layer import MoELayer
-from epmoe.moe.recompute import Replay
+from epmoe.moe.recompute import Recompute
 from epmoe.moe.router import Router
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import is_expert
@@ -198,11 +198,11 @@ def _weights_cut_off(original: Any, router: Router, *args: Any, **kwargs: Any) -
 
 
 def _decided_again(
-    original: Any, router: Router, *args: Any, replay: Replay | None = None, **rest: Any
+    original: Any, router: Router, x_BSD: Tensor, ctx: Any, limits: Any, recompute: Recompute
 ) -> Any:
     """The second pass has the rows of the first, and weights that came out otherwise."""
-    routing = original(router, *args, **rest)
-    again = replay is not None and replay.plan is not None
+    routing = original(router, x_BSD, ctx, limits)
+    again = recompute.routing is not None
     return replace(routing, weight_A=routing.weight_A * (1.1 if again else 1.0))
 
 

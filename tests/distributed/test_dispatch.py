@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from epmoe import ModuleExperts, TokenContext, build_moe_layer, shard_experts
 from epmoe.config import MoEConfig
-from epmoe.moe.dispatcher import AllToAllDispatcher, PaddedDispatcher
+from epmoe.moe.dispatch import AllToAllDispatcher, PaddedDispatcher
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over

@@ -74,7 +74,7 @@ class Net(nn.Module):
             *([self.experts] if self.use == "called twice" else []),
         ):
             if self.use == "recomputed":
-                y_BSD, _ = checkpoint(layer, h_BSD, None, replay=Replay(), use_reentrant=False)
+                y_BSD, _ = checkpoint(layer, h_BSD, None, recompute=Replay(), use_reentrant=False)
             else:
                 y_BSD, _ = layer(h_BSD)
             h_BSD = h_BSD + y_BSD
@@ -314,7 +314,7 @@ def test_dropout_in_experts_is_the_same_when_it_is_recomputed(preserve: bool) ->
         layer = build_moe_layer(MOE, d_model=8, experts=ModuleExperts(m for m in modules))
         x_BSD = torch.randn(2, 6, 8, requires_grad=True)
         torch.manual_seed(1)
-        again = {"replay": Replay(), "use_reentrant": False, "preserve_rng_state": preserve}
+        again = {"recompute": Replay(), "use_reentrant": False, "preserve_rng_state": preserve}
         y_BSD, _ = checkpoint(layer, x_BSD, TokenContext(), **again) if recompute else layer(x_BSD)
         state = torch.get_rng_state()
         y_BSD.square().sum().backward()

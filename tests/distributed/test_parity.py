@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epmoe.config import Config, ParallelConfig
-from epmoe.moe import dispatcher
+from epmoe.moe import dispatch
 from epmoe.parallel import runtime
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh
@@ -228,7 +228,7 @@ def train_cell(place: Any, mesh: Any, router: str, precision: str, accumulation:
 def counting(calls: Counter[str]) -> Iterator[None]:
     """Counts the collectives that a second pass must not repeat."""
     with ExitStack() as stack:
-        for owner, name in ((dispatcher, "exchange_counts"), (dist, "all_reduce")):
+        for owner, name in ((dispatch, "exchange_counts"), (dist, "all_reduce")):
             original = getattr(owner, name)
 
             def call(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from epmoe import ModuleExperts, build_moe_layer, shard_experts
 from epmoe.config import MoEConfig
-from epmoe.moe.dispatcher import AllToAllDispatcher, LocalDispatcher
+from epmoe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from epmoe.comm.exchange import flat
 from epmoe.config import Config, DataConfig, MoEConfig, router_classes
-from epmoe.moe import dispatcher
-from epmoe.moe.dispatcher import AllToAllDispatcher
+from epmoe.moe import dispatch
+from epmoe.moe.dispatch import AllToAllDispatcher
 from tests.unit.moe.helpers import config, make_layer, tokens
 
 FOLDER = Path(__file__).parents[3] / "benchmarks"
@@ -309,14 +309,14 @@ def test_exchanges_are_a_part_of_their_own(one_rank_group: dist.ProcessGroup) ->
 
     layer = make_layer(config("top2", num_experts=4))
     x_BSD = tokens(2, 6).requires_grad_()
-    before = vars(dispatcher)["exchange_counts"]
+    before = vars(dispatch)["exchange_counts"]
     layer.dispatcher = AllToAllDispatcher(flat(one_rank_group))
     with labelled(moe_labels(layer) * 2), profile(activities=[ProfilerActivity.CPU]) as profiler:
         layer(x_BSD)[0].sum().backward()
     parts = [part for event, part in classified(profiler.events(), MOE_RULES) if "alltoall" in event.name]
     assert len(parts) >= 5
     assert set(parts) == {EXCHANGE}
-    assert vars(dispatcher)["exchange_counts"] is before
+    assert vars(dispatch)["exchange_counts"] is before
 
 
 @pytest.mark.usefixtures("bench")

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from epmoe.config import MoEConfig
 from epmoe.models.attention import attention_inputs
-from epmoe.moe import dispatcher, layer
+from epmoe.moe import dispatch, layer
 from epmoe.moe.build import ROUTERS, build_moe_layer
-from epmoe.moe.recompute import CheapTensors, Replay, kept
+from epmoe.moe.recompute import CheapTensors, Replay
 from epmoe.moe.router import Router
 from tests.unit.models.kept import Storages
 from tests.unit.models.training import decoder, gradients, objective, samples
@@ -71,8 +71,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     with monkeypatch.context() as patched:
         watch(Router, "decide")
         watch(Router, "inputs")
-        watch(dispatcher, "plan_slots")
-        watch(dispatcher, "plan_padded")
+        watch(dispatch, "plan_slots")
+        watch(dispatch, "plan_padded")
         watch(layer, "routing_metrics")
         yield calls
 
@@ -119,7 +119,9 @@ def test_replay_holds_nothing_of_the_graph() -> None:
     _, ctx = samples()
     replay = Replay()
     ctx = replace(ctx, valid_BS=None, token_BS=None, task_B=None, sample_B=torch.arange(2))
-    y_BSD, report = checkpoint(moe, x_BSD, ctx, replay=replay, use_reentrant=False, preserve_rng_state=False)
+    y_BSD, report = checkpoint(
+        moe, x_BSD, ctx, recompute=replay, use_reentrant=False, preserve_rng_state=False
+    )
     assert replay.routing is not None
     assert replay.routing.weight_A.grad_fn is None
     assert replay.routing.weight_A.requires_grad
@@ -134,10 +136,10 @@ def test_replay_holds_nothing_of_the_graph() -> None:
 def test_a_replay_serves_one_call() -> None:
     moe = build_moe_layer(MoEConfig(num_experts=4, router="topk"), d_model=8, d_ff=8)  # type: ignore[arg-type]
     x_BSD, replay = torch.randn(2, 6, 8, requires_grad=True), Replay()
-    y_BSD, _ = checkpoint(moe, x_BSD, None, replay=replay, use_reentrant=False)
+    y_BSD, _ = checkpoint(moe, x_BSD, None, recompute=replay, use_reentrant=False)
     y_BSD.sum().backward()
     with pytest.raises(ValueError, match="new Replay"):
-        checkpoint(moe, x_BSD.detach() + 1, None, replay=replay, use_reentrant=False)
+        checkpoint(moe, x_BSD.detach() + 1, None, recompute=replay, use_reentrant=False)
 
 
 def kept_per_token(mode: str) -> float:
@@ -184,8 +186,8 @@ def test_a_cheap_tensor_is_made_once_for_all_who_need_it() -> None:
         return (z @ w).square().sum() + (y[1:] * z[:3]).sum()
 
     wanted = torch.autograd.grad(loss(lambda fn, *inputs: fn(*inputs)), [x, w])
-    with CheapTensors() as remake:
-        total = loss(remake)
+    with CheapTensors() as cheap_tensors:
+        total = loss(cheap_tensors.remake)
     for passes in (1, 2):  # a second one through a graph that is kept
         made.clear()
         got = torch.autograd.grad(total, [x, w], retain_graph=passes == 1)
@@ -193,26 +195,29 @@ def test_a_cheap_tensor_is_made_once_for_all_who_need_it() -> None:
         assert len(made) == 2
 
 
-@pytest.mark.parametrize("hooks", [CheapTensors, lambda: kept(Replay())])
+@pytest.mark.parametrize("hooks", [CheapTensors, lambda: Replay().kept()])
 def test_nothing_outlives_its_graph(hooks: Callable[[], Any]) -> None:
     """``exp`` keeps its result, which must not hold itself where no backward pass ever asks for it."""
     x = torch.randn(4, 3, requires_grad=True)
     with Storages() as storages:
-        with hooks() as remake:
+        with hooks() as cheap_tensors:
             y = x.exp()
-            z = remake(torch.exp, y.sigmoid()) if isinstance(remake, CheapTensors) else y
+            z = cheap_tensors.remake(torch.exp, y.sigmoid()) if isinstance(cheap_tensors, CheapTensors) else y
         z.exp().sum().backward()
         with hooks():
             y = x.exp()
-        del y, z, remake
+        del y, z, cheap_tensors
     assert storages.alive([x.grad]) == 0
 
 
 def test_a_cheap_tensor_may_be_its_own_input_or_empty() -> None:
     x = torch.randn(2, 3, requires_grad=True)
     empty = torch.empty(0, 3, requires_grad=True)
-    with CheapTensors() as remake:
-        total = remake(lambda t: t, x).square().sum() + remake(torch.exp, empty).square().sum()
+    with CheapTensors() as cheap_tensors:
+        total = (
+            cheap_tensors.remake(lambda t: t, x).square().sum()
+            + cheap_tensors.remake(torch.exp, empty).square().sum()
+        )
     total.backward()
     assert torch.equal(x.grad, 2 * x.detach())
     assert empty.grad is not None

@@ -12,7 +12,7 @@ from epmoe.config import MoEConfig, router_classes
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.plan import plan_local, plan_slots
-from epmoe.types import DispatchPlan, Routing, TokenContext
+from epmoe.types import DispatchPlan, Limits, Routing, TokenContext
 from tests.oracle import capacity as oracle_capacity
 from tests.oracle import cases, deepseek, groups, mixture, noisy, philox, routing
 from tests.oracle.layer import LayerResult, ffn_experts, router_logits, run_layer
@@ -306,7 +306,7 @@ def draws_by_expert(moe: MoEConfig) -> bool:
 
 def local_plan(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:
     """The plan of a rank that holds all experts."""
-    slots = plan_slots(routing, num_experts=num_experts, group_size=group_size, capacity=capacity)
+    slots = plan_slots(routing, Limits(num_experts=num_experts, group_size=group_size, capacity=capacity))
     return plan_local(routing, slots)
 
 

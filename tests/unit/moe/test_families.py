@@ -28,6 +28,7 @@ from epmoe.models.init import init_weights
 from epmoe.models.sizes import count_parameters
 from epmoe.moe import build
 from epmoe.section import Section
+from epmoe.types import Limits
 from tests.unit.moe.helpers import EVERY, ROUTERS, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
 
@@ -241,5 +242,5 @@ def test_no_router_makes_the_host_wait(name):
     layer = make_layer(config(name, num_experts=4))
     x_BSD = tokens(2, 6)
     with HostCopies() as copies:
-        layer.router(x_BSD.flatten(0, 1), context(x_BSD, "some"), seq_len=6, group_size=6, capacity=2)
+        layer.router(x_BSD, context(x_BSD, "some"), Limits(num_experts=4, group_size=6, capacity=2))
     assert copies.calls == []

@@ -11,11 +11,12 @@ import torch
 
 from epmoe.config import Config, MoEConfig
 from epmoe.models.decoder import Decoder
-from epmoe.moe.dispatcher import LocalDispatcher, PaddedDispatcher
+from epmoe.moe.dispatch import LocalDispatcher, PaddedDispatcher
 from epmoe.moe.losses import batchwise_threshold_loss
 from epmoe.moe.routers.base import balanced_assignment
 from epmoe.moe.routers.sinkhorn import log_plan
 from epmoe.ops import DROPLESS
+from epmoe.types import Limits
 from tests.oracle import cases
 from tests.oracle.groups import assignment, plan
 from tests.unit.moe.helpers import close, config, context, extras, make_layer, oracle_decision, tokens
@@ -265,7 +266,9 @@ def test_capacity_cuts_the_end_of_an_experts_list():
     logits, valid = cases.logits_and_valid("random", 16, 4)
     layer = make_layer(moe)
     routed = route(moe, logits, valid, capacity=DROPLESS)
-    _, plan_ = layer.dispatcher.dispatch(tokens(1, 16)[0], routed, num_experts=4, group_size=16, capacity=3)
+    _, plan_ = layer.dispatcher.dispatch(
+        tokens(1, 16)[0], routed, Limits(num_experts=4, group_size=16, capacity=3)
+    )
     kept = routed.token_A[plan_.assignment_N].view(4, 3)
     for e in range(4):
         assert kept[e].tolist() == routed.token_A[routed.expert_A == e][:3].tolist()

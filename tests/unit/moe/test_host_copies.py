@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from epmoe.comm.exchange import flat
 from epmoe.moe.build import DISPATCHERS
 from epmoe.moe.routers import common
-from epmoe.types import TokenContext
+from epmoe.types import Limits, TokenContext
 from tests.unit.moe.helpers import config, context, make_layer, tokens
 
 WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "equal", "allclose"}
@@ -49,11 +49,13 @@ def test_dispatch_makes_the_host_wait_at_most_once(name, factor, one_rank_group)
     layer.dispatcher = DISPATCHERS[name](flat(one_rank_group), weigh_rows=False)
     x_BSD = tokens(2, 6)
     with HostCopies() as routed:
-        routing = layer.router(x_BSD.flatten(0, 1), context(x_BSD), seq_len=6)
+        routing = layer.router(x_BSD, context(x_BSD))
     assert routed.calls == []
     with HostCopies() as dispatched:
         batch, plan = layer.dispatcher.dispatch(
-            x_BSD.flatten(0, 1), routing, num_experts=4, group_size=6, capacity=-1 if factor is None else 2
+            x_BSD.flatten(0, 1),
+            routing,
+            Limits(num_experts=4, group_size=6, capacity=-1 if factor is None else 2),
         )
     static = name == "padded" and factor is not None
     assert len(dispatched.calls) == (0 if static else 1), dispatched.calls

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epmoe.types import TokenContext
+from epmoe.types import Limits, TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, oracle_layer, tokens
 
 BREAKABLE = ("gshard_random", "switch", "top2", "noisy2", "two_levels", "v3", "expert_choice", "base", "sinkhorn1",
@@ -194,8 +194,8 @@ def test_capacity_zero_drops_everything():
     moe = config("gshard_all", num_experts=4)
     layer = make_layer(moe)
     x_TD = tokens(1, 6)[0].requires_grad_()
-    routing = layer.router(x_TD, TokenContext(), seq_len=6)
-    batch, plan = layer.dispatcher.dispatch(x_TD, routing, num_experts=4, group_size=6, capacity=0)
+    routing = layer.router(x_TD.unflatten(0, (-1, 6)), TokenContext())
+    batch, plan = layer.dispatcher.dispatch(x_TD, routing, Limits(num_experts=4, group_size=6, capacity=0))
     y_TD = layer.dispatcher.combine(layer.experts(batch), routing, plan)
     assert (y_TD == 0).all()
     metrics = layer.report(routing, plan, TokenContext(), 6).metrics

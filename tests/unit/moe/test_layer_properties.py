@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from epmoe.comm.exchange import flat
 from epmoe.moe.build import build_moe_layer
-from epmoe.moe.dispatcher import AllToAllDispatcher
+from epmoe.moe.dispatch import AllToAllDispatcher
 from epmoe.moe.routers import common
-from epmoe.types import TokenContext
+from epmoe.types import Limits, TokenContext
 from tests.unit.moe.helpers import (
     EVERY,
     NEW_NAMES,
@@ -42,9 +42,13 @@ def decisions(layer, x_BSD, ctx):
     seq_len = x_BSD.shape[1]
     if layer.moe.router.no_capacity:
         return [[] for _ in x_BSD]
-    routing = layer.router(x_BSD.flatten(0, 1), ctx, seq_len=seq_len, group_size=seq_len)
+    routing = layer.router(
+        x_BSD, ctx, Limits(num_experts=layer.moe.num_experts, group_size=seq_len, capacity=-1)
+    )
     _, plan = layer.dispatcher.dispatch(
-        x_BSD.flatten(0, 1), routing, num_experts=layer.moe.num_experts, group_size=seq_len, capacity=3
+        x_BSD.flatten(0, 1),
+        routing,
+        Limits(num_experts=layer.moe.num_experts, group_size=seq_len, capacity=3),
     )
     found = [[] for _ in range(x_BSD.shape[0])]
     for a in plan.assignment_N.tolist():
@@ -67,10 +71,14 @@ def test_bookkeeping(name, order, seed, shape, factor):
     moe = config(name, slot_order=order, num_experts=4, capacity_factor=factor, min_capacity=0)
     layer = make_layer(moe)
     x_BSD = tokens(*shape, seed=seed)
-    routing = layer.router(x_BSD.flatten(0, 1), context(x_BSD, "some"), seq_len=shape[1], group_size=shape[1])
+    routing = layer.router(
+        x_BSD,
+        context(x_BSD, "some"),
+        Limits(num_experts=layer.moe.num_experts, group_size=shape[1], capacity=-1),
+    )
     slots = shape[1] if factor is None else max(1, round(shape[1] * factor / 4 + 0.499))
     _, plan = layer.dispatcher.dispatch(
-        x_BSD.flatten(0, 1), routing, num_experts=4, group_size=shape[1], capacity=slots
+        x_BSD.flatten(0, 1), routing, Limits(num_experts=4, group_size=shape[1], capacity=slots)
     )
     entries = plan.assignment_N
     group = routing.token_A[entries] // shape[1]
@@ -274,7 +282,7 @@ def test_autocast_leaves_the_router_alone(name, dtype):
     for mode in (nullcontext(), torch.autocast("cpu", dtype)):
         layer.zero_grad()
         with mode:
-            routing = layer.router(x_BSD.flatten(0, 1), context(x_BSD), seq_len=8)
+            routing = layer.router(x_BSD, context(x_BSD))
             y_BSD, report = layer(x_BSD, context(x_BSD))
         assert routing.weight_A.dtype == routing.probs_TE.dtype == routing.logits_TE.dtype == torch.float32
         assert y_BSD.dtype == torch.float32

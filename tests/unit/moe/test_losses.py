@@ -212,7 +212,7 @@ def test_global_balance_knows_the_micro_batches_so_far():
     counted = {LAYER: (first.metrics["counted_E"], first.metrics["valid_tokens"].view(1))}
     second, _ = layer_losses(moe, x_BSD[2:], replace(ctx, counted=counted))
     whole, _ = layer_losses(moe, x_BSD)
-    probs_TE = make_layer(moe).router(x_BSD[2:].flatten(0, 1), ctx, seq_len=6).probs_TE
+    probs_TE = make_layer(moe).router(x_BSD[2:], ctx).probs_TE
     wanted = 4 * (whole.metrics["counted_E"].double() / (24 * 2) * probs_TE.sum(0)).sum()
     assert second.losses["balance"].item() == pytest.approx(wanted.item(), rel=1e-13)
 

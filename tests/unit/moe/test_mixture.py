@@ -11,7 +11,7 @@ from epmoe.comm.exchange import Exchange
 from epmoe.config import Config, MoEConfig
 from epmoe.config_routers import EddOptions
 from epmoe.moe.build import build_dispatcher, build_moe_layer
-from epmoe.moe.dispatcher import AllToAllDispatcher
+from epmoe.moe.dispatch import AllToAllDispatcher
 from epmoe.moe.expert_outputs import SOFTMAX_ROUTERS, run_experts
 from epmoe.moe.experts import ModuleExperts
 from epmoe.moe.mixture import (

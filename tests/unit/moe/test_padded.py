@@ -10,12 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from epmoe.moe.build import build_moe_layer
-from epmoe.moe.dispatcher import PaddedDispatcher
+from epmoe.moe.dispatch import PaddedDispatcher, _swap_blocks
 from epmoe.moe.experts import ModuleExperts
-from epmoe.moe.trip import _swap_blocks
 from epmoe.ops import DROPLESS
 from epmoe.ops.ffn import expert_ffn, expert_ffn_backward
-from epmoe.types import TokenContext
+from epmoe.types import Limits, TokenContext
 from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
 
@@ -136,8 +135,8 @@ def test_no_slots_at_all(weigh_rows):
     layer = layer_of(config("top2", num_experts=4))
     dispatcher = PaddedDispatcher(None, weigh_rows=weigh_rows)
     x_TD = tokens(2, 6).flatten(0, 1).requires_grad_()
-    routing = layer.router(x_TD, TokenContext(), seq_len=6)
-    batch, plan = dispatcher.dispatch(x_TD, routing, num_experts=4, group_size=6, capacity=0)
+    routing = layer.router(x_TD.unflatten(0, (-1, 6)), TokenContext())
+    batch, plan = dispatcher.dispatch(x_TD, routing, Limits(num_experts=4, group_size=6, capacity=0))
     assert batch.rows_RD.shape == (0, 4)
     y_TD = dispatcher.combine(layer.experts(batch), routing, plan)
     assert (y_TD == 0).all()
@@ -152,9 +151,9 @@ def test_slots_are_where_the_plan_says():
     moe = config("gshard_all", num_experts=3)
     layer = layer_of(moe)
     x_TD = tokens(2, 5).flatten(0, 1)
-    routing = layer.router(x_TD, TokenContext(), seq_len=5)
+    routing = layer.router(x_TD.unflatten(0, (-1, 5)), TokenContext())
     dispatcher = PaddedDispatcher(None, weigh_rows=True)
-    batch, plan = dispatcher.dispatch(x_TD, routing, num_experts=3, group_size=5, capacity=2)
+    batch, plan = dispatcher.dispatch(x_TD, routing, Limits(num_experts=3, group_size=5, capacity=2))
     wanted_ND, weight_N = torch.zeros(3 * 2 * 2, 4).double(), torch.zeros(3 * 2 * 2).double()
     for a, slot in enumerate(plan.slot_A.tolist()):
         if slot >= 0:
@@ -189,12 +188,12 @@ def test_passes_without_capacity_are_ragged(save):
     x_BSD = tokens(2, 7)
     metrics = assert_same_function(layer, other, x_BSD, context(x_BSD, "some"))
     assert torch.equal(metrics["kept_E"], metrics["demand_E"])
-    routing = layer.router(x_BSD.flatten(0, 1), TokenContext(), seq_len=7)
+    routing = layer.router(x_BSD, TokenContext())
     for capacity, padded in ((DROPLESS, False), (3, True)):
-        batch, plan = layer.dispatcher.dispatch(
-            x_BSD.flatten(0, 1), routing, num_experts=4, group_size=7, capacity=capacity
+        batch, _ = layer.dispatcher.dispatch(
+            x_BSD.flatten(0, 1), routing, Limits(num_experts=4, group_size=7, capacity=capacity)
         )
-        assert (bool(plan.parts), batch.rows_per_expert is not None) == (padded, padded)
+        assert (batch.rows_per_expert is not None) == padded
     limited = moe.model_copy(update={"capacity_factor_eval": 0.5})
     layer, other = layer_of(limited, {"dispatcher": "padded", "save": save}).eval(), layer_of(limited).eval()
     metrics = assert_same_function(layer, other, x_BSD, context(x_BSD))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from epmoe.moe.plan import Spread, expert_capacity, expert_major_order, plan_exchange, plan_local, plan_slots
 from epmoe.ops import DROPLESS
+from epmoe.types import Limits
 from tests.oracle import cases
 from tests.oracle.capacity import capacity
 from tests.unit.moe.helpers import config, local_plan
@@ -88,7 +89,7 @@ def test_every_row_arrives_at_its_expert_and_comes_back(num_ranks, num_local):
     for rank in range(num_ranks):
         logits, valid = cases.logits_and_valid("broken", 8 * rank, experts, seed=rank)  # rank 0 has none
         routed = route(moe, logits, valid)
-        slots = plan_slots(routed, num_experts=experts, group_size=8, capacity=3)
+        slots = plan_slots(routed, Limits(num_experts=experts, group_size=8, capacity=3))
         routings.append(routed)
         all_slots.append(slots)
         entries = plan_local(routed, slots).assignment_N.tolist()
@@ -131,10 +132,8 @@ def test_rows_leave_part_by_part_rank_by_rank(num_ranks, num_parts, capacity):
     routed = route(config("top2", num_experts=experts), logits, valid)
     slots = plan_slots(
         routed,
-        num_experts=experts,
-        group_size=group_size,
-        capacity=capacity,
-        spread=Spread(num_ranks=num_ranks, num_parts=num_parts),
+        Limits(num_experts=experts, group_size=group_size, capacity=capacity),
+        Spread(num_ranks=num_ranks, num_parts=num_parts),
     )
     edges = [part * num_local // num_parts for part in range(num_parts + 1)]
     order = [

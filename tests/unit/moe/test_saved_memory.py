@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from epmoe.comm.exchange import flat
 from epmoe.moe.build import DISPATCHERS
 from epmoe.moe.experts import FFNExperts
-from epmoe.types import TokenContext
+from epmoe.types import Limits, TokenContext
 from tests.unit.moe.helpers import config, make_layer
 
 D, F, E, TOKENS = 64, 32, 4, 60
@@ -46,10 +46,12 @@ def saved_bytes(name, save, activation, dtype, group) -> tuple[int, int]:
     exchange = None if name in ("local", "padded") else flat(group)
     dispatcher = DISPATCHERS[name](exchange, weigh_rows=save == "hidden")
     x_TD = torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    routing = layer.router(x_TD, TokenContext(), seq_len=TOKENS)
+    routing = layer.router(x_TD.unflatten(0, (-1, TOKENS)), TokenContext())
     saved = Saved(*layer.parameters(), x_TD)
     with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        batch, plan = dispatcher.dispatch(x_TD, routing, num_experts=E, group_size=TOKENS, capacity=40)
+        batch, plan = dispatcher.dispatch(
+            x_TD, routing, Limits(num_experts=E, group_size=TOKENS, capacity=40)
+        )
         y_TD = dispatcher.combine(layer.experts(batch), routing, plan)
     y_TD.sum().backward()
     rows = batch.rows_RD.shape[0]

@@ -99,7 +99,7 @@ def test_a_units_tokens_share_experts_and_draws(name, policy):
     layer = make_layer(MoEConfig(num_experts=6, router=options, capacity_factor=None))
     x_BSD = tokens(12, 6)
     ctx = replace(context(x_BSD), segment_BS=(torch.arange(6) // 3 + 7).expand(12, 6))
-    routed = layer.router(x_BSD.flatten(0, 1), ctx, seq_len=6)
+    routed = layer.router(x_BSD, ctx)
     unit = 3 if name == "sentence" else 6
     found = [experts_of(routed, t) for t in range(72)]
     assert all(found[t] == found[t // unit * unit] for t in range(72))
@@ -266,4 +266,4 @@ def test_soft_mixtures_in_low_precision_and_as_a_router():
     moe = layer.moe
     router = Router(4, 3, top_k=1, family=FAMILIES["soft"], options=moe.router)
     with pytest.raises(TypeError, match="SoftMoELayer"):
-        router(tokens(1, 3)[0].float(), TokenContext(), seq_len=3)
+        router(tokens(1, 3).float(), TokenContext())

@@ -14,7 +14,7 @@ from epmoe.moe.layer import routing_metrics
 from epmoe.moe.plan import plan_local, plan_slots
 from epmoe.observe.health import MAX_BINS, RouterHistory
 from epmoe.observe.record import StepRecord, record_to_json
-from epmoe.types import RouterInputs
+from epmoe.types import Limits, RouterInputs
 from tests.unit.observe.samples import health, record
 
 
@@ -74,7 +74,7 @@ def routed_step(step: int, busiest: int, experts: int = 8, tokens: int = 80) -> 
     moe = MoEConfig(num_experts=experts, router="topk", top_k=1)
     inputs = RouterInputs(logits_TE=logits_TE, valid_T=torch.ones(tokens, dtype=torch.bool))
     routing = ROUTERS["topk"].route(inputs, moe.router, 1)
-    slots = plan_slots(routing, num_experts=experts, group_size=tokens, capacity=-1)
+    slots = plan_slots(routing, Limits(num_experts=experts, group_size=tokens, capacity=-1))
     demand = routing_metrics(routing, plan_local(routing, slots))["demand_E"]
     return record(step, layers={1: health(*demand.tolist())})
 
