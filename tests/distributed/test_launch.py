@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from epmoe.cli.launch import STOP_SIGNALS
 from epmoe.config import Config
 from epmoe.config_file import dump_config
 from epmoe.train.status import read_status
@@ -21,6 +22,12 @@ from tests.patience import HANGS_S
 
 LIMIT_S = HANGS_S
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def _begin() -> None:
+    """What nohup or a shell in the background had ignored is ignored no more."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -32,7 +39,10 @@ def launched(
     cleared = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "EPMOE_FAULT")
     environment = {name: value for name, value in os.environ.items() if name not in cleared}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
-    with log.open("ab") as file, subprocess.Popen(whole, stdout=file, stderr=file, env=environment) as parent:
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(whole, stdout=file, stderr=file, env=environment, preexec_fn=_begin) as parent,
+    ):
         try:
             yield parent
         finally:
