@@ -247,7 +247,7 @@ def run_case(
     total = sum(times.values())  # 0 where the profiler may not look at the GPU
     with torch.no_grad():
         _, report = layer(ours.x.view(1, shape.num_tokens, shape.d_model))
-    load_E = report.metrics["demand_E"].double()
+    load_E = report.metrics.demand_E.double()
     return {
         "shape": asdict(shape),
         "max_over_mean_load": float(load_E.max() / load_E.mean()),

@@ -218,6 +218,29 @@ class ExpertBatch:
 
 @register_pytree
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSums:
+    """What a layer's router did, summed over tokens; detached. Drop rate, entropy and load are computed from it."""
+
+    demand_E: Tensor
+    """int64 active assignments before capacity."""
+    kept_E: Tensor
+    """int64 assignments after it."""
+    assignments: Tensor
+    """int64: the former in all."""
+    overflow_tokens: Tensor
+    """int64: valid tokens without any kept choice."""
+    valid_tokens: Tensor
+    """int64: tokens that were routed."""
+    nonfinite_tokens: Tensor
+    """int64: real tokens treated as padding because their vector or their logits are not finite."""
+    entropy: Tensor
+    """The router's entropies in nats."""
+    counted_E: Tensor | None = None
+    """int64: what the balance loss counts, with ``balance_scope: global``."""
+
+
+@register_pytree
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterReport:
     """What a layer tells the trainer. All values are sums over this rank's tokens, so that ranks, micro-batches
     and steps add up without weights."""
@@ -225,8 +248,8 @@ class RouterReport:
     losses: dict[str, Tensor]
     """Differentiable sums over valid tokens, without coefficients. The trainer divides by the number of
     valid tokens of the step."""
-    metrics: dict[str, Tensor]
-    """Detached: demand_E, kept_E, assignments, overflow_tokens, valid_tokens, nonfinite_tokens, entropy."""
+    metrics: LayerSums | None
+    """What the router did; None in a pass that is computed again."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

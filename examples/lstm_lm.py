@@ -97,8 +97,8 @@ def train(model: LSTMWithExperts, text: bytes, *, steps: int, batch: int, length
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bits.append(task.item() / math.log(2))
-        seen += int(report.metrics["valid_tokens"])
-        assignments += int(report.metrics["assignments"])
+        seen += int(report.metrics.valid_tokens)
+        assignments += int(report.metrics.assignments)
         auxiliary += balance.item()
     return Outcome(bits=bits, bytes_seen=seen, assignments=assignments, auxiliary=auxiliary)
 

@@ -18,7 +18,7 @@ from epmoe.moe.plan import expert_capacity
 from epmoe.moe.recompute import KEEP, Recompute
 from epmoe.moe.router import Router
 from epmoe.moe.routers.common import missing_draws
-from epmoe.types import DispatchPlan, Limits, RouterReport, Routing, TokenContext
+from epmoe.types import DispatchPlan, LayerSums, Limits, RouterReport, Routing, TokenContext
 
 
 class MoELayer(nn.Module):
@@ -145,7 +145,7 @@ class MoELayer(nn.Module):
         """Losses and metrics of one forward pass, nothing in a second one. With ``balance_scope: global``, in training,
         a collective."""
         if recompute.routing is not None:
-            return RouterReport(losses={}, metrics={})
+            return RouterReport(losses={}, metrics=None)
         recompute.remember(routing, plan)
         with recompute.kept():
             return self._report(routing, plan, ctx, seq_len)
@@ -154,8 +154,9 @@ class MoELayer(nn.Module):
         metrics = routing_metrics(routing, plan)
         inputs = LossInputs(routing=routing, plan=plan, seq_len=seq_len)
         if self.moe.balance_scope == "global" and "balance" in self.losses:
-            metrics["counted_E"] = self._counted(routing)
-            inputs = self._with_global_counts(inputs, metrics, ctx)
+            counted_E = self._counted(routing)
+            metrics = replace(metrics, counted_E=counted_E)
+            inputs = self._with_global_counts(inputs, counted_E, metrics.valid_tokens, ctx)
         return RouterReport(
             losses={name: loss(inputs) for name, loss in self.losses.items()}, metrics=metrics
         )
@@ -165,9 +166,9 @@ class MoELayer(nn.Module):
         return choice_counts(routing, 1, self.moe.num_experts, first_only=first_only)[0]
 
     def _with_global_counts(
-        self, inputs: LossInputs, metrics: Mapping[str, Tensor], ctx: TokenContext
+        self, inputs: LossInputs, counted_E: Tensor, valid_tokens: Tensor, ctx: TokenContext
     ) -> LossInputs:
-        total_X = torch.cat((metrics["counted_E"], metrics["valid_tokens"].view(1)))
+        total_X = torch.cat((counted_E, valid_tokens.view(1)))
         if self.training:  # evaluation passes are not the same on all ranks where one of them generates text
             if ctx.counted is not None:
                 total_X = total_X + torch.cat((*ctx.counted[self.router.layer],)).to(total_X.device)
@@ -207,22 +208,18 @@ def balance_count(moe: MoEConfig) -> str:
 
 
 @torch.no_grad()
-def routing_metrics(routing: Routing, plan: DispatchPlan) -> dict[str, Tensor]:
-    """Sums over this rank's tokens from which drop rate, entropy and load are computed; no host sync.
-
-    demand_E: active assignments before capacity. kept_E: after it. assignments: their number before. overflow_tokens:
-    valid tokens without any kept choice. entropy: sum of the router's entropies in nats.
-    """
+def routing_metrics(routing: Routing, plan: DispatchPlan) -> LayerSums:
+    """What the router did with this rank's tokens; no host sync."""
     num_tokens = routing.valid_T.shape[0]
     kept_T = torch.zeros(num_tokens, dtype=torch.int64, device=plan.slot_A.device)
     kept_T.index_add_(0, routing.token_A, (plan.slot_A >= 0).long())
     entropy_TE = torch.special.entr(routing.probs_TE)
-    return {
-        "demand_E": plan.demand_GE.sum(0),
-        "kept_E": plan.tokens_per_expert_E,
-        "assignments": plan.demand_GE.sum(),
-        "overflow_tokens": (routing.valid_T & (kept_T == 0)).sum(),
-        "valid_tokens": routing.valid_T.sum(),
-        "nonfinite_tokens": routing.nonfinite_tokens,
-        "entropy": entropy_TE.sum(),
-    }
+    return LayerSums(
+        demand_E=plan.demand_GE.sum(0),
+        kept_E=plan.tokens_per_expert_E,
+        assignments=plan.demand_GE.sum(),
+        overflow_tokens=(routing.valid_T & (kept_T == 0)).sum(),
+        valid_tokens=routing.valid_T.sum(),
+        nonfinite_tokens=routing.nonfinite_tokens,
+        entropy=entropy_TE.sum(),
+    )

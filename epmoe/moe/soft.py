@@ -19,6 +19,7 @@ from epmoe.moe.overlap import OverlapDispatcher
 from epmoe.moe.recompute import KEEP, Recompute
 from epmoe.moe.routers.family import Family, FloatArray, Part
 from epmoe.types import (
+    LayerSums,
     RouterInputs,
     RouterReport,
     Routing,
@@ -124,22 +125,22 @@ class SoftMoELayer(MoELayer):
         return inner
 
     @torch.no_grad()
-    def _metrics(self, combine_GSX: Tensor, valid_GS: Tensor, finite_GS: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, combine_GSX: Tensor, valid_GS: Tensor, finite_GS: Tensor) -> LayerSums:
         num_groups, size, num_slots = combine_GSX.shape
         num_experts = self.moe.num_experts
         usable_GS = valid_GS & finite_GS
         slots_per_expert = usable_GS.any(1).sum() * (num_slots // num_experts)
         demand_E = slots_per_expert.expand(num_experts).clone()
         share_GSE = combine_GSX.view(num_groups, size, num_experts, num_slots // num_experts).sum(3)
-        return {
-            "demand_E": demand_E,
-            "kept_E": demand_E,
-            "assignments": demand_E.sum(),
-            "overflow_tokens": torch.zeros_like(slots_per_expert),
-            "valid_tokens": usable_GS.sum(),
-            "nonfinite_tokens": (valid_GS & ~finite_GS).sum(),
-            "entropy": torch.special.entr(share_GSE).sum(),
-        }
+        return LayerSums(
+            demand_E=demand_E,
+            kept_E=demand_E,
+            assignments=demand_E.sum(),
+            overflow_tokens=torch.zeros_like(slots_per_expert),
+            valid_tokens=usable_GS.sum(),
+            nonfinite_tokens=(valid_GS & ~finite_GS).sum(),
+            entropy=torch.special.entr(share_GSE).sum(),
+        )
 
 
 def _no_list(inputs: RouterInputs, options: SoftOptions, top_k: int) -> Routing:

@@ -1,31 +1,35 @@
-"""Sums over ranks of many small values in one all-reduce."""
+"""Sums over ranks of many small values in one all-reduce: of tensors in dicts, tuples and dataclasses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 from torch import Tensor
 
-Sums = dict[str, Tensor]
+Tree = TypeVar("Tree")
 
 
-def add_sums(total: Sums, more: Mapping[str, Tensor]) -> None:
-    """Adds detached values to a running total, in place, in float64 (exact for counts below 2**53)."""
-    for name, value in more.items():
-        wide = value.detach().double()
-        total[name] = total[name] + wide if name in total else wide
+def add_sums(total: Tree | None, more: Tree) -> Tree:
+    """Detached values added to a running total, in float64 (exact for counts below 2**53); None = the first."""
+    wide: Tree = pytree.tree_map_only(Tensor, lambda value: value.detach().double(), more)
+    if total is None:
+        return wide
+    added: Tree = pytree.tree_map(lambda old, new: None if new is None else old + new, total, wide)
+    return added
 
 
-def all_reduce_sums(local: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> Sums:
-    """Every value summed over the ranks of a group, on the CPU.
+def all_reduce_sums(local: Tree, group: dist.ProcessGroup | None) -> Tree:
+    """Every value summed over the ranks of a group, float64 on the CPU.
 
-    All ranks must pass the same names and shapes. ``group`` None = the default group.
+    All ranks must pass the same trees. ``group`` None = the default group.
     """
-    if not local:
-        return {}
-    flat = torch.cat([value.double().reshape(-1) for value in local.values()])
+    values, tree = pytree.tree_flatten(local)
+    flat = torch.cat([value.double().reshape(-1) for value in values if value is not None])
     dist.all_reduce(flat, group=group)
-    parts = flat.cpu().split([value.numel() for value in local.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(local.items(), parts, strict=True)}
+    parts = iter(flat.cpu().split([value.numel() for value in values if value is not None]))
+    summed = [None if value is None else next(parts).view(value.shape) for value in values]
+    result: Tree = pytree.tree_unflatten(summed, tree)
+    return result

@@ -7,12 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from epmoe import env
 from epmoe.data.loader import ValidationData
 from epmoe.models.decoder import Decoder
-from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
-from epmoe.train.step import autocast, report_sums, token_loss
+from epmoe.parallel.sums import add_sums, all_reduce_sums
+from epmoe.train.step import autocast, layer_sums, token_loss
+from epmoe.types import LayerSums
+
+_Totals = tuple[Tensor, Tensor, tuple[LayerSums, ...]]
+"""Loss, tokens in it, and what the routers did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     windows = _spread(data.num_windows, max_windows)
-    totals: Sums = {}
+    totals: _Totals | None = None
     for start in range(0, len(windows), batch_size * world_size):
         env.fault("train.eval")
         poll(start, len(windows))
@@ -70,11 +75,11 @@ def evaluate(
         batch = data.batch(chosen).to(device)
         with autocast(precision, device.type):
             logits_BSV, reports = model(batch.token_BS, batch.context)
-        add_sums(totals, {"loss": token_loss(logits_BSV, batch).sum(), "tokens": batch.loss_BS.sum()})
-        add_sums(totals, report_sums(reports))
+        loss, tokens = token_loss(logits_BSV, batch).sum(), batch.loss_BS.sum()
+        totals = add_sums(totals, (loss, tokens, layer_sums(reports)))
     model.train(was_training)
-    sums = all_reduce_sums(totals, None)
-    return _summarise(data, sums, num_windows=len(windows))
+    assert totals is not None  # there is a window
+    return _summarise(data, all_reduce_sums(totals, None), num_windows=len(windows))
 
 
 def _spread(num_windows: int, max_windows: int | None) -> list[int]:
@@ -82,10 +87,10 @@ def _spread(num_windows: int, max_windows: int | None) -> list[int]:
     return [i * num_windows // count for i in range(count)]
 
 
-def _summarise(data: ValidationData, sums: Sums, *, num_windows: int) -> Evaluation:
-    loss, tokens = float(sums["loss"]), int(sums["tokens"])
-    wanted = sum(int(value) for name, value in sums.items() if name.endswith(".assignments"))
-    kept = sum(int(value.sum()) for name, value in sums.items() if name.endswith(".kept_E"))
+def _summarise(data: ValidationData, totals: _Totals, *, num_windows: int) -> Evaluation:
+    loss, tokens, layers = float(totals[0]), int(totals[1]), totals[2]
+    wanted = sum(int(did.assignments) for did in layers)
+    kept = sum(int(did.kept_E.sum()) for did in layers)
     left_out = data.bits_left_out
     if num_windows < data.num_windows:
         left_out = f"{num_windows:,} of {data.num_windows:,} windows were read"

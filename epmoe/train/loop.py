@@ -16,12 +16,12 @@ from epmoe.models.decoder import Decoder
 from epmoe.parallel.mesh import ExpertMesh
 from epmoe.parallel.norm import clip_coefficient
 from epmoe.parallel.runtime import Agreed, Runtime, raise_together
-from epmoe.parallel.sums import Sums, add_sums, all_reduce_sums
+from epmoe.parallel.sums import add_sums, all_reduce_sums
 from epmoe.train.loss_scale import LossScale, new_loss_scale
 from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.setup import build_engine
 from epmoe.train.signals import StopFlag
-from epmoe.train.step import micro_step, with_counts
+from epmoe.train.step import StepSums, micro_step, with_counts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,8 +49,7 @@ class Progress:
 class StepResult:
     """One optimizer step, summed over all ranks and micro-batches."""
 
-    sums: Sums
-    """``loss``, ``aux.<name>``, ``<layer>.<metric>``."""
+    sums: StepSums
     num_tokens: int
     """Tokens that counted in the loss."""
     num_routed: int
@@ -129,7 +128,7 @@ class Trainer:
         tokens = self._agree(batches, damaged, out_of_time)
         self.model.train()
         self.engine.zero()
-        local: Sums = {}
+        local: StepSums | None = None
         for batch in batches:
             sums = micro_step(
                 self.model,
@@ -140,11 +139,12 @@ class Trainer:
                 precision=self.config.train.precision,
                 backward=self._backward,
             )
-            add_sums(local, sums)
+            local = add_sums(local, sums)
         self._poison(env.fault("train.after_backward", step=number))
         self.engine.reduce()
         if self.progress.loss_scale is not None:
             self.engine.clip(torch.tensor(1 / self.progress.loss_scale.factor))
+        assert local is not None  # there is a micro-batch
         sums = all_reduce_sums(local, self.mesh.world_group)
         return self._update(sums, tokens, self.engine.norm())
 
@@ -190,14 +190,14 @@ class Trainer:
             some = next(part.local for part in self.engine.gradients().values() if part.local.numel())
             some.view(-1)[0] = float(value)
 
-    def _update(self, sums: Sums, tokens: _StepTokens, norm: Tensor) -> StepResult:
+    def _update(self, sums: StepSums, tokens: _StepTokens, norm: Tensor) -> StepResult:
         progress, optimizer = self.progress, self.config.optimizer
         lr = scheduled_rate(self.config, progress.step)
         coefficient = clip_coefficient(norm, optimizer.clip_norm)
         grad_norm, clip = torch.stack((norm, coefficient)).tolist()
-        broken_tokens = sum(int(v) for name, v in sums.items() if name.endswith(".nonfinite_tokens"))
+        broken_tokens = sum(int(layer.nonfinite_tokens) for layer in sums.layers)
         # Loss, norm and counts are the same bits on every rank, so every rank takes the same decision.
-        good_forward = math.isfinite(float(sums["loss"])) and broken_tokens == 0
+        good_forward = math.isfinite(float(sums.loss)) and broken_tokens == 0
         finite = good_forward and math.isfinite(grad_norm)
         loss_scale = progress.loss_scale
         overflow = good_forward and not finite and loss_scale is not None and loss_scale.can_shrink
@@ -206,15 +206,15 @@ class Trainer:
         if overflow:
             progress.overflowed += 1
         elif not finite:
-            self._skip(float(sums["loss"]), grad_norm, broken_tokens)
+            self._skip(float(sums.loss), grad_norm, broken_tokens)
         elif tokens.in_loss == 0:  # auxiliary losses alone would move the weights
             progress.empty += 1
         else:
             if clip != 1.0:
                 self.engine.clip(coefficient)
             self.engine.step(lr)
-            for index, layer in enumerate(self.model.moe_layers()):
-                layer.router.after_step(sums[f"{index}.demand_E"], progress.step)
+            for layer, did in zip(self.model.moe_layers(), sums.layers, strict=True):
+                layer.router.after_step(did.demand_E, progress.step)
             progress.skipped_in_a_row = 0
         progress.step += 1
         progress.samples += self.config.train.global_batch_size

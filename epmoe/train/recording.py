@@ -12,9 +12,11 @@ import torch
 from epmoe.config import Config
 from epmoe.models.sizes import flops_per_token, is_moe_layer
 from epmoe.observe.record import LayerHealth, StepRecord
-from epmoe.parallel.sums import Sums, add_sums
+from epmoe.parallel.sums import add_sums
 from epmoe.train.loop import Progress, StepResult
+from epmoe.train.step import StepSums
 from epmoe.train.throughput import Clock, memory_gib, peak_flops
+from epmoe.types import LayerSums
 
 
 class Recorder:
@@ -44,7 +46,7 @@ class Recorder:
         self._clear()
 
     def _clear(self) -> None:
-        self._sums: Sums = {}
+        self._sums: StepSums | None = None
         self._steps, self._tokens, self._routed, self._seen = 0, 0, 0, 0
         self._last: StepResult | None = None
 
@@ -63,7 +65,7 @@ class Recorder:
         self._seen += result.num_routed
         self._last = result
         if result.finite:  # one NaN would hide the other steps of the interval
-            add_sums(self._sums, result.sums)
+            self._sums = add_sums(self._sums, result.sums)
             self._tokens += result.num_tokens
             self._routed += result.num_routed
 
@@ -84,17 +86,17 @@ class Recorder:
         spent = self.clock.lap()
         self.seconds += spent
         sums, tokens, routed = self._sums, self._tokens, max(self._routed, 1)
-        if not sums:  # no step of the interval was finite
+        if sums is None:  # no step of the interval was finite
             sums, tokens, routed = result.sums, result.num_tokens, max(result.num_routed, 1)
         per_second = self._seen / max(spent, 1e-9)
         flops = per_second * self.flops_per_token
         peak = peak_flops(self.device)
-        aux = {name[4:]: float(v) / routed for name, v in sums.items() if name.startswith("aux.")}
+        aux = {name: float(value) / routed for name, value in sums.aux.items()}
         self.latest = StepRecord(
             step=progress.step,
             tokens=progress.tokens,
             samples=progress.samples,
-            loss=float(sums["loss"]) / tokens if tokens else math.nan,
+            loss=float(sums.loss) / tokens if tokens else math.nan,
             loss_tokens=tokens,
             source_loss=self._source_loss(sums),
             aux=aux,
@@ -111,35 +113,30 @@ class Recorder:
             overflowed_steps=progress.overflowed,
             empty_steps=progress.empty,
             loss_scale=progress.loss_scale.factor if progress.loss_scale else None,
-            layers={layer: layer_health(sums, index) for index, layer in enumerate(self.layers)},
+            layers={number: layer_health(did) for number, did in zip(self.layers, sums.layers, strict=True)},
             val=dict(val),
         )
         self._clear()
         return self.latest
 
-    def _source_loss(self, sums: Sums) -> dict[str, float]:
-        if "source_loss" not in sums:
+    def _source_loss(self, sums: StepSums) -> dict[str, float]:
+        if sums.source_loss is None or sums.source_tokens is None:
             return {}
-        pairs = zip(sums["source_loss"].tolist(), sums["source_tokens"].tolist(), strict=True)
+        pairs = zip(sums.source_loss.tolist(), sums.source_tokens.tolist(), strict=True)
         losses = (loss / tokens if tokens else math.nan for loss, tokens in pairs)
         return dict(zip(self.sources, losses, strict=True))
 
 
-def layer_health(sums: Sums, index: int) -> LayerHealth:
-    """What the ``index``-th MoE layer's router did, from sums named ``<index>.<metric>``."""
-
-    def number(name: str) -> int:
-        return int(sums[f"{index}.{name}"])
-
-    kept_E = tuple(int(n) for n in sums[f"{index}.kept_E"])
-    valid_tokens = number("valid_tokens")
+def layer_health(did: LayerSums) -> LayerHealth:
+    """What an MoE layer's router did, in plain numbers."""
+    kept_E, valid_tokens = tuple(int(n) for n in did.kept_E), int(did.valid_tokens)
     return LayerHealth(
-        demand_E=tuple(int(n) for n in sums[f"{index}.demand_E"]),
+        demand_E=tuple(int(n) for n in did.demand_E),
         kept_E=kept_E,
-        assignments=number("assignments"),
+        assignments=int(did.assignments),
         kept=sum(kept_E),
-        overflow_tokens=number("overflow_tokens"),
+        overflow_tokens=int(did.overflow_tokens),
         valid_tokens=valid_tokens,
-        nonfinite_tokens=number("nonfinite_tokens"),
-        entropy=float(sums[f"{index}.entropy"]) / max(valid_tokens, 1),
+        nonfinite_tokens=int(did.nonfinite_tokens),
+        entropy=float(did.entropy) / max(valid_tokens, 1),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,30 @@ from torch import Tensor
 
 from epmoe.data.loader import Batch
 from epmoe.models.decoder import Decoder
-from epmoe.parallel.sums import Sums
-from epmoe.types import RouterReport, compute_dtype
+from epmoe.types import LayerSums, RouterReport, compute_dtype, register_pytree
 
 IGNORED = -100
 
 
 AUTOCAST_DTYPE = {"bf16_autocast": torch.bfloat16, "fp16_autocast": torch.float16}
 """In which dtype matrices are multiplied where that is not the parameters' own."""
+
+
+@register_pytree
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSums:
+    """What micro-batches add up to, first those of a rank and then those of all."""
+
+    loss: Tensor
+    """Cross-entropy in nats."""
+    aux: dict[str, Tensor]
+    """Auxiliary losses by name, without coefficients."""
+    layers: tuple[LayerSums, ...]
+    """By MoE layer."""
+    source_loss: Tensor | None = None
+    """The cross-entropy by source, where there are several;"""
+    source_tokens: Tensor | None = None
+    """and the tokens that count in it."""
 
 
 def autocast(precision: str, device_type: str) -> AbstractContextManager[object]:
@@ -48,7 +64,7 @@ def micro_step(
     coefficients: Mapping[str, float],
     precision: str,
     backward: Callable[[Tensor], None],
-) -> Sums:
+) -> StepSums:
     """Forward and backward of one micro-batch; ``backward`` takes the objective.
 
     The objective is a mean task loss plus the coefficients times mean auxiliary losses: sums over tokens, divided by
@@ -59,7 +75,7 @@ def micro_step(
         num_routed: Tokens that are routed, at least 1: all but padding.
 
     Returns:
-        Sums over this micro-batch: ``loss``, ``aux.<name>``, ``<layer>.<metric>`` and those of ``source_sums``.
+        Sums over this micro-batch.
     """
     with autocast(precision, batch.token_BS.device.type):
         logits_BSV, reports = model(batch.token_BS, batch.context)
@@ -69,43 +85,49 @@ def micro_step(
         for name, value in report.losses.items():
             objective = objective + coefficients[name] * (num_tokens / num_routed) * value
     backward(objective / num_tokens)
-    return {"loss": loss.detach(), **report_sums(reports), **source_sums(loss_B, batch)}
+    return StepSums(
+        loss=loss.detach(),
+        aux=auxiliary_sums(reports),
+        layers=layer_sums(reports),
+        source_loss=_by_source(loss_B.detach(), batch),
+        source_tokens=_by_source(batch.loss_BS.sum(1), batch),
+    )
 
 
-def source_sums(loss_B: Tensor, batch: Batch) -> Sums:
-    """``source_loss`` and ``source_tokens``, a number for each source; nothing where there is only one."""
+def _by_source(value_B: Tensor, batch: Batch) -> Tensor | None:
+    """A number for each source; None where there is only one."""
     if batch.num_sources == 1 or batch.context.task_B is None:
-        return {}
-    per_source = {"source_loss": loss_B.detach(), "source_tokens": batch.loss_BS.sum(1)}
-    return {
-        name: value_B.new_zeros(batch.num_sources).index_add_(0, batch.context.task_B, value_B)
-        for name, value_B in per_source.items()
-    }
+        return None
+    return value_B.new_zeros(batch.num_sources).index_add_(0, batch.context.task_B, value_B)
 
 
-def with_counts(batch: Batch, model: Decoder, sums: Sums) -> Batch:
+def with_counts(batch: Batch, model: Decoder, sums: StepSums | None) -> Batch:
     """The batch, told what this rank's earlier micro-batches of the step sent to each expert (``balance_scope:
     global``; otherwise nothing was counted and it is unchanged).
 
     Args:
-        sums: ``<layer>.counted_E`` and ``<layer>.valid_tokens`` so far; empty before the first micro-batch.
+        sums: Of the micro-batches so far; None before the first.
     """
+    pairs = [] if sums is None else zip(model.moe_layers(), sums.layers, strict=True)
     counted = {
-        layer.router.layer: (sums[f"{index}.counted_E"].long(), sums[f"{index}.valid_tokens"].long().view(1))
-        for index, layer in enumerate(model.moe_layers())
-        if f"{index}.counted_E" in sums
+        layer.router.layer: (sum_.counted_E.long(), sum_.valid_tokens.long().view(1))
+        for layer, sum_ in pairs
+        if sum_.counted_E is not None
     }
     if not counted:
         return batch
     return replace(batch, context=replace(batch.context, counted=counted))
 
 
-def report_sums(reports: list[RouterReport]) -> Sums:
-    """Auxiliary losses summed over layers, and every layer's metrics, under flat names."""
-    sums: Sums = {}
-    for layer, report in enumerate(reports):
+def auxiliary_sums(reports: list[RouterReport]) -> dict[str, Tensor]:
+    """Auxiliary losses by name, summed over layers."""
+    sums: dict[str, Tensor] = {}
+    for report in reports:
         for name, value in report.losses.items():
-            sums[f"aux.{name}"] = sums.get(f"aux.{name}", 0.0) + value.detach()
-        for name, value in report.metrics.items():
-            sums[f"{layer}.{name}"] = value
+            sums[name] = sums.get(name, 0.0) + value.detach()
     return sums
+
+
+def layer_sums(reports: list[RouterReport]) -> tuple[LayerSums, ...]:
+    """What the router of every MoE layer did."""
+    return tuple(report.metrics for report in reports if report.metrics is not None)

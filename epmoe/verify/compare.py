@@ -208,18 +208,19 @@ def _value_violations(cell: Cell, got: Measurement, wanted: Measurement) -> Iter
     for name, values in wanted.auxiliary.items():
         value = got.auxiliary[name][0]
         if not _relative([value], values[:1]) <= 10 * limit:
-            what = f"auxiliary loss {name.removeprefix('aux.')} is {value:.6g} instead of {values[0]:.6g}"
+            what = f"auxiliary loss {name} is {value:.6g} instead of {values[0]:.6g}"
             yield _violation(cell, "balance", what)
     if not (error := _relative(got.objectives[:1], got.meant[:1])) <= 10 * limit:
         what = f"what is differentiated is {got.objectives[0]:.9g}, but mean loss and auxiliary losses with their "
         what += f"coefficients are {got.meant[0]:.9g}, off by {error:.2e}"
         meaning = "a mean over other tokens than those that count in the loss, or for auxiliary losses the routed ones"
         yield _violation(cell, "balance", what, meaning=meaning)
-    for name, steps in wanted.counts.items():
-        if got.counts[name][0] != steps[0]:
-            what = f"{name} is {got.counts[name][0]} instead of {steps[0]}: other assignments"
-            yield _violation(cell, item_of(cell), what)
-            return
+    for what, found, right in (("demand", got.demand, wanted.demand), ("kept", got.kept, wanted.kept)):
+        for layer, (ours, theirs) in enumerate(zip(found, right, strict=True)):
+            if ours[0] != theirs[0]:
+                told = f"{what} of MoE layer {layer} is {ours[0]} instead of {theirs[0]}: other assignments"
+                yield _violation(cell, item_of(cell), told)
+                return
 
 
 def _next_step_violations(

@@ -18,7 +18,7 @@ from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh, is_expert
 from epmoe.parallel.norm import clip_coefficient
 from epmoe.parallel.runtime import Runtime
-from epmoe.parallel.sums import Sums, all_reduce_sums
+from epmoe.parallel.sums import all_reduce_sums
 from epmoe.train.engine import Engine, Part, expert_part
 from epmoe.train.loop import Trainer
 from epmoe.train.setup import build_model
@@ -42,8 +42,10 @@ class Measurement:
     """Nats per token, over all ranks."""
     auxiliary: dict[str, list[float]]
     """Auxiliary losses per routed token, over all ranks, without coefficients."""
-    counts: dict[str, list[list[float]]]
-    """Demand and kept assignments of each layer's experts, over all ranks."""
+    demand: list[list[list[float]]]
+    """Assignments that each layer's experts were asked for, over all ranks: ``[layer][step][expert]``;"""
+    kept: list[list[list[float]]]
+    """and those that they got."""
     objectives: list[float]
     """What was differentiated, summed over all ranks and micro-batches,"""
     meant: list[float]
@@ -154,22 +156,18 @@ def measure(
     known, clipped = (None, None) if cell.engine == "deepspeed" else probe_norm(trainer.engine)
     sums = [result.sums for result in results]
     tokens = [max(result.num_tokens, 1) for result in results]
-    routed = [max(_routed_tokens(step), 1) for step in sums]
+    routed = [max(int(step.layers[0].valid_tokens) if step.layers else 0, 1) for step in sums]
     own = {"objectives": torch.tensor(engine.objectives, dtype=torch.float64)}
-    losses = [float(s["loss"]) / n for s, n in zip(sums, tokens, strict=True)]
+    losses = [float(s.loss) / n for s, n in zip(sums, tokens, strict=True)]
     auxiliary = {
-        name: [float(s[name]) / n for s, n in zip(sums, routed, strict=True)]
-        for name in sums[0]
-        if name.startswith("aux.")
+        name: [float(s.aux[name]) / n for s, n in zip(sums, routed, strict=True)] for name in sums[0].aux
     }
+    by_layer = [*zip(*(step.layers for step in sums), strict=True)]
     return Measurement(
         losses=losses,
         auxiliary=auxiliary,
-        counts={
-            name: [s[name].tolist() for s in sums]
-            for name in sums[0]
-            if name.endswith(("demand_E", "kept_E"))
-        },
+        demand=[[did.demand_E.tolist() for did in steps] for steps in by_layer],
+        kept=[[did.kept_E.tolist() for did in steps] for steps in by_layer],
         objectives=all_reduce_sums(own, mesh.world_group)["objectives"].tolist(),
         meant=_objectives(losses, auxiliary, config.moe),
         norms=[result.grad_norm for result in results],
@@ -190,13 +188,8 @@ def _objectives(
     meant = []
     for step, loss in enumerate(losses):
         coefficients = loss_coefficients(moe, step)
-        meant.append(loss + sum(coefficients[name[4:]] * values[step] for name, values in auxiliary.items()))
+        meant.append(loss + sum(coefficients[name] * values[step] for name, values in auxiliary.items()))
     return meant
-
-
-def _routed_tokens(sums: Sums) -> int:
-    """As the routers counted them; the same in every layer."""
-    return next((int(value) for name, value in sums.items() if name.endswith(".valid_tokens")), 0)
 
 
 def in_order(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:

@@ -34,9 +34,9 @@ def _dead_routers(cell: Cell, found: Measurement) -> Iterator[Violation]:
 
 
 def _constant_balance(cell: Cell, skewed: Measurement, even: Measurement) -> Iterator[Violation]:
-    if "aux.balance" not in even.auxiliary or _skew(skewed) <= 1.2 * _skew(even):
+    if "balance" not in even.auxiliary or _skew(skewed) <= 1.2 * _skew(even):
         return  # nothing to see a skew with, or a router that lets none arise
-    low, high = even.auxiliary["aux.balance"][0], skewed.auxiliary["aux.balance"][0]
+    low, high = even.auxiliary["balance"][0], skewed.auxiliary["balance"][0]
     if not high > low:
         yield Violation(
             item="balance",
@@ -49,5 +49,5 @@ def _constant_balance(cell: Cell, skewed: Measurement, even: Measurement) -> Ite
 
 def _skew(found: Measurement) -> float:
     """Largest demand for an expert relative to an even share, mean over layers, in the first step."""
-    demands = [steps[0] for name, steps in found.counts.items() if name.endswith("demand_E")]
+    demands = [steps[0] for steps in found.demand]
     return sum(max(demand) * len(demand) / max(sum(demand), 1.0) for demand in demands) / len(demands)

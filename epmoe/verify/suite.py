@@ -179,7 +179,9 @@ def _choose_data(
             for cell in kinds
         ]
         proof.margin = min(found.margin for pair in pairs for found in pair)
-        if proof.margin > MARGIN and all(narrow.counts == wide.counts for narrow, wide in pairs):
+        if proof.margin > MARGIN and all(
+            (narrow.demand, narrow.kept) == (wide.demand, wide.kept) for narrow, wide in pairs
+        ):
             return list(cells)
     if not single:
         return list(cells)

@@ -84,7 +84,7 @@ def train(place: runtime.Runtime, exchange: str, dispatcher: str) -> dict[str, A
         begin = time.perf_counter()
         result = trainer.step()
         seconds.append(time.perf_counter() - begin)
-        losses.append(float(result.sums["loss"]) / result.num_tokens)
+        losses.append(float(result.sums.loss) / result.num_tokens)
     return {"losses": losses, "seconds": seconds, "messages": dict(messages), "bytes": dict(sent),
             "kept": kept_E.tolist()}  # fmt: skip
 

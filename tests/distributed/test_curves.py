@@ -85,8 +85,8 @@ def curve_of(rank: int, layout: Layout, folder: Path) -> dict[str, Any]:
     losses, demands = [], []
     for _ in range(STEPS):
         sums = (result := trainer.step()).sums
-        losses.append(float(sums["loss"]) / result.num_tokens)
-        demands.append({name: value.tolist() for name, value in sums.items() if name.endswith("demand_E")})
+        losses.append(float(sums.loss) / result.num_tokens)
+        demands.append([did.demand_E.tolist() for did in sums.layers])
     return {"losses": losses, "demands": demands}
 
 

@@ -191,7 +191,7 @@ def train_cell(place: Any, mesh: ExpertMesh, cell: Cell) -> dict[str, Any]:
     results = [trainer.step() for _ in range(cell.steps)]
     engine = trainer.engine
     return found | {
-        "losses": [float(result.sums["loss"]) / result.num_tokens for result in results],
+        "losses": [float(result.sums.loss) / result.num_tokens for result in results],
         "norms": [result.grad_norm for result in results],
         "clips": [result.clip for result in results],
         "finite": [result.finite for result in results],

@@ -91,7 +91,7 @@ def outcome(layer: MoELayer, kind: str, rank: int) -> dict[str, Tensor]:
     y_BSD, report = layer(x_BSD, ctx)
     (y_BSD.square().sum() + sum(report.losses.values())).backward()
     assert x_BSD.grad is not None
-    found = {"y": y_BSD.detach(), "d_x": x_BSD.grad, "kept": report.metrics["kept_E"]}
+    found = {"y": y_BSD.detach(), "d_x": x_BSD.grad, "kept": report.metrics.kept_E}
     found |= {f"d_{name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
     return found
 

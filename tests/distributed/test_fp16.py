@@ -48,7 +48,7 @@ def train_cell(place: Any, mesh: Any, precision: str, fault: str, engine: str = 
         scales.append(trainer.progress.loss_scale)
     return {
         "factors": [scale.factor if scale else None for scale in scales],
-        "losses": [float(result.sums["loss"]) / result.num_tokens for result in results],
+        "losses": [float(result.sums.loss) / result.num_tokens for result in results],
         "norms": [result.grad_norm for result in results],
         "overflow": [result.overflow for result in results],
         "progress": trainer.progress,

@@ -107,7 +107,7 @@ def hop(place: Any, folder: Path, number: int, ep_size: int, cfg: Config) -> dic
     result = trainer.step()
     parts = trainer.engine.gradients()
     return {
-        "loss": float(result.sums["loss"]),
+        "loss": float(result.sums.loss),
         "norm": result.grad_norm,
         "samples": numbers,
         "gradients": {name: part.local.clone() for name, part in parts.items()},

@@ -21,6 +21,7 @@ from epmoe.moe.recompute import CheapTensors, Replay
 from epmoe.moe.router import Router
 from tests.unit.models.kept import Storages
 from tests.unit.models.training import decoder, gradients, objective, samples
+from tests.unit.moe.helpers import by_name
 
 MODES = ("none", "selective", "full")
 
@@ -150,7 +151,7 @@ def kept_per_token(mode: str) -> float:
     model.blocks[0](x_BSD, inputs, ctx, None)
     with Storages() as storages:
         out = model.blocks[0](x_BSD, inputs, ctx, None)
-    known = [x_BSD, out[0], *out[1].losses.values(), *out[1].metrics.values()]
+    known = [x_BSD, out[0], *out[1].losses.values(), *by_name(out[1].metrics).values()]
     return storages.alive(known) / token_BS.numel()
 
 

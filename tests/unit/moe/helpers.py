@@ -12,7 +12,7 @@ from epmoe.config import MoEConfig, router_classes
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.layer import MoELayer, balance_count
 from epmoe.moe.plan import plan_local, plan_slots
-from epmoe.types import DispatchPlan, Limits, Routing, TokenContext
+from epmoe.types import DispatchPlan, LayerSums, Limits, Routing, TokenContext
 from tests.oracle import capacity as oracle_capacity
 from tests.oracle import cases, deepseek, groups, mixture, noisy, philox, routing
 from tests.oracle.layer import LayerResult, ffn_experts, router_logits, run_layer
@@ -302,6 +302,12 @@ def draws_by_expert(moe: MoEConfig) -> bool:
     """Whether every expert has random numbers of its own in training."""
     smoothing = moe.router.smoothing
     return bool(needs(moe) & {"normal", "gumbel"}) or (smoothing is not None and smoothing.gate != "none")
+
+
+def by_name(metrics: LayerSums) -> dict[str, Tensor]:
+    """What a router did, by name."""
+    pairs = ((field.name, getattr(metrics, field.name)) for field in dataclass_fields(metrics))
+    return {name: value for name, value in pairs if value is not None}
 
 
 def local_plan(routing: Routing, *, num_experts: int, group_size: int, capacity: int) -> DispatchPlan:

@@ -83,7 +83,7 @@ def test_only_the_training_step_moves_the_bias():
     for run in (layer, lambda x, ctx: checkpoint(layer, x, ctx, use_reentrant=False)):
         y_BSD, report = run(x_BSD, context(x_BSD))
         y_BSD.square().sum().backward()
-        demands.append(report.metrics["demand_E"])
+        demands.append(report.metrics.demand_E)
     layer.eval()(x_BSD)
     assert torch.equal(layer.router.bias, before)
     assert torch.equal(*demands)
@@ -101,7 +101,7 @@ def test_the_bias_brings_a_skewed_router_into_balance():
     x_BSD = tokens(4, 64) + torch.tensor([2.0, 0.0, 0.0, 0.0])
     busiest = []
     for step in range(60):
-        demand_E = layer(x_BSD, context(x_BSD))[1].metrics["demand_E"]
+        demand_E = layer(x_BSD, context(x_BSD))[1].metrics.demand_E
         busiest.append(demand_E.max().item() * 4 / 256)
         layer.router.after_step(demand_E, step)
     assert busiest[0] > 1.8

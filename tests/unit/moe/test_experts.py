@@ -101,7 +101,7 @@ def test_any_modules_as_experts(bias):
     y_BSD.square().sum().backward()
     got = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
     assert all(grad is not None for grad in got.values()), "experts without rows get zeros, not None"
-    used = report.metrics["kept_E"].tolist()
+    used = report.metrics.kept_E.tolist()
     assert bias == 0.0 or used[2:] == [0, 0, 0]
     got_x = x_BSD.grad.clone()
     layer.zero_grad()

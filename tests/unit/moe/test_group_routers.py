@@ -19,7 +19,16 @@ from epmoe.ops import DROPLESS
 from epmoe.types import Limits
 from tests.oracle import cases
 from tests.oracle.groups import assignment, plan
-from tests.unit.moe.helpers import close, config, context, extras, make_layer, oracle_decision, tokens
+from tests.unit.moe.helpers import (
+    by_name,
+    close,
+    config,
+    context,
+    extras,
+    make_layer,
+    oracle_decision,
+    tokens,
+)
 from tests.unit.moe.test_families import MODEL
 from tests.unit.moe.test_routers import check_routing, route
 
@@ -88,7 +97,7 @@ def test_lists_of_another_length_than_tokens_times_k(name, factor):
         x_BSD = tokens(3, 8).requires_grad_()
         y_BSD, report = layer(x_BSD, context(x_BSD, "some"))
         (y_BSD.square().sum() + sum(report.losses.values())).backward()
-        results.append((y_BSD, x_BSD.grad, *report.metrics.values(), *report.losses.values()))
+        results.append((y_BSD, x_BSD.grad, *by_name(report.metrics).values(), *report.losses.values()))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             close(two, one.double(), 1e-13)
@@ -128,10 +137,10 @@ def test_thresholds_learn_to_say_what_the_batch_kept():
 def test_a_token_nobody_keeps_is_valid_and_overflows():
     layer = make_layer(config("strict2", num_experts=4, top_k=1, capacity_factor=None))
     report = layer(tokens(1, 32), context(tokens(1, 32)))[1]
-    assert report.metrics["demand_E"].tolist() == [8] * 4
-    assert report.metrics["overflow_tokens"] > 0
-    assert report.metrics["valid_tokens"] == 32
-    assert report.metrics["nonfinite_tokens"] == 0
+    assert report.metrics.demand_E.tolist() == [8] * 4
+    assert report.metrics.overflow_tokens > 0
+    assert report.metrics.valid_tokens == 32
+    assert report.metrics.nonfinite_tokens == 0
 
 
 # ------------------------------------------------------------------------------------------- BASE

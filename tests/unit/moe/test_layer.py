@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from epmoe.types import Limits, TokenContext
-from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, oracle_layer, tokens
+from tests.unit.moe.helpers import ROUTERS, by_name, close, config, context, make_layer, oracle_layer, tokens
 
 BREAKABLE = ("gshard_random", "switch", "top2", "noisy2", "two_levels", "v3", "expert_choice", "base", "sinkhorn1",
              "strict2", "hash_table", "sentence", "task", "dense_groups")  # fmt: skip
@@ -27,12 +27,12 @@ def compare(moe, x_BSD, ctx):
     y_BSD, report = layer(mine, ctx)
     result = oracle_layer(theirs, weights, moe, ctx)
     close(y_BSD.flatten(0, 1), result.y_TD.nan_to_num(), 1e-12)
-    assert set(report.metrics) == set(result.metrics)
+    assert set(by_name(report.metrics)) == set(result.metrics)
     for name in COUNTS:
-        assert report.metrics[name].tolist() == result.metrics[name], name
-        assert report.metrics[name].dtype == torch.int64
-    assert report.metrics["entropy"].item() == pytest.approx(result.metrics["entropy"], rel=1e-12, abs=1e-12)
-    assert not any(metric.requires_grad for metric in report.metrics.values())
+        assert getattr(report.metrics, name).tolist() == result.metrics[name], name
+        assert getattr(report.metrics, name).dtype == torch.int64
+    assert report.metrics.entropy.item() == pytest.approx(result.metrics["entropy"], rel=1e-12, abs=1e-12)
+    assert not any(metric.requires_grad for metric in by_name(report.metrics).values())
     assert set(report.losses) == set(moe.losses)
     for name, loss in report.losses.items():
         assert loss.item() == pytest.approx(result.losses[name].item(), rel=1e-12, abs=1e-12), name
@@ -135,8 +135,8 @@ def test_no_tokens(name, group, shape):
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert (parameter.grad == 0).all()
-    assert report.metrics["demand_E"].tolist() == [0] * 4
-    assert report.metrics["valid_tokens"].item() == 0
+    assert report.metrics.demand_E.tolist() == [0] * 4
+    assert report.metrics.valid_tokens.item() == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -157,10 +157,10 @@ def test_a_broken_token_hurts_nobody_else(name, value):
     y_BSD, report = layer(broken, ctx)
     assert torch.equal(y_BSD, wanted)
     assert (y_BSD[0, 2] == 0).all()
-    assert report.metrics["nonfinite_tokens"].item() == 1
-    assert wanted_report.metrics["nonfinite_tokens"].item() == 0
+    assert report.metrics.nonfinite_tokens.item() == 1
+    assert wanted_report.metrics.nonfinite_tokens.item() == 0
     for name in ("demand_E", "kept_E", "valid_tokens", "overflow_tokens", "entropy"):
-        assert torch.equal(report.metrics[name], wanted_report.metrics[name])
+        assert torch.equal(getattr(report.metrics, name), getattr(wanted_report.metrics, name))
     for name, loss in report.losses.items():
         assert loss.item() == wanted_report.losses[name].item()
     wanted.square().sum().add(sum(wanted_report.losses.values())).backward()
@@ -171,7 +171,7 @@ def test_a_broken_token_hurts_nobody_else(name, value):
     assert broken.grad.isfinite().all()
     for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
-    assert layer(broken, padded)[1].metrics["nonfinite_tokens"].item() == 0
+    assert layer(broken, padded)[1].metrics.nonfinite_tokens.item() == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -183,8 +183,8 @@ def test_one_broken_number_breaks_its_token_only(value):
     x_BSD = tokens(1, 4)
     x_BSD[0, 1, 3] = value
     y_BSD, report = layer(x_BSD)
-    assert report.metrics["nonfinite_tokens"].item() == 1
-    assert report.metrics["valid_tokens"].item() == 3
+    assert report.metrics.nonfinite_tokens.item() == 1
+    assert report.metrics.valid_tokens.item() == 3
     (y_BSD.sum() + sum(report.losses.values())).backward()
     assert layer.router.weight.grad.isfinite().all()
     assert layer.router.weight.grad.abs().max() > 0
@@ -199,8 +199,8 @@ def test_capacity_zero_drops_everything():
     y_TD = layer.dispatcher.combine(layer.experts(batch), routing, plan)
     assert (y_TD == 0).all()
     metrics = layer.report(routing, plan, TokenContext(), 6).metrics
-    assert metrics["overflow_tokens"].item() == 6
-    assert metrics["assignments"].item() == 12
+    assert metrics.overflow_tokens.item() == 6
+    assert metrics.assignments.item() == 12
     y_TD.sum().backward()
     assert all((parameter.grad == 0).all() for parameter in layer.parameters())
 

@@ -23,6 +23,7 @@ from tests.unit.moe.helpers import (
     EVERY,
     NEW_NAMES,
     ROUTERS,
+    by_name,
     close,
     config,
     context,
@@ -118,9 +119,9 @@ def test_sequences_are_independent_of_the_batch_around_them(name):
         layer(x_BSD[i : i + 2], tree_map(lambda known_BX, i=i: known_BX[i : i + 2], known)) for i in (0, 2)
     ]
     close(torch.cat([part[0] for part in parts]), y_BSD.detach(), 1e-14)
-    for key, total in report.metrics.items():
+    for key, total in by_name(report.metrics).items():
         assert torch.allclose(
-            sum(part[1].metrics[key] for part in parts).double(), total.double(), rtol=1e-14
+            sum(getattr(part[1].metrics, key) for part in parts).double(), total.double(), rtol=1e-14
         )
     # The others want balance inside each micro-batch.
     for key in {"balance", "z", "sequence_balance", "batchwise_threshold"} & report.losses.keys():
@@ -144,7 +145,7 @@ def test_dropless_equals_ample_capacity(name):
     results = []
     for factor in (None, 8.0):
         y_BSD, report = make_layer(config(name, num_experts=4, capacity_factor=factor))(x_BSD, context(x_BSD))
-        results.append((y_BSD, *report.losses.values(), *report.metrics.values()))
+        results.append((y_BSD, *report.losses.values(), *by_name(report.metrics).values()))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -163,7 +164,7 @@ def test_padding_appended_changes_nothing(name):
         got, after = layer(longer, replace(context(longer), valid_BS=valid))
         close(got[:2, :6], wanted.detach(), 1e-14)
         assert (got[~valid] == 0).all()
-        for one, other in ((before.losses, after.losses), (before.metrics, after.metrics)):
+        for one, other in ((before.losses, after.losses), (by_name(before.metrics), by_name(after.metrics))):
             for key in one:
                 assert torch.allclose(one[key].double(), other[key].double(), rtol=1e-13)
 
@@ -183,7 +184,7 @@ def test_renaming_experts_changes_only_names(name):
     )
     close(y2_BSD, y_BSD.detach(), 1e-13)
     for key in ("demand_E", "kept_E"):
-        assert torch.equal(report2.metrics[key], report.metrics[key][NEW_NAMES])
+        assert torch.equal(getattr(report2.metrics, key), getattr(report.metrics, key)[NEW_NAMES])
     for key in report.losses:
         assert report2.losses[key].item() == pytest.approx(report.losses[key].item(), rel=1e-12)
 
@@ -236,7 +237,7 @@ def test_float64_stays_float64(name):
     with NoFloat32():
         y_BSD, report = layer(x_BSD, context(x_BSD, "some"))
         (y_BSD.square().sum() + sum(report.losses.values())).backward()
-    assert report.metrics["entropy"].dtype == torch.float64
+    assert report.metrics.entropy.dtype == torch.float64
 
 
 def test_the_watchdog_bites():
@@ -257,8 +258,8 @@ def test_low_precision(name, dtype):
     x2_BSD = x_BSD.detach().double().requires_grad_()
     result = oracle_layer(x2_BSD, weights, moe, ctx)
     assert y_BSD.dtype == dtype
-    assert report.metrics["demand_E"].tolist() == result.metrics["demand_E"]
-    assert report.metrics["kept_E"].tolist() == result.metrics["kept_E"]
+    assert report.metrics.demand_E.tolist() == result.metrics["demand_E"]
+    assert report.metrics.kept_E.tolist() == result.metrics["kept_E"]
     assert all(loss.dtype == torch.float32 for loss in report.losses.values())
     for key, loss in report.losses.items():
         assert loss.item() == pytest.approx(result.losses[key].item(), rel=2e-5, abs=2e-6)
@@ -323,7 +324,9 @@ def test_all_to_all_over_one_rank_equals_local(one_rank_group):
                 y_BSD, report = layer(mine, context(x_BSD))
                 (y_BSD.square().sum() + sum(report.losses.values())).backward()
                 grads = [parameter.grad for parameter in layer.parameters()]
-                results.append([y_BSD, mine.grad, *grads, *report.losses.values(), *report.metrics.values()])
+                results.append(
+                    [y_BSD, mine.grad, *grads, *report.losses.values(), *by_name(report.metrics).values()]
+                )
             for one, other in zip(*results, strict=True):
                 assert torch.equal(one, other)
 
@@ -349,7 +352,7 @@ def test_entropy_of_an_undecided_router(experts):
     with torch.no_grad():
         layer.router.weight.zero_()
     x_BSD = tokens(1, 5)
-    assert layer(x_BSD)[1].metrics["entropy"].item() == pytest.approx(5 * math.log(experts), abs=1e-12)
+    assert layer(x_BSD)[1].metrics.entropy.item() == pytest.approx(5 * math.log(experts), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -383,7 +386,7 @@ def test_masking_where_nothing_is_broken_changes_no_bit(name, padding, monkeypat
         y_BSD, report = layer(x_BSD, context(x_BSD, padding))
         (y_BSD.square().sum() + sum(report.losses.values())).backward()
         gradients = [parameter.grad for parameter in layer.parameters()]
-        return [y_BSD, x_BSD.grad, *gradients, *report.losses.values(), *report.metrics.values()]
+        return [y_BSD, x_BSD.grad, *gradients, *report.losses.values(), *by_name(report.metrics).values()]
 
     looked = results()
     monkeypatch.setattr(common, "at_hand", lambda values: False)  # as on a device

@@ -95,9 +95,9 @@ def test_ranks(loss, scope, router, ranks, micro_batches, padding):
     """Each rank has half of the batch; what the layer sums over ranks is the sum of both halves."""
     case = Case(loss, scope, router)
     metrics = [case.layer(x_BSD, ctx)[1].metrics for x_BSD, ctx in case.halves()]
-    assert metrics[0]["valid_tokens"] != metrics[1]["valid_tokens"], "ranks with unequal numbers of tokens"
-    if "counted_E" in metrics[0]:
-        total = sum(torch.cat((m["counted_E"], m["valid_tokens"].view(1))) for m in metrics)
+    assert metrics[0].valid_tokens != metrics[1].valid_tokens, "ranks with unequal numbers of tokens"
+    if metrics[0].counted_E is not None:
+        total = sum(torch.cat((m.counted_E, m.valid_tokens.view(1))) for m in metrics)
         case.layer.sum_over_ranks = lambda _: total
     found = case.value_and_gradients(case.halves())
     case.layer.sum_over_ranks = None
@@ -110,8 +110,8 @@ def test_micro_batches(loss, scope, router, ranks, micro_batches, padding):
     case = Case(loss, scope, router)
     first, second = case.halves()
     metrics = case.layer(*first)[1].metrics
-    if "counted_E" in metrics:
-        counted = {LAYER: (metrics["counted_E"], metrics["valid_tokens"].view(1))}
+    if metrics.counted_E is not None:
+        counted = {LAYER: (metrics.counted_E, metrics.valid_tokens.view(1))}
         second = (second[0], replace(second[1], counted=counted))
     case.check(case.value_and_gradients([first, second]), micro_batches)
 

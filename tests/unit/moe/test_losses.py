@@ -183,7 +183,7 @@ def test_scopes_of_balance(scope, count):
     group_of = [t // 5 if by_sequence else 0 for t in range(15)]
     wanted = oracle.balance_loss(result.decision, group_of, 3 if by_sequence else 1, 4, count=count, k=2)
     assert report.losses["balance"].item() == pytest.approx(wanted.item(), rel=1e-12)
-    assert ("counted_E" in report.metrics) == (scope == "global")
+    assert (report.metrics.counted_E is not None) == (scope == "global")
     report.losses["balance"].backward()
     assert weight.grad.abs().max() > 0
 
@@ -194,7 +194,7 @@ def test_global_balance_of_two_ranks_is_that_of_the_whole_batch():
     x_BSD = tokens(4, 6)
     report, weight = layer_losses(moe, x_BSD)
     report.losses["balance"].backward()
-    total = torch.cat((report.metrics["counted_E"], report.metrics["valid_tokens"].view(1)))
+    total = torch.cat((report.metrics.counted_E, report.metrics.valid_tokens.view(1)))
     parts = []
     for half in (slice(0, 2), slice(2, 4)):
         part, part_weight = layer_losses(moe, x_BSD[half], sum_over_ranks=lambda _: total)
@@ -209,11 +209,11 @@ def test_global_balance_knows_the_micro_batches_so_far():
     x_BSD = tokens(4, 6)
     first, _ = layer_losses(moe, x_BSD[:2])
     ctx = context(x_BSD[2:])
-    counted = {LAYER: (first.metrics["counted_E"], first.metrics["valid_tokens"].view(1))}
+    counted = {LAYER: (first.metrics.counted_E, first.metrics.valid_tokens.view(1))}
     second, _ = layer_losses(moe, x_BSD[2:], replace(ctx, counted=counted))
     whole, _ = layer_losses(moe, x_BSD)
     probs_TE = make_layer(moe).router(x_BSD[2:], ctx).probs_TE
-    wanted = 4 * (whole.metrics["counted_E"].double() / (24 * 2) * probs_TE.sum(0)).sum()
+    wanted = 4 * (whole.metrics.counted_E.double() / (24 * 2) * probs_TE.sum(0)).sum()
     assert second.losses["balance"].item() == pytest.approx(wanted.item(), rel=1e-13)
 
 

@@ -15,7 +15,7 @@ from epmoe.moe.experts import ModuleExperts
 from epmoe.ops import DROPLESS
 from epmoe.ops.ffn import expert_ffn, expert_ffn_backward
 from epmoe.types import Limits, TokenContext
-from tests.unit.moe.helpers import ROUTERS, close, config, context, make_layer, tokens
+from tests.unit.moe.helpers import ROUTERS, by_name, close, config, context, make_layer, tokens
 from tests.unit.moe.test_host_copies import HostCopies
 
 VARIANTS = [
@@ -64,9 +64,9 @@ def assert_same_function(layer, other, x_BSD, ctx) -> dict[str, torch.Tensor]:
         assert (got[name] is None) == (value is None), name
         if value is not None:
             close(got[name], value.detach(), 1e-12)
-    assert metrics.keys() == wanted_metrics.keys()
-    for name, value in wanted_metrics.items():
-        assert torch.equal(metrics[name], value), name
+    assert by_name(metrics).keys() == by_name(wanted_metrics).keys()
+    for name, value in by_name(wanted_metrics).items():
+        assert torch.equal(getattr(metrics, name), value), name
     return metrics
 
 
@@ -103,7 +103,7 @@ def test_every_capacity_and_group(capacity, group, modules, variant):
     ):
         x_BSD = tokens(*shape)
         metrics = assert_same_function(layer, other, x_BSD, context(x_BSD, padding))
-        assert padding != "all" or metrics["kept_E"].sum() == 0
+        assert padding != "all" or metrics.kept_E.sum() == 0
 
 
 @every_variant
@@ -118,8 +118,8 @@ def test_everything_to_one_expert(activation, modules, variant):
         with torch.no_grad():
             each.router.weight[1, 0] += 50.0
     metrics = assert_same_function(layer, other, x_BSD, context(x_BSD))
-    assert metrics["demand_E"].tolist() == [0, 12, 0]
-    assert metrics["kept_E"].tolist() == [0, 4, 0]
+    assert metrics.demand_E.tolist() == [0, 12, 0]
+    assert metrics.kept_E.tolist() == [0, 4, 0]
 
 
 def test_one_expert():
@@ -187,7 +187,7 @@ def test_passes_without_capacity_are_ragged(save):
     layer, other = layer_of(moe, {"dispatcher": "padded", "save": save}).eval(), layer_of(moe).eval()
     x_BSD = tokens(2, 7)
     metrics = assert_same_function(layer, other, x_BSD, context(x_BSD, "some"))
-    assert torch.equal(metrics["kept_E"], metrics["demand_E"])
+    assert torch.equal(metrics.kept_E, metrics.demand_E)
     routing = layer.router(x_BSD, TokenContext())
     for capacity, padded in ((DROPLESS, False), (3, True)):
         batch, _ = layer.dispatcher.dispatch(
@@ -197,7 +197,7 @@ def test_passes_without_capacity_are_ragged(save):
     limited = moe.model_copy(update={"capacity_factor_eval": 0.5})
     layer, other = layer_of(limited, {"dispatcher": "padded", "save": save}).eval(), layer_of(limited).eval()
     metrics = assert_same_function(layer, other, x_BSD, context(x_BSD))
-    assert metrics["kept_E"].sum() < metrics["demand_E"].sum()
+    assert metrics.kept_E.sum() < metrics.demand_E.sum()
 
 
 @every_variant

@@ -66,9 +66,9 @@ def test_the_output_is_the_mean_over_noisy_inputs(d_model, reroute):
         kept = assign_slots(decisions[-1].assignments, [0] * 6, None)
         total = total + combine(copy_TD, decisions[-1], kept, experts)
     close(y_BSD.flatten(0, 1), total / 3, 1e-12)
-    assert report.metrics["assignments"].item() == 12, "a token is counted once"
+    assert report.metrics.assignments.item() == 12, "a token is counted once"
     chosen = [sum(a.expert == e for a in decisions[0].assignments) for e in range(4)]
-    assert report.metrics["demand_E"].tolist() == chosen
+    assert report.metrics.demand_E.tolist() == chosen
     plain = make_layer(config("top2", num_experts=4, capacity_factor=None), d_model=d_model)
     if not reroute:
         for name, loss in plain(x_BSD, ctx)[1].losses.items():
@@ -119,7 +119,7 @@ def test_noise_of_the_gate(gate):
     assert not decoder.blocks[0].moe.router.weight.any()
     ids_BS = torch.arange(22).remainder(11).view(2, 11)
     _, (report,) = decoder(ids_BS, TokenContext(sample_B=torch.arange(2)))
-    assert (report.metrics["demand_E"] > 0).all(), "the noise alone spreads the tokens"
+    assert (report.metrics.demand_E > 0).all(), "the noise alone spreads the tokens"
 
 
 def test_noise_needs_to_know_the_samples():

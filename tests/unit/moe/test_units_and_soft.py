@@ -82,7 +82,7 @@ def test_a_decoder_tells_its_routers_the_ids():
     model = Decoder(MODEL, moe, vocab_size=19, seed=0).eval()
     token_BS = torch.tensor([[4, 1, 5, 9]])
     _, reports = model(token_BS)
-    assert reports[0].metrics["demand_E"].tolist() == [1, 3, 0, 0]
+    assert reports[0].metrics.demand_E.tolist() == [1, 3, 0, 0]
     assert reports[0].losses == {}
 
 
@@ -153,7 +153,7 @@ def test_a_task_needs_no_expert_but_its_own():
     x_BSD = tokens(2, 5)
     ctx = replace(context(x_BSD), task_B=torch.tensor([2, 2]))
     whole, report = layer(x_BSD, ctx)
-    mine = report.metrics["demand_E"].nonzero().flatten()
+    mine = report.metrics.demand_E.nonzero().flatten()
     assert len(mine) == 2
     with torch.no_grad():
         for e in set(range(6)) - set(mine.tolist()):
@@ -220,9 +220,9 @@ def test_soft_mixtures_equal_the_oracle(padding, group, experts):
         expected = weights[key].grad
         close(parameter.grad, torch.zeros_like(parameter) if expected is None else expected, 1e-11)
     groups = 0 if padding == "all" else 1 if group == "rank" else 2
-    assert report.metrics["demand_E"].tolist() == [2 * groups] * experts
-    assert report.metrics["valid_tokens"].item() == sum(sum(row) for row in usable)
-    assert report.metrics["overflow_tokens"].item() == 0
+    assert report.metrics.demand_E.tolist() == [2 * groups] * experts
+    assert report.metrics.valid_tokens.item() == sum(sum(row) for row in usable)
+    assert report.metrics.overflow_tokens.item() == 0
 
 
 def test_soft_mixtures_leave_broken_tokens_out():
@@ -236,7 +236,7 @@ def test_soft_mixtures_leave_broken_tokens_out():
     broken.requires_grad_()
     y_BSD, report = layer(broken, TokenContext())
     assert torch.equal(y_BSD, wanted)
-    assert report.metrics["nonfinite_tokens"].item() == 1
+    assert report.metrics.nonfinite_tokens.item() == 1
     y_BSD.sum().backward()
     assert broken.grad.isfinite().all()
     assert layer.router.phi.grad.isfinite().all()
@@ -251,7 +251,7 @@ def test_soft_mixtures_of_nothing(shape, group):
     assert y_BSD.shape == x_BSD.shape
     y_BSD.sum().backward()
     assert all((p.grad == 0).all() for p in layer.parameters())
-    assert report.metrics["demand_E"].tolist() == [0] * 3
+    assert report.metrics.demand_E.tolist() == [0] * 3
 
 
 def test_soft_mixtures_in_low_precision_and_as_a_router():

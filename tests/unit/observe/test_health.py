@@ -75,7 +75,7 @@ def routed_step(step: int, busiest: int, experts: int = 8, tokens: int = 80) -> 
     inputs = RouterInputs(logits_TE=logits_TE, valid_T=torch.ones(tokens, dtype=torch.bool))
     routing = ROUTERS["topk"].route(inputs, moe.router, 1)
     slots = plan_slots(routing, Limits(num_experts=experts, group_size=tokens, capacity=-1))
-    demand = routing_metrics(routing, plan_local(routing, slots))["demand_E"]
+    demand = routing_metrics(routing, plan_local(routing, slots)).demand_E
     return record(step, layers={1: health(*demand.tolist())})
 
 

@@ -13,7 +13,7 @@ from epmoe.data.loader import Batch
 from epmoe.models.decoder import Decoder
 from epmoe.models.layers import Embedding
 from epmoe.train.setup import GROUPS, build_model, freeze
-from epmoe.train.step import micro_step
+from epmoe.train.step import StepSums, micro_step
 from epmoe.types import TokenContext
 
 VOCAB, SEQUENCES, SEQ_LEN = 64, 8, 64
@@ -130,19 +130,15 @@ def test_losses_per_source_add_up_to_the_loss() -> None:
     task_B = torch.tensor([0, 0, 3, 0, 1, 1, 3, 0])
     batch = replace(batch, context=replace(batch.context, task_B=task_B), num_sources=4)
     whole = _sums(model, batch)
-    assert whole["source_tokens"].tolist() == [
-        int(batch.loss_BS[task_B == source].sum()) for source in range(4)
-    ]
+    assert whole.source_tokens.tolist() == [int(batch.loss_BS[task_B == source].sum()) for source in range(4)]
     for source in range(4):
         only = replace(batch, loss_BS=batch.loss_BS & (task_B == source).unsqueeze(1))
-        assert float(whole["source_loss"][source]) == pytest.approx(
-            float(_sums(model, only)["loss"]), rel=1e-12
-        )
-    assert float(whole["source_loss"].sum()) == pytest.approx(float(whole["loss"]), rel=1e-12)
-    assert "source_loss" not in _sums(model, replace(batch, num_sources=1))
+        assert float(whole.source_loss[source]) == pytest.approx(float(_sums(model, only).loss), rel=1e-12)
+    assert float(whole.source_loss.sum()) == pytest.approx(float(whole.loss), rel=1e-12)
+    assert _sums(model, replace(batch, num_sources=1)).source_loss is None
 
 
-def _sums(model: Decoder, batch: Batch) -> dict[str, Tensor]:
+def _sums(model: Decoder, batch: Batch) -> StepSums:
     return micro_step(
         model,
         batch,

@@ -33,7 +33,7 @@ def values(*shape: int) -> Tensor:
 
 def measured(gradients: Mapping[str, Tensor], **changes: object) -> Measurement:
     plain: dict[str, object] = {
-        "losses": [4.0, 3.9], "auxiliary": {"aux.balance": [1.1, 1.1]}, "counts": {"0.demand_E": [[3, 3], [3, 3]]},
+        "losses": [4.0, 3.9], "auxiliary": {"balance": [1.1, 1.1]}, "demand": [[[3, 3], [3, 3]]], "kept": [],
         "objectives": [4.011, 3.911], "meant": [4.011, 3.911],
         "norms": [2.0, 2.0], "clips": [0.5, 0.5], "gradients": {n: part(g) for n, g in gradients.items()},
         "weights": {}, "micro_collectives": [{"all_to_all_single": 4}], "end_collectives": {}, "known_norm": KNOWN_NORM,
@@ -90,9 +90,9 @@ def test_the_first_wrong_tensor_of_the_model_is_named():
     [
         ({"losses": [4.1, 3.9]}, "gradients", "loss 4.1 instead of 4"),
         ({"losses": [4.0, float("nan")]}, "gradients", "second step"),
-        ({"auxiliary": {"aux.balance": [2.2, 1.1]}}, "balance", "auxiliary loss balance is 2.2 instead of 1.1"),
+        ({"auxiliary": {"balance": [2.2, 1.1]}}, "balance", "auxiliary loss balance is 2.2 instead of 1.1"),
         ({"objectives": [4.02, 3.9]}, "balance", "what is differentiated is 4.02"),
-        ({"counts": {"0.demand_E": [[2, 4], [3, 3]]}}, "gradients", "other assignments"),
+        ({"demand": [[[2, 4], [3, 3]]]}, "gradients", "other assignments"),
         ({"norms": [2.1, 2.0]}, "norm", "gradient norm 2.1 instead of 2"),
         ({"known_norm": 7.236068}, "norm", "7.236068, not 10.954451"),
         ({"clipped_norm": 1.1}, "norm", "leaves a norm of 1.1"),
@@ -121,9 +121,9 @@ def test_a_router_that_the_task_does_not_train():
 
 
 def test_a_balance_loss_that_does_not_see_a_skew():
-    skewed = {"counts": {"0.demand_E": [[6, 0], [3, 3]]}}
+    skewed = {"demand": [[[6, 0], [3, 3]]]}
     even = measured({})
-    seen = measured({}, **skewed, auxiliary={"aux.balance": [1.5, 1.1]})
+    seen = measured({}, **skewed, auxiliary={"balance": [1.5, 1.1]})
     blind = measured({}, **skewed)
     assert not list(router_violations({scenario("one_token"): seen, scenario("parity"): even}))
     [violation] = router_violations({scenario("one_token"): blind, scenario("parity"): even})
