@@ -33,9 +33,9 @@ from epmoe import TokenContext, build_moe_layer, shard_experts
 from epmoe.comm.exchange import Exchange, Trip, exchange_rows
 from epmoe.config import MoEConfig, ParallelConfig
 from epmoe.moe.dispatch import PaddedDispatcher
-from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
+from epmoe.process import runtime
 
 WIDTH = 256
 ROW_BYTES = 4 * WIDTH

@@ -47,11 +47,11 @@ from epmoe.config_file import load_config
 from epmoe.data.loader import validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.data.prepared import PreparedData
-from epmoe.observe.health import RouterHistory
-from epmoe.parallel import runtime
+from epmoe.metrics.router_health import RouterHistory
+from epmoe.process import runtime
 from epmoe.train.evaluate import evaluate
-from epmoe.train.loop import Trainer
-from epmoe.train.recording import Recorder
+from epmoe.train.step_recorder import Recorder
+from epmoe.train.trainer import Trainer
 
 WARM_UP_STEPS = 3
 EVAL_BATCH = 32

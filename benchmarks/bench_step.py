@@ -43,11 +43,11 @@ from epmoe.data.prepare import prepare
 from epmoe.data.prepared import PreparedData
 from epmoe.models.decoder import Block, Decoder
 from epmoe.models.sizes import count_parameters, flops_per_token
-from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
 
 DECODER, HEAD = "norms, embedding, residuals", "head and loss"
 ATTENTION, DENSE, OPTIMIZER, GRADIENTS, DATA = (

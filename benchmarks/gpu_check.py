@@ -196,8 +196,8 @@ def bench(shell: Shell) -> Iterator[Row]:
 def train(shell: Shell) -> Iterator[Row]:
     """A sparse model in bfloat16 on the embedded corpus, to the end: evaluation, checkpoint and sample."""
     from epmoe.config_file import load_config
+    from epmoe.metrics.step_record import read_records
     from epmoe.models.sizes import count_parameters, flops_per_token
-    from epmoe.observe.record import read_records
 
     out = shell.folder / "run"
     _, seconds = shell.run(*PYTHON, "-m", "epmoe", "train", CONFIG, f"out={out}", "train.device=cuda")
@@ -262,7 +262,7 @@ def speed_rows(
     shell: Shell, records: Sequence[tuple[float, float]], flops: int, seconds: float
 ) -> Iterator[Row]:
     """What the run reached, from loss and tokens per second of each of its records."""
-    from epmoe.train.throughput import peak_of
+    from epmoe.metrics.throughput import peak_of
 
     first, last = records[0][0], records[-1][0]
     falls = last < first  # false as well when either is NaN

@@ -8,7 +8,7 @@ from html import escape
 
 from common import Spread
 
-from epmoe.observe.chart import nice_ticks
+from epmoe.metrics.router_chart import nice_ticks
 
 WIDTH, LEFT, RIGHT, TOP = 960, 250, 150, 84
 _BAR, _STEP, _GROUP = 14, 19, 34

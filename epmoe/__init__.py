@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from epmoe.moe.experts import ModuleExperts
     from epmoe.moe.layer import MoELayer
     from epmoe.parallel.clip import clip_grad_norm_
-    from epmoe.parallel.parallelize import shard_experts
+    from epmoe.parallel.shard_experts import shard_experts
     from epmoe.types import RouterReport, Routing, TokenContext
 
 __version__ = "0.1.0"
@@ -69,7 +69,7 @@ def _home(name: str) -> str | None:
         "build_moe_layer": "epmoe.moe.build",
         "clip_grad_norm_": "epmoe.parallel.clip",
         "load_config": "epmoe.config_file",
-        "shard_experts": "epmoe.parallel.parallelize",
+        "shard_experts": "epmoe.parallel.shard_experts",
     }
     if name in homes:
         return homes[name]

@@ -13,9 +13,9 @@ from reverser import Reverser, batch
 from torch.nn.parallel import DistributedDataParallel
 
 from epmoe import clip_grad_norm_, shard_experts
-from epmoe.parallel import runtime
 from epmoe.parallel.ddp import prepare
 from epmoe.parallel.mesh import build_mesh
+from epmoe.process import runtime
 
 
 def main(steps: int = 80) -> float:

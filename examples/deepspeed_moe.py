@@ -10,9 +10,9 @@ from __future__ import annotations
 from reverser import BATCH, Reverser, batch
 
 from epmoe import shard_experts
-from epmoe.parallel import runtime
 from epmoe.parallel.deepspeed import load_deepspeed, prepare
 from epmoe.parallel.mesh import build_mesh
+from epmoe.process import runtime
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": BATCH,

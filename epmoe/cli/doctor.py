@@ -203,7 +203,7 @@ def _reach(host: str) -> Finding:
 
 
 def _process_group() -> Finding:
-    from epmoe.parallel.runtime import start, stop
+    from epmoe.process.runtime import start, stop
 
     started = time.perf_counter()
     stop(start("cpu", 10.0))
@@ -266,8 +266,8 @@ def apex_finding() -> Finding:
     """Which package called apex is there, and whether NVIDIA's works."""
     import torch
 
+    from epmoe.engines.optimizer import load_fused_adam
     from epmoe.models.accelerators import compute_capability, find_apex
-    from epmoe.train.optimizer import load_fused_adam
 
     kind = find_apex()
     if kind == "missing":

@@ -15,10 +15,10 @@ from epmoe.data.prepared import TOKENIZER_FOLDER
 from epmoe.data.progress import console_progress, plain_progress
 from epmoe.errors import CheckpointError, ConfigError, DataError, printable
 from epmoe.models.decoder import Decoder
-from epmoe.parallel import runtime
+from epmoe.process import runtime
 from epmoe.train.evaluate import Evaluation
 from epmoe.train.evaluate import evaluate as evaluate_set
-from epmoe.train.load import load_trained
+from epmoe.train.load_trained import load_trained
 
 OVERRIDABLE = ("train.precision", "train.micro_batch_size", "train.final_eval_samples", "moe.capacity_factor")
 """Keys that may differ from the run's, besides those of the data; the others describe training or the weights."""

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from epmoe.errors import ConfigError, printable
-from epmoe.parallel.runtime import pick_device
+from epmoe.process.runtime import pick_device
 from epmoe.train.generate import generate as generate_tokens
-from epmoe.train.load import load_trained
+from epmoe.train.load_trained import load_trained
 
 
 def generate(

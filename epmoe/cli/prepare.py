@@ -15,7 +15,7 @@ from epmoe.data.prepared import (
 )
 from epmoe.data.progress import console_progress
 from epmoe.errors import printable
-from epmoe.train.signals import stop_on_signals
+from epmoe.process.stop_signals import stop_on_signals
 
 
 def prepare(config: Path, overrides: list[str]) -> None:

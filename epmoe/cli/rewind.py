@@ -7,10 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
+from epmoe.checkpoint.manifest import CHECKPOINTS, candidates, damaged_files, read_manifest, step_folder
 from epmoe.errors import CheckpointError, ConfigError
 from epmoe.train import lock
-from epmoe.train.manifest import candidates, damaged_files, read_manifest, step_folder
-from epmoe.train.status import CHECKPOINTS, METRICS
+from epmoe.train.status import METRICS
 
 ASIDE = ("run_status.json", "attempts.json", "summary.json")
 """What a run says about its end, which it has not reached then."""

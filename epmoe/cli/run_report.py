@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epmoe.errors import ConfigError, printable
-from epmoe.observe.display import plain_line
-from epmoe.observe.health import RouterHistory
-from epmoe.observe.record import StepRecord, read_records, record_to_json
+from epmoe.metrics.router_health import RouterHistory
+from epmoe.metrics.step_record import StepRecord, read_records, record_to_json
+from epmoe.metrics.terminal import plain_line
 from epmoe.train import lock
 from epmoe.train.status import METRICS, STATUS, Status, read_status
 

@@ -16,11 +16,11 @@ from epmoe.cli import print_error
 from epmoe.config import Config
 from epmoe.config_file import check_layout, load_config
 from epmoe.errors import ConfigError, EpmoeError, NotProven
-from epmoe.verify.scaling import Scale, Subject, make_subject
+from epmoe.verify.small_config import Scale, Subject, make_subject
 
 if TYPE_CHECKING:  # torch is imported when it is known that the configuration can be verified
     from epmoe.verify.self_test import Trial
-    from epmoe.verify.worlds import Ranks
+    from epmoe.verify.subjobs import Ranks
 
 RANKS_HERE = 4
 """Processes without a launcher: enough for every kind of layout,"""
@@ -67,7 +67,7 @@ def verify(
     )
     check_layout(subject.config, world_size)
     from epmoe.parallel.deepspeed import load_deepspeed
-    from epmoe.verify.worlds import assemble, run_here, why_no_deepspeed
+    from epmoe.verify.subjobs import assemble, run_here, why_no_deepspeed
 
     def on_rank() -> None:
         device = cfg.train.device if ranks_are_given else "cpu"
@@ -99,9 +99,9 @@ def _exit_code(work: Callable[[], None]) -> int:
 
 
 def _prove(ranks: Ranks, subject: Subject, cfg: Config, *, full: bool, json: Path | None) -> None:
-    from epmoe.verify.cells import make_plan
+    from epmoe.verify.cases import make_plan
+    from epmoe.verify.proof import prove
     from epmoe.verify.report import describe_plan, describe_violation, print_verdict, write_json
-    from epmoe.verify.suite import prove
 
     plan = make_plan(subject, full=full, precisions=("fp64", "fp32"))
     speaks = ranks.rank == 0

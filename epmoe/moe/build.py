@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from epmoe.comm.exchange import Exchange, Group, flat, hierarchical
 from epmoe.config import MoEConfig
-from epmoe.moe import soft
+from epmoe.moe import soft_layer as soft
 from epmoe.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, PaddedDispatcher
 from epmoe.moe.expert_dropout import HiddenDropout
 from epmoe.moe.experts import FFNExperts

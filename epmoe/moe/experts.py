@@ -14,7 +14,7 @@ from epmoe.moe.expert_dropout import HiddenDropout, expert_of_rows
 from epmoe.ops import activate, expert_ffn
 from epmoe.types import ExpertBatch
 
-Part = Callable[[ExpertBatch], Tensor]
+Compute = Callable[[ExpertBatch], Tensor]
 
 
 def reset_modules(parent: nn.Module) -> None:
@@ -126,7 +126,7 @@ class FFNExperts(nn.Module):
         """Each row through its expert, times its weight if it has one -> ``[R, D]``."""
         return self._compute(batch, self.w_in, self.w_out, self.first_expert)
 
-    def in_parts(self, sizes: Sequence[int], run: Callable[[list[Part]], Tensor]) -> Tensor:
+    def in_parts(self, sizes: Sequence[int], run: Callable[[list[Compute]], Tensor]) -> Tensor:
         """``run`` of a function for every so many experts, consecutive ones, in one forward pass of the module."""
         # Split once: slices would each have a gradient of the whole size.
         firsts = accumulate(sizes, initial=self.first_expert)
@@ -228,7 +228,7 @@ class ModuleExperts(nn.Module):
         """Each block of rows through its module, times the rows' weights if they have some -> ``[R, d_out]``."""
         return _through_modules(batch, self.experts.values(), self.d_out)
 
-    def in_parts(self, sizes: Sequence[int], run: Callable[[list[Part]], Tensor]) -> Tensor:
+    def in_parts(self, sizes: Sequence[int], run: Callable[[list[Compute]], Tensor]) -> Tensor:
         """As of ``FFNExperts``."""
         modules = iter(self.experts.values())
         parts = [[*islice(modules, count)] for count in sizes]

@@ -14,7 +14,7 @@ from epmoe.config_routers import RouterOptions
 from epmoe.moe.inputs import NUM_SAMPLES, numbers_of_valid
 from epmoe.moe.recompute import KEEP, Recompute, Remake, plain
 from epmoe.moe.routers import common
-from epmoe.moe.routers.family import Family, Init, Part, zeros
+from epmoe.moe.routers.family import Family, Init, RouterTensor, zeros
 from epmoe.moe.smoothing import gate_noise
 from epmoe.ops import DROPLESS, UNFILLED, permute, philox
 from epmoe.types import Draws, Limits, RouterInputs, Routing, TokenContext, compute_dtype
@@ -176,7 +176,7 @@ class Router(nn.Module):
             return x_TD.new_zeros(x_TD.shape[0], self.num_experts).masked_fill(broken_T1, torch.nan)
         return project(x_TD, self.weight.to(x_TD.dtype), broken=torch.nan)
 
-    def _field(self, part: Part, x_TD: Tensor) -> Tensor:
+    def _field(self, part: RouterTensor, x_TD: Tensor) -> Tensor:
         tensor: Tensor = getattr(self, part.name)
         if part.dtype is None:
             tensor = tensor.to(x_TD.dtype)

@@ -23,7 +23,7 @@ from epmoe.comm.exchange import Exchange
 from epmoe.config import ParallelConfig
 from epmoe.moe.build import EXCHANGES
 from epmoe.parallel.nodes import ranks_of_a_node
-from epmoe.parallel.runtime import Runtime
+from epmoe.process.runtime import Runtime
 
 WIRE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """``parallel.wire_dtype`` -> what rows travel in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from epmoe import env
 from epmoe.config import ParallelConfig, choose_node_size
 from epmoe.errors import ConfigError
-from epmoe.parallel.runtime import Runtime, gather_text
+from epmoe.process.runtime import Runtime, gather_text
 
 FLAT = "or parallel.exchange: flat"
 

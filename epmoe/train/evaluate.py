@@ -12,7 +12,7 @@ from torch import Tensor
 from epmoe import env
 from epmoe.data.loader import ValidationData
 from epmoe.models.decoder import Decoder
-from epmoe.parallel.sums import add_sums, all_reduce_sums
+from epmoe.parallel.reduce_sums import add_sums, all_reduce_sums
 from epmoe.train.step import autocast, layer_sums, token_loss
 from epmoe.types import LayerSums
 

@@ -9,13 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from epmoe import env
-from epmoe.config import Config
-from epmoe.data.loader import TrainData
-from epmoe.data.prepared import PreparedData
-from epmoe.errors import CheckpointError
-from epmoe.observe.display import say
-from epmoe.parallel.runtime import on_rank_zero
-from epmoe.train.checkpoint import (
+from epmoe.checkpoint.manifest import CHECKPOINTS, MANIFEST, Counters, TrainingRecord
+from epmoe.checkpoint.store import (
     Checkpoint,
     find_resumable,
     load_checkpoint,
@@ -25,13 +20,18 @@ from epmoe.train.checkpoint import (
     require_space,
     warn_passed_over,
 )
-from epmoe.train.loop import Progress, Trainer
+from epmoe.config import Config
+from epmoe.data.loader import TrainData
+from epmoe.data.prepared import PreparedData
+from epmoe.engines.optimizer import scheduled_rate
+from epmoe.errors import CheckpointError
+from epmoe.metrics.terminal import say
+from epmoe.process.runtime import on_rank_zero
+from epmoe.train.build import in_groups
 from epmoe.train.loss_scale import restored_scale
-from epmoe.train.manifest import MANIFEST, Counters, TrainingRecord
-from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.run_folder import RunFolder
-from epmoe.train.setup import in_groups
-from epmoe.train.status import CHECKPOINTS, STATUS, newest_saved
+from epmoe.train.status import STATUS, newest_saved
+from epmoe.train.trainer import Progress, Trainer
 
 SHAPES = (
     "model.",

@@ -12,6 +12,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record as report_to_torchrun
 
 from epmoe import env
+from epmoe.checkpoint.manifest import CHECKPOINTS, TrainingRecord
+from epmoe.checkpoint.store import save_checkpoint
 from epmoe.config import Config, choose_ep_size
 from epmoe.config_file import check_layout, dump_config
 from epmoe.data.corpora import refuse_as_source
@@ -21,23 +23,20 @@ from epmoe.data.prepare import prepare
 from epmoe.data.prepared import TOKENIZER_FOLDER, PreparedData, source_lines, text_warning
 from epmoe.data.progress import console_progress, plain_progress
 from epmoe.errors import ConfigError, EpmoeError, MemoryExhausted, Preempted
+from epmoe.metrics.step_record import read_records
+from epmoe.metrics.terminal import make_display, say
+from epmoe.metrics.trackers import JsonlTracker, TensorBoardTracker, Trackers
 from epmoe.models.compile import compile_blocks, compiler_problem
-from epmoe.observe.display import make_display, say
-from epmoe.observe.record import read_records
-from epmoe.observe.trackers import JsonlTracker, TensorBoardTracker, Trackers
-from epmoe.parallel import runtime
-from epmoe.parallel.failures import is_out_of_memory
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh, flat_after_all
-from epmoe.parallel.runtime import Runtime
-from epmoe.train.checkpoint import save_checkpoint
+from epmoe.process import runtime
+from epmoe.process.lost_peers import is_out_of_memory
+from epmoe.process.runtime import Runtime
+from epmoe.process.stop_signals import StopFlag, stop_on_signals
+from epmoe.train.build import agree_on_accelerators, build_model
 from epmoe.train.evaluate import Evaluation, evaluate
-from epmoe.train.finish import finish
-from epmoe.train.loop import Progress, StopRequested, TimeUp, Trainer
+from epmoe.train.final_report import finish
 from epmoe.train.loss_scale import scale_numbers
-from epmoe.train.manifest import TrainingRecord
-from epmoe.train.profile import StepProfiler
-from epmoe.train.recording import Recorder
 from epmoe.train.resume import changed_keys, resume
 from epmoe.train.run_folder import (
     RunFolder,
@@ -48,9 +47,10 @@ from epmoe.train.run_folder import (
     record_failure,
     record_state,
 )
-from epmoe.train.setup import agree_on_accelerators, build_model
-from epmoe.train.signals import StopFlag, stop_on_signals
-from epmoe.train.status import CHECKPOINTS, METRICS, read_status
+from epmoe.train.status import METRICS, read_status
+from epmoe.train.step_profiler import StepProfiler
+from epmoe.train.step_recorder import Recorder
+from epmoe.train.trainer import Progress, StopRequested, TimeUp, Trainer
 
 SAME_RUN = (
     *("out:", "data.cache", "data.num_workers", "parallel.", "checkpoint.", "profile.", "train.sample."),

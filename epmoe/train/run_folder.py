@@ -12,8 +12,6 @@ so that all ranks go on or all raise.
 from __future__ import annotations
 
 import os
-import platform
-import socket
 import subprocess
 import threading
 import time
@@ -22,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 import torch.distributed as dist
 
-import epmoe
 from epmoe import env
 from epmoe.data.files import write_atomically, write_json
 from epmoe.errors import CommError, ConfigError
-from epmoe.parallel.runtime import Runtime, gather_text, on_rank_zero
+from epmoe.metrics.machine import hardware, software_versions
+from epmoe.process.runtime import Runtime, gather_text, on_rank_zero
 from epmoe.train import lock
 from epmoe.train.status import (
     Status,
@@ -115,29 +111,6 @@ def describe_run(run: RunFolder, config: Mapping[str, Any], argv: Sequence[str])
         "environment": env.recorded(),
     }
     write_json(run.path / "run.json", description)
-
-
-def software_versions() -> dict[str, str]:
-    """Versions that matter for results."""
-    return {
-        "epmoe": epmoe.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "cuda": torch.version.cuda or "none",
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """The machine this rank runs on."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": gpus,
-    }
 
 
 def _commit() -> str | None:

@@ -20,13 +20,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from epmoe import env
+from epmoe.checkpoint.manifest import CHECKPOINTS
 from epmoe.data.files import write_json
 from epmoe.errors import EpmoeError, NoProgress, warn
 from epmoe.train import lock
 
 STATUS, ATTEMPTS = "run_status.json", "attempts.json"
-CHECKPOINTS, METRICS = "ckpt", "metrics.jsonl"
-"""What else is looked for in a run folder without torch."""
+METRICS = "metrics.jsonl"
 MAX_ATTEMPTS = 3
 """Attempts from one step that may fail before the run is called stuck."""
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epmoe.engines.protocol import ParameterRows
 from epmoe.parallel.mesh import is_expert
-from epmoe.train.engine import Part
-from epmoe.verify.cells import Cell
+from epmoe.verify.cases import Cell
 from epmoe.verify.measure import KNOWN_NORM, Measurement
 
 GRADIENT_LIMIT = {"fp64": 1e-9, "fp32": 1e-5}
@@ -57,7 +57,9 @@ class TensorError:
     """got / wanted, where that is one number everywhere."""
 
 
-def tensor_errors(got: Mapping[str, Part], wanted: Mapping[str, Part]) -> Iterator[TensorError]:
+def tensor_errors(
+    got: Mapping[str, ParameterRows], wanted: Mapping[str, ParameterRows]
+) -> Iterator[TensorError]:
     """Every tensor, in the order of the model; one that is missing or has another shape counts as infinitely wrong.
 
     A tensor so small beside the model's largest that it is nothing but rounding must be as small everywhere.

@@ -17,17 +17,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from epmoe.checkpoint import store as checkpoint
 from epmoe.config_routers import SoftOptions
+from epmoe.engines import deepspeed
+from epmoe.engines import native as engine
+from epmoe.engines.native import NativeEngine
 from epmoe.moe.layer import MoELayer
 from epmoe.moe.recompute import Recompute
 from epmoe.moe.router import Router
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import is_expert
 from epmoe.parallel.norm import sum_of_squares
-from epmoe.train import checkpoint, deepspeed, engine, loop, setup
-from epmoe.train.engine import NativeEngine
-from epmoe.train.loop import Trainer
-from epmoe.verify.scaling import Subject
+from epmoe.train import build as setup
+from epmoe.train import trainer as loop
+from epmoe.train.trainer import Trainer
+from epmoe.verify.small_config import Subject
 
 Plant = Callable[[], AbstractContextManager[None]]
 

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from epmoe.config import Config, MoEConfig, loss_coefficients
+from epmoe.engines.protocol import Engine, ParameterRows, expert_part
 from epmoe.moe.router import Router
 from epmoe.parallel.mesh import ExpertMesh, is_expert
 from epmoe.parallel.norm import clip_coefficient
-from epmoe.parallel.runtime import Runtime
-from epmoe.parallel.sums import all_reduce_sums
-from epmoe.train.engine import Engine, Part, expert_part
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
+from epmoe.parallel.reduce_sums import all_reduce_sums
+from epmoe.process.runtime import Runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
 from epmoe.types import Routing
-from epmoe.verify.cells import Cell, cell_config
-from epmoe.verify.collectives import counting
-from epmoe.verify.samples import Samples
-from epmoe.verify.scaling import Subject
+from epmoe.verify.cases import Cell, cell_config
+from epmoe.verify.count_collectives import counting
+from epmoe.verify.small_config import Subject
+from epmoe.verify.synthetic_data import Samples
 
 NUM_STEPS = 2
 KNOWN_NORM = math.sqrt(120.0)
@@ -52,9 +52,9 @@ class Measurement:
     """and what it should be: mean loss plus coefficients times mean auxiliary losses."""
     norms: list[float]
     clips: list[float]
-    gradients: dict[str, Part]
+    gradients: dict[str, ParameterRows]
     """Of the first step, reduced and not clipped."""
-    weights: dict[str, Part]
+    weights: dict[str, ParameterRows]
     """After the first step."""
     micro_collectives: list[dict[str, int]]
     """Of each micro-batch of the last step."""
@@ -73,7 +73,7 @@ class ObservedEngine:
 
     def __init__(self, engine: Engine, counter: Counter[str]) -> None:
         self._engine, self._counter = engine, counter
-        self.first_gradients: dict[str, Part] = {}
+        self.first_gradients: dict[str, ParameterRows] = {}
         self.micro: list[dict[str, int]] = []
         self.objectives: list[float] = []
         """This rank's part, by step."""
@@ -103,9 +103,9 @@ class ObservedEngine:
         return getattr(self._engine, name)
 
 
-def copy_of(part: Part) -> Part:
+def copy_of(part: ParameterRows) -> ParameterRows:
     """The same rows, in memory of their own."""
-    return Part(local=part.local.detach().clone(), first_row=part.first_row, shape=part.shape)
+    return ParameterRows(local=part.local.detach().clone(), first_row=part.first_row, shape=part.shape)
 
 
 def make_trainer(
@@ -141,7 +141,7 @@ def measure(
     """
     config = cell_config(subject, cell)
     trainer = make_trainer(config, subject, samples_for(subject, cell, seed), place, mesh)
-    weights: dict[str, Part] = {}
+    weights: dict[str, ParameterRows] = {}
     results = []
     with counting() as counter, _margins(trainer.model if margins else None) as gaps:
         engine = ObservedEngine(trainer.engine, counter)
@@ -192,12 +192,12 @@ def _objectives(
     return meant
 
 
-def in_order(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
+def in_order(model: nn.Module, parts: Mapping[str, ParameterRows]) -> dict[str, ParameterRows]:
     """By the order of the model's parameters, so that the first wrong one is the first to look at."""
     return {name: parts[name] for name, _ in model.named_parameters() if name in parts}
 
 
-def named_parts(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+def named_parts(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, ParameterRows]:
     """Weights, or optimizer state (``<parameter>.<key>``), as the rows this rank holds of each."""
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     shards = trainer.engine.gradients() if sharded else {}
@@ -206,7 +206,7 @@ def named_parts(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Pa
         local = tensor.detach()
         if isinstance(local, DTensor):
             shard = shards.get(name) or shards[name.rpartition(".")[0]]
-            parts[name] = Part(local=local.to_local(), first_row=shard.first_row, shape=shard.shape)
+            parts[name] = ParameterRows(local=local.to_local(), first_row=shard.first_row, shape=shard.shape)
         else:
             parts[name] = expert_part(name, local, trainer.mesh)
     return parts

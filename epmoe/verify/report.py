@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from epmoe import env
-from epmoe.verify.cells import Plan
+from epmoe.verify.cases import Plan
 from epmoe.verify.compare import ITEMS
-from epmoe.verify.scaling import Subject
 from epmoe.verify.self_test import Trial
+from epmoe.verify.small_config import Subject
 from epmoe.verify.verdict import Json, Verdict
 
 WIDTH = 200

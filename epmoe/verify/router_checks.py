@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from epmoe.verify.cells import Cell
+from epmoe.verify.cases import Cell
 from epmoe.verify.compare import Violation
 from epmoe.verify.measure import Measurement
 

@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from epmoe.errors import CheckpointError
-from epmoe.verify.cells import PLAIN, Cell, Plan, Scenario, deepspeed_cells, problem, usable_cells
+from epmoe.verify.cases import PLAIN, Cell, Plan, Scenario, deepspeed_cells, problem, usable_cells
 from epmoe.verify.faults import FAULTS, Fault
-from epmoe.verify.scaling import Subject
-from epmoe.verify.suite import prove
+from epmoe.verify.proof import prove
+from epmoe.verify.small_config import Subject
+from epmoe.verify.subjobs import Ranks
 from epmoe.verify.verdict import Json
-from epmoe.verify.worlds import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

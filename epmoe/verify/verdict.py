@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from epmoe.parallel.runtime import gather_text
+from epmoe.process.runtime import gather_text
 from epmoe.verify.compare import ITEM_OF, Comparison, Violation, item_of
 
 Json = dict[str, Any]

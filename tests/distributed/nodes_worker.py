@@ -17,13 +17,13 @@ import torch
 
 from epmoe.config import Config
 from epmoe.moe.router import Router
-from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
 from epmoe.types import Routing
-from epmoe.verify.samples import Samples
+from epmoe.verify.synthetic_data import Samples
 from tests.patience import HANGS_S
 
 VOCAB, SEQ_LEN, WIDTH, NUM_EXPERTS, STEPS = 64, 64, 128, 8, 4

@@ -20,10 +20,10 @@ import torch
 import torch.utils.tensorboard  # here once instead of in every child
 from torch import Tensor
 
+from epmoe.checkpoint.manifest import read_manifest, step_folder
 from epmoe.config import Config
 from epmoe.config_file import override_config
 from epmoe.errors import EpmoeError
-from epmoe.train.manifest import read_manifest, step_folder
 from epmoe.train.run import train
 from tests.distributed.harness import Outcome, rank_outcomes, run_ranks
 from tests.patience import HANGS_S

@@ -12,11 +12,11 @@ import torch
 
 from epmoe.config import Config
 from epmoe.config_file import override_config
-from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, attempt, ends, finish, make_config, status, write_text
 from tests.distributed.test_parity import VOCAB, Samples

@@ -15,11 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from epmoe.errors import CheckpointError, UnreachableCheckpoint
-from epmoe.parallel.mesh import ExpertMesh, build_mesh
-from epmoe.parallel.runtime import start
-from epmoe.train import checkpoint, manifest
-from epmoe.train.checkpoint import (
+from epmoe.checkpoint import manifest
+from epmoe.checkpoint import store as checkpoint
+from epmoe.checkpoint.store import (
     UNFINISHED,
     find_resumable,
     load_checkpoint,
@@ -27,8 +25,11 @@ from epmoe.train.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from epmoe.train.engine import NativeEngine
-from epmoe.train.entries import local_tensors
+from epmoe.checkpoint.tensor_layout import local_tensors
+from epmoe.engines.native import NativeEngine
+from epmoe.errors import CheckpointError, UnreachableCheckpoint
+from epmoe.parallel.mesh import ExpertMesh, build_mesh
+from epmoe.process.runtime import start
 from tests.distributed.harness import rank_outcomes, run_ranks
 from tests.distributed.tiny import NUM_EXPERTS, Tiny, record, tiny_model, trained
 

@@ -16,8 +16,8 @@ import torch
 from epmoe.config import ParallelConfig
 from epmoe.models.compile import compile_blocks
 from epmoe.models.decoder import Decoder
-from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
+from epmoe.process import runtime
 from epmoe.train import run
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks

@@ -18,11 +18,11 @@ from epmoe.config import Config
 from epmoe.config_file import load_config
 from epmoe.data.loader import TrainData
 from epmoe.data.prepare import prepare
-from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]

@@ -21,18 +21,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import epmoe.train.deepspeed
+import epmoe.engines.deepspeed
+from epmoe.checkpoint.store import load_checkpoint, save_checkpoint, verify_checkpoint
 from epmoe.config import Config, ParallelConfig
 from epmoe.config_file import dump_config, override_config
 from epmoe.models.compile import compile_blocks
-from epmoe.parallel import runtime
 from epmoe.parallel.deepspeed import load_deepspeed
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import ExpertMesh, build_mesh, is_stacked
-from epmoe.train.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import finish, history, make_config
 from tests.distributed.test_parity import VOCAB, Samples, config, worst_error
@@ -183,7 +183,7 @@ def train_cells(rank: int, cells: list[Cell]) -> list[dict[str, Any]]:
 def train_cell(place: Any, mesh: ExpertMesh, cell: Cell) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if cell.buckets is not None:
-            patch.setattr(epmoe.train.deepspeed, "BUCKET_ELEMENTS", cell.buckets)
+            patch.setattr(epmoe.engines.deepspeed, "BUCKET_ELEMENTS", cell.buckets)
         trainer = make_trainer(cell, place, mesh)
     found = watch(trainer)
     if cell.poisoned is not None:

@@ -14,9 +14,9 @@ from epmoe import ModuleExperts, TokenContext, build_moe_layer, shard_experts
 from epmoe.config import MoEConfig
 from epmoe.moe.dispatch import AllToAllDispatcher, PaddedDispatcher
 from epmoe.moe.layer import MoELayer
-from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import build_mesh
+from epmoe.process import runtime
 from tests.distributed.harness import run_ranks
 from tests.patience import HANGS_S
 

@@ -17,9 +17,9 @@ from epmoe.comm.exchange import Exchange, Trip, depart, exchange_counts, exchang
 from epmoe.config import MoEConfig, ParallelConfig
 from epmoe.errors import ConfigError
 from epmoe.moe.layer import MoELayer
-from epmoe.parallel import runtime
 from epmoe.parallel.layers import take_over
 from epmoe.parallel.mesh import ExpertMesh, build_mesh, flat_after_all
+from epmoe.process import runtime
 from tests.distributed.harness import run_ranks
 from tests.patience import HANGS_S
 

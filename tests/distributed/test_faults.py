@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from epmoe.config import Config
 from epmoe.errors import CommError, EpmoeError, Preempted
-from epmoe.parallel import runtime
+from epmoe.process import runtime
 from epmoe.train.run_folder import close_run_folder, open_run_folder
 from epmoe.train.status import read_status
 from tests.distributed.harness import rank_outcomes, run_ranks

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from epmoe.config_file import override_config
-from epmoe.parallel import runtime
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
 from epmoe.train import loss_scale
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, ends, history, make_config
 from tests.distributed.test_parity import VOCAB, Samples, config

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from epmoe import ModuleExperts
+from epmoe.checkpoint.manifest import read_manifest, step_folder
 from epmoe.config import Config
 from epmoe.config_file import override_config
-from epmoe.parallel import runtime
 from epmoe.parallel.fsdp import rows_here, shard_model
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.loop import Trainer
-from epmoe.train.manifest import read_manifest, step_folder
-from epmoe.train.setup import build_engine, build_model
-from epmoe.train.signals import StopFlag
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_engine, build_model
+from epmoe.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import attempts, history, make_config, status
 from tests.distributed.test_parity import (

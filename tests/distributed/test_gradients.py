@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
 from epmoe.parallel.norm import clip_coefficient, global_norm, scale, sharded_norm, sum_of_squares
-from epmoe.parallel.runtime import start
+from epmoe.process.runtime import start
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import NUM_EXPERTS, BareLayer, draw, tiny_model
 

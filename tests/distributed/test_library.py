@@ -13,9 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from epmoe import shard_experts
-from epmoe.parallel import ddp, deepspeed, fsdp, runtime
+from epmoe.parallel import ddp, deepspeed, fsdp
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
+from epmoe.process import runtime
 from tests.distributed.harness import run_ranks
 from tests.examples import example
 from tests.patience import HANGS_S

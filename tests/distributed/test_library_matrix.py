@@ -24,10 +24,11 @@ from epmoe import ModuleExperts, MoEConfig, TokenContext, build_moe_layer, shard
 from epmoe.moe.experts import FFNExperts
 from epmoe.moe.layer import MoELayer
 from epmoe.moe.recompute import Replay
-from epmoe.parallel import ddp, deepspeed, fsdp, runtime
+from epmoe.parallel import ddp, deepspeed, fsdp
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
+from epmoe.process import runtime
 from tests.distributed.harness import run_ranks
 from tests.patience import HANGS_S
 

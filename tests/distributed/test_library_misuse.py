@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 import epmoe
 from epmoe import ModuleExperts, MoEConfig, build_moe_layer, shard_experts
 from epmoe.moe.layer import MoELayer
-from epmoe.parallel import ddp, fsdp, runtime
+from epmoe.parallel import ddp, fsdp
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh, build_mesh
+from epmoe.process import runtime
 from tests.distributed.harness import run_ranks
 
 RANKS = 2

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from epmoe.config_file import load_config
-from epmoe.verify.cells import PLAIN, Cell, make_plan
-from epmoe.verify.scaling import Subject, make_subject
-from epmoe.verify.suite import prove
-from epmoe.verify.worlds import assemble
+from epmoe.verify.cases import PLAIN, Cell, make_plan
+from epmoe.verify.proof import prove
+from epmoe.verify.small_config import Subject, make_subject
+from epmoe.verify.subjobs import assemble
 from tests.distributed.harness import run_ranks
 from tests.patience import HANGS_S
 

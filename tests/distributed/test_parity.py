@@ -21,13 +21,13 @@ from torch import Tensor
 
 from epmoe.config import Config, ParallelConfig
 from epmoe.moe import dispatch
-from epmoe.parallel import runtime
 from epmoe.parallel.fsdp import rows_here
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.loop import Trainer
-from epmoe.train.setup import build_model
-from epmoe.train.signals import StopFlag
-from epmoe.verify import samples
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
+from epmoe.train.trainer import Trainer
+from epmoe.verify import synthetic_data as samples
 from tests.distributed.harness import run_ranks
 from tests.oracle.deepseek import moved_bias
 from tests.patience import HANGS_S

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from epmoe.parallel.rendezvous import name_attempt
-from epmoe.parallel.runtime import gather_text, start
+from epmoe.process.rendezvous import name_attempt
+from epmoe.process.runtime import gather_text, start
 from tests.distributed.harness import rank_outcomes
 
 

@@ -14,17 +14,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from epmoe.checkpoint.manifest import TrainingRecord, read_manifest
+from epmoe.checkpoint.safetensors_writer import read_pieces
+from epmoe.checkpoint.store import load_checkpoint, open_checkpoint, save_checkpoint
 from epmoe.config import Config
 from epmoe.config_file import override_config
-from epmoe.parallel import runtime
 from epmoe.parallel.mesh import build_mesh
-from epmoe.train.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
-from epmoe.train.loop import Progress, Trainer
-from epmoe.train.manifest import TrainingRecord, read_manifest
-from epmoe.train.setup import build_model
-from epmoe.train.shards import read_pieces
-from epmoe.train.signals import StopFlag
+from epmoe.process import runtime
+from epmoe.process.stop_signals import StopFlag
+from epmoe.train.build import build_model
 from epmoe.train.status import CHECKPOINTS
+from epmoe.train.trainer import Progress, Trainer
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import ENGINES, Samples, config, worst_error
 from tests.patience import HANGS_S

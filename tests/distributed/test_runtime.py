@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from epmoe.errors import CheckpointError, CommError, ConfigError, EpmoeError
 from epmoe.parallel.mesh import build_mesh, split_expert_id
-from epmoe.parallel.runtime import (
+from epmoe.process.runtime import (
     gather_text,
     on_rank_zero,
     raise_together,

@@ -17,10 +17,10 @@ import pytest
 
 from epmoe.config import Config, MoEConfig
 from epmoe.verify.faults import FAULTS
-from epmoe.verify.scaling import make_subject
+from epmoe.verify.proof import prove
 from epmoe.verify.self_test import plan_for_faults
-from epmoe.verify.suite import prove
-from epmoe.verify.worlds import assemble, run_here
+from epmoe.verify.small_config import make_subject
+from epmoe.verify.subjobs import assemble, run_here
 from tests.distributed.harness import run_ranks
 from tests.patience import HANGS_S
 
@@ -158,7 +158,7 @@ SHORT = """
 import sys
 from dataclasses import replace
 from epmoe.cli import main
-from epmoe.verify import cells
+from epmoe.verify import cases as cells
 from epmoe.verify.faults import FAULTS
 whole = cells.make_plan
 

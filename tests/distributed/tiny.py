@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmoe.checkpoint.manifest import MANIFEST, TrainingRecord
 from epmoe.config import OptimizerConfig
+from epmoe.engines.native import NativeEngine
 from epmoe.moe.layer import MoELayer
 from epmoe.parallel.mesh import ExpertMesh
-from epmoe.train.engine import NativeEngine
-from epmoe.train.manifest import MANIFEST, TrainingRecord
 
 NUM_EXPERTS = 4
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from epmoe.config import ModelConfig, OptimizerConfig
+from epmoe.engines.optimizer import Optimizer, load_fused_adam
 from epmoe.errors import ConfigError
 from epmoe.models import accelerators
 from epmoe.models.accelerators import FLASH_LIBRARIES, Accelerators, FlashLibrary, choose_accelerators
@@ -20,7 +21,6 @@ from epmoe.models.attention import Attention, attention_inputs
 from epmoe.models.layers import RMSNorm
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh
-from epmoe.train.optimizer import Optimizer, load_fused_adam
 from tests.distributed.tiny import Tiny, draw
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epmoe.config_routers import DeepSeekOptions
 from epmoe.moe.routers.common import Choices, as_routing, top_ids
-from epmoe.moe.routers.family import Family, Part
+from epmoe.moe.routers.family import Family, RouterTensor
 from epmoe.moe.routers.topk import normalizes
 from epmoe.ops.reference import usable_rows
 from epmoe.types import RouterInputs, Routing
@@ -70,10 +70,12 @@ def balance_step(bias_E: Tensor, demand_E: Tensor, options: DeepSeekOptions, ste
     return bias_E + rate * behind_E.sign().to(bias_E.dtype)
 
 
-def _parts(options: DeepSeekOptions, num_experts: int) -> tuple[Part, ...]:
+def _parts(options: DeepSeekOptions, num_experts: int) -> tuple[RouterTensor, ...]:
     if options.bias_rate is None:
         return ()
-    bias = Part(name="bias", field="bias_E", num_rows=num_experts, projects=False, update=balance_step)
+    bias = RouterTensor(
+        name="bias", field="bias_E", num_rows=num_experts, projects=False, update=balance_step
+    )
     return (bias,)
 
 

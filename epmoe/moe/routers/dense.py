@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epmoe.config_routers import DenseOptions
 from epmoe.moe.routers.common import Choices, as_routing, choose
-from epmoe.moe.routers.family import Family, Part
+from epmoe.moe.routers.family import Family, RouterTensor
 from epmoe.types import RouterInputs, Routing
 
 
@@ -67,10 +67,14 @@ def two_level_logits(logits_TE: Tensor, group_logits_TP: Tensor) -> Tensor:
     return logits_TE.masked_fill(broken_T1, torch.nan)
 
 
-def _parts(options: DenseOptions, num_experts: int) -> tuple[Part, ...]:
+def _parts(options: DenseOptions, num_experts: int) -> tuple[RouterTensor, ...]:
     if options.num_groups == 1:
         return ()
-    return (Part(name="group_weight", field="group_logits_TP", num_rows=options.num_groups, projects=True),)
+    return (
+        RouterTensor(
+            name="group_weight", field="group_logits_TP", num_rows=options.num_groups, projects=True
+        ),
+    )
 
 
 FAMILY = Family(route=route, parts=_parts)

@@ -33,7 +33,7 @@ def zeros(_: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class RouterTensor:
     """A tensor that the router holds for a family, in checkpoints too, and the router input it becomes."""
 
     name: str
@@ -55,7 +55,7 @@ class Family:
     """A router family: a line in ``build.ROUTERS``."""
 
     route: RouteFunction
-    parts: Callable[[Any, int], tuple[Part, ...]] = lambda options, num_experts: ()
+    parts: Callable[[Any, int], tuple[RouterTensor, ...]] = lambda options, num_experts: ()
     """From the options and the number of experts."""
     weight_init: Init | None = None
     """Of the router's weight [E, D]; None = as the model's other matrices."""

@@ -15,7 +15,7 @@ from epmoe.config_routers import HashOptions
 from epmoe.errors import ConfigError
 from epmoe.moe.inputs import numbers_of_valid
 from epmoe.moe.routers.common import Choices, as_routing
-from epmoe.moe.routers.family import Family, Part
+from epmoe.moe.routers.family import Family, RouterTensor
 from epmoe.ops.reference import usable_rows
 from epmoe.types import RouterInputs, Routing
 
@@ -84,7 +84,7 @@ def read_counts(path: str, vocab_size: int) -> list[int]:
     return counts + [0] * (vocab_size - len(counts))
 
 
-def _parts(options: HashOptions, num_experts: int) -> tuple[Part, ...]:
+def _parts(options: HashOptions, num_experts: int) -> tuple[RouterTensor, ...]:
     if options.table == "mod":
         return ()
     vocab_size = options.vocab_size
@@ -99,7 +99,7 @@ def _parts(options: HashOptions, num_experts: int) -> tuple[Part, ...]:
         return rng.permutation(vocab_size) % num_experts
 
     return (
-        Part(
+        RouterTensor(
             name="table", field="table_V", num_rows=vocab_size, projects=False, init=table, dtype=torch.int64
         ),
     )

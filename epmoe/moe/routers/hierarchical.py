@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epmoe.config_routers import HierarchicalOptions
 from epmoe.moe.routers.common import Choices, as_routing, choose, drawn_normal, numbers_given
-from epmoe.moe.routers.family import Family, Part, zeros
+from epmoe.moe.routers.family import Family, RouterTensor, zeros
 from epmoe.moe.routers.noisy_topk import win_probability
 from epmoe.moe.routers.topk import normalizes
 from epmoe.ops import philox, route_topk
@@ -120,12 +120,14 @@ def _load(outer: Choices, groups: Level, experts: Level, kept: int, inside: int)
     return (load_PJ * (load_P / count_P.clamp(min=1.0)).unsqueeze(1)).flatten()
 
 
-def _parts(options: HierarchicalOptions, num_experts: int) -> tuple[Part, ...]:
+def _parts(options: HierarchicalOptions, num_experts: int) -> tuple[RouterTensor, ...]:
     groups = options.num_groups
     return (
-        Part(name="noise_weight", field="noise_logits_TE", num_rows=num_experts, projects=True),
-        Part(name="group_weight", field="group_logits_TP", num_rows=groups, projects=True),
-        Part(name="group_noise_weight", field="group_noise_logits_TP", num_rows=groups, projects=True),
+        RouterTensor(name="noise_weight", field="noise_logits_TE", num_rows=num_experts, projects=True),
+        RouterTensor(name="group_weight", field="group_logits_TP", num_rows=groups, projects=True),
+        RouterTensor(
+            name="group_noise_weight", field="group_noise_logits_TP", num_rows=groups, projects=True
+        ),
     )
 
 

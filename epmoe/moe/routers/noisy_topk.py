@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epmoe.config_routers import NoisyTopKOptions
 from epmoe.moe.routers.common import as_routing, choose, drawn_normal, numbers_given, probabilities, top_ids
-from epmoe.moe.routers.family import Family, Part, zeros
+from epmoe.moe.routers.family import Family, RouterTensor, zeros
 from epmoe.moe.routers.topk import normalizes
 from epmoe.ops import philox
 from epmoe.types import RouterInputs, Routing
@@ -82,10 +82,10 @@ def win_probability(
     return torch.where(contested_TX, wins_TX, available_TX.to(wins_TX.dtype))
 
 
-def _parts(options: NoisyTopKOptions, num_experts: int) -> tuple[Part, ...]:
+def _parts(options: NoisyTopKOptions, num_experts: int) -> tuple[RouterTensor, ...]:
     if options.load_estimator == "vmoe":
         return ()
-    noise = Part(name="noise_weight", field="noise_logits_TE", num_rows=num_experts, projects=True)
+    noise = RouterTensor(name="noise_weight", field="noise_logits_TE", num_rows=num_experts, projects=True)
     return (noise,)
 
 

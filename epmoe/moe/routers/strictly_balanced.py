@@ -11,7 +11,7 @@ import torch
 from epmoe.config_routers import StrictlyBalancedOptions
 from epmoe.moe.routers.common import UNAVAILABLE, Choices, as_routing, groups_of, scored
 from epmoe.moe.routers.expert_choice import best_tokens
-from epmoe.moe.routers.family import Family, Part
+from epmoe.moe.routers.family import Family, RouterTensor
 from epmoe.ops.reference import usable_rows
 from epmoe.types import RouterInputs, Routing
 
@@ -50,8 +50,8 @@ def _even_share(
     return lambda _, shape: np.full(shape, 1.0 / num_experts, dtype=np.float32)
 
 
-def _parts(_: StrictlyBalancedOptions, num_experts: int) -> tuple[Part, ...]:
-    threshold = Part(
+def _parts(_: StrictlyBalancedOptions, num_experts: int) -> tuple[RouterTensor, ...]:
+    threshold = RouterTensor(
         name="threshold",
         field="threshold_E",
         num_rows=num_experts,

@@ -8,7 +8,7 @@ import torch
 from epmoe.config_routers import TaskOptions
 from epmoe.moe.inputs import numbers_of_valid
 from epmoe.moe.routers import gshard_top2
-from epmoe.moe.routers.family import Family, FloatArray, Part
+from epmoe.moe.routers.family import Family, FloatArray, RouterTensor
 from epmoe.moe.routers.sentence import of_units
 from epmoe.ops import permute
 from epmoe.types import RouterInputs, Routing
@@ -46,9 +46,11 @@ def _small(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
     return np.float32(0.02) * rng.standard_normal(shape, dtype=np.float32)
 
 
-def _parts(options: TaskOptions, num_experts: int) -> tuple[Part, ...]:
+def _parts(options: TaskOptions, num_experts: int) -> tuple[RouterTensor, ...]:
     rows = options.num_tasks * num_experts
-    return (Part(name="task_logits", field="task_logits_X", num_rows=rows, projects=False, init=_small),)
+    return (
+        RouterTensor(name="task_logits", field="task_logits_X", num_rows=rows, projects=False, init=_small),
+    )
 
 
 FAMILY = Family(route=route, parts=_parts, has_weight=False)

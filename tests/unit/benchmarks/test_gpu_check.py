@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from epmoe.config_file import load_config
+from epmoe.metrics.throughput import peak_of
 from epmoe.models.sizes import count_parameters, flops_per_token
-from epmoe.train.throughput import peak_of
 from tests.patience import HANGS_S
 
 ROOT = Path(__file__).parents[3]

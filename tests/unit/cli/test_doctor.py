@@ -16,7 +16,7 @@ from epmoe.cli import doctor as module
 from epmoe.cli.doctor import apex_finding, doctor, examine, flash_finding
 from epmoe.cli.run_report import Signs, judge
 from epmoe.errors import ConfigError
-from epmoe.observe.record import LayerHealth, StepRecord, record_to_json
+from epmoe.metrics.step_record import LayerHealth, StepRecord, record_to_json
 from epmoe.ops import native, registration
 from epmoe.train import lock
 from epmoe.train.status import Status, write_status

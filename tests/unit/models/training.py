@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmoe.config import Config
 from epmoe.models.decoder import Decoder
-from epmoe.train.setup import build_model
+from epmoe.train.build import build_model
 from epmoe.types import TokenContext
 
 VOCAB, SEQ_LEN, SEQUENCES = 48, 8, 4

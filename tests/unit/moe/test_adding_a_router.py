@@ -31,7 +31,7 @@ FAMILY = '''"""Leans towards the experts that were used less."""
 import numpy as np
 
 from epmoe.moe.routers.common import as_routing, choose
-from epmoe.moe.routers.family import Family, Part
+from epmoe.moe.routers.family import Family, RouterTensor
 
 
 def route(inputs, options, top_k):
@@ -42,11 +42,11 @@ def route(inputs, options, top_k):
 
 
 def _parts(options, num_experts):
-    limit = Part(
+    limit = RouterTensor(
         name="limit", field="threshold_E", num_rows=num_experts, projects=False,
         init=lambda _, shape: np.linspace(0, 1, shape[0], dtype=np.float32),
     )
-    used = Part(
+    used = RouterTensor(
         name="used", field="bias_E", num_rows=num_experts, projects=False,
         update=lambda value_E, demand_E, options, step: demand_E / demand_E.sum(),
     )
@@ -83,7 +83,7 @@ except SystemExit as end:
     assert not end.code, end.code
 import torch
 from epmoe.models.sizes import count_parameters
-from epmoe.train.load import load_trained
+from epmoe.train.load_trained import load_trained
 trained = load_trained(Path("run"), device=torch.device("cpu"))
 config, model = trained.config, trained.model
 assert config.moe.router.pull == 0.25

@@ -15,7 +15,7 @@ from epmoe.moe.build import ROUTERS as FAMILIES
 from epmoe.moe.build import build_moe_layer
 from epmoe.moe.router import Router
 from epmoe.moe.routers.hash import balanced_table
-from epmoe.moe.soft import SoftMoELayer
+from epmoe.moe.soft_layer import SoftMoELayer
 from epmoe.ops import philox
 from epmoe.types import Draws, TokenContext
 from tests.oracle.groups import greedy_table, soft_moe

@@ -20,12 +20,9 @@ import torch
 from safetensors import safe_open
 
 import epmoe.data.files
-from epmoe.cli.rewind import rewind
-from epmoe.errors import CheckpointError, ConfigError, UnreachableCheckpoint
-from epmoe.parallel.mesh import build_mesh
-from epmoe.parallel.runtime import start
-from epmoe.train import lock
-from epmoe.train.checkpoint import (
+from epmoe.checkpoint.manifest import MANIFEST, TensorRecord, candidates, read_manifest
+from epmoe.checkpoint.safetensors_writer import ShardReader, incomplete_tensors, read_pieces
+from epmoe.checkpoint.store import (
     Checkpoint,
     _compare_space,
     _make_room,
@@ -38,9 +35,12 @@ from epmoe.train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from epmoe.train.entries import MAX_LISTED, differences
-from epmoe.train.manifest import MANIFEST, TensorRecord, candidates, read_manifest
-from epmoe.train.shards import ShardReader, incomplete_tensors, read_pieces
+from epmoe.checkpoint.tensor_layout import MAX_LISTED, differences
+from epmoe.cli.rewind import rewind
+from epmoe.errors import CheckpointError, ConfigError, UnreachableCheckpoint
+from epmoe.parallel.mesh import build_mesh
+from epmoe.process.runtime import start
+from epmoe.train import lock
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import Tiny, draw, record, rewrite_manifest, tiny_model, trained
 
@@ -374,7 +374,7 @@ def _fail_reading(monkeypatch: pytest.MonkeyPatch, path: Path, code: int) -> Non
             file.read = Mock(side_effect=OSError(code, os.strerror(code)))  # type: ignore[method-assign]
         return file
 
-    for module in ("epmoe.data.files", "epmoe.train.manifest", "epmoe.train.shards"):
+    for module in ("epmoe.data.files", "epmoe.checkpoint.manifest", "epmoe.checkpoint.safetensors_writer"):
         monkeypatch.setattr(f"{module}.open_regular", opened)
 
 

@@ -13,8 +13,8 @@ from epmoe.config import Config
 from epmoe.data.loader import ValidationData, validation_sets
 from epmoe.data.prepare import prepare
 from epmoe.models.decoder import Decoder
+from epmoe.train.build import build_model
 from epmoe.train.evaluate import Evaluation, evaluate
-from epmoe.train.setup import build_model
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import make_config
 

@@ -13,7 +13,7 @@ from epmoe.config import Config
 from epmoe.data.yardsticks import Yardsticks
 from epmoe.errors import Preempted
 from epmoe.train.evaluate import Evaluation
-from epmoe.train.finish import _verdict
+from epmoe.train.final_report import _verdict
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, attempt, finish, make_config, status
 
@@ -95,17 +95,17 @@ def test_a_run_may_leave_the_sample_out(base: Path) -> None:
 
 
 def _asked_to_stop_while_it_compresses(rank: int, config: Config) -> list[End]:
-    import epmoe.train.finish
+    import epmoe.train.final_report
 
-    original = epmoe.train.finish.yardsticks
+    original = epmoe.train.final_report.yardsticks
 
     def interrupted(*_: object, **__: object) -> Yardsticks:
         raise Preempted("asked to stop")
 
-    epmoe.train.finish.yardsticks = interrupted
+    epmoe.train.final_report.yardsticks = interrupted
     first = attempt(rank, config)
     state = status(Path(config.out))["state"]
-    epmoe.train.finish.yardsticks = original
+    epmoe.train.final_report.yardsticks = original
     return [first, End(0, state), attempt(rank, config)]
 
 

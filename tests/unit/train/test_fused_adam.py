@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from epmoe.config import OptimizerConfig
+from epmoe.engines.optimizer import Optimizer, load_fused_adam
 from epmoe.errors import ConfigError
 from epmoe.models import accelerators
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh
-from epmoe.train.load import load_trained
-from epmoe.train.optimizer import Optimizer, load_fused_adam
-from epmoe.train.setup import agree_on_accelerators
+from epmoe.train.build import agree_on_accelerators
+from epmoe.train.load_trained import load_trained
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, attempt, different, make_config, status, tensors
 from tests.distributed.tiny import Tiny, draw

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from epmoe.checkpoint.manifest import read_manifest, write_manifest
 from epmoe.config import Config
 from epmoe.errors import CheckpointError
 from epmoe.models.decoder import Decoder
 from epmoe.parallel.mesh import is_expert
-from epmoe.parallel.runtime import pick_device
-from epmoe.train.load import load_trained
-from epmoe.train.manifest import read_manifest, write_manifest
+from epmoe.process.runtime import pick_device
+from epmoe.train.load_trained import load_trained
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import End, attempt, make_config
 

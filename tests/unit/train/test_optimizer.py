@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from epmoe.config import OptimizerConfig
+from epmoe.engines.optimizer import Optimizer, decays, learning_rate, named_weights
 from epmoe.parallel.gradients import Gradients
 from epmoe.parallel.mesh import ExpertMesh
-from epmoe.train.optimizer import Optimizer, decays, learning_rate, named_weights
 from tests.distributed.tiny import Tiny, draw
 
 NO_GROUPS = cast(ExpertMesh, SimpleNamespace(world_group=None, edp_group=None))

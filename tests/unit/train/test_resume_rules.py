@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from epmoe.checkpoint.manifest import TrainingRecord
 from epmoe.config import Config
+from epmoe.engines.optimizer import scheduled_rate
 from epmoe.errors import CheckpointError
-from epmoe.train.manifest import TrainingRecord
-from epmoe.train.optimizer import scheduled_rate
 from epmoe.train.resume import changed_keys, check_resumable, flatten, rate_change
 
 

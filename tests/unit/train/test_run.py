@@ -13,7 +13,7 @@ import torch
 import epmoe.train.run
 from epmoe.config import Config
 from epmoe.config_file import load_config, override_config
-from epmoe.parallel.failures import is_out_of_memory
+from epmoe.process.lost_peers import is_out_of_memory
 from epmoe.train.run import _finished_at, _out_of_memory
 from tests.distributed.harness import rank_outcomes
 from tests.distributed.runs import End, attempt, checkpoints, history, make_config, status

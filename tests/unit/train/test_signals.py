@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from epmoe.train.signals import STOP_SIGNALS, StopFlag, stop_on_signals
+from epmoe.process.stop_signals import STOP_SIGNALS, StopFlag, stop_on_signals
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

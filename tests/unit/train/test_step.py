@@ -12,7 +12,7 @@ from epmoe.config import Config
 from epmoe.data.loader import Batch
 from epmoe.models.decoder import Decoder
 from epmoe.models.layers import Embedding
-from epmoe.train.setup import GROUPS, build_model, freeze
+from epmoe.train.build import GROUPS, build_model, freeze
 from epmoe.train.step import StepSums, micro_step
 from epmoe.types import TokenContext
 

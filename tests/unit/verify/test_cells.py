@@ -13,7 +13,7 @@ from epmoe.cli import main
 from epmoe.config import Config, MoEConfig, ParallelConfig
 from epmoe.config_file import load_config
 from epmoe.errors import ConfigError
-from epmoe.verify.cells import (
+from epmoe.verify.cases import (
     PLAIN,
     Cell,
     Plan,
@@ -26,7 +26,7 @@ from epmoe.verify.cells import (
     reference_of,
     usable_cells,
 )
-from epmoe.verify.scaling import Subject, make_subject
+from epmoe.verify.small_config import Subject, make_subject
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from epmoe.config import Config
-from epmoe.train.engine import Part
-from epmoe.verify.cells import Cell, Scenario, usable_cells
+from epmoe.engines.protocol import ParameterRows
+from epmoe.verify.cases import Cell, Scenario, usable_cells
 from epmoe.verify.compare import compare, meaning_of, tensor_errors
 from epmoe.verify.measure import KNOWN_NORM, Measurement
 from epmoe.verify.router_checks import router_violations
-from epmoe.verify.scaling import make_subject
+from epmoe.verify.small_config import make_subject
 
 SUBJECT = make_subject(Config(), 4, "small", ranks_per_node=2)
 CELL = replace(usable_cells(SUBJECT, 4, 2)[0], accumulation=1)
 EXPERT, DENSE = "blocks.1.moe.experts.w_in", "blocks.0.ffn.up.weight"
 
 
-def part(tensor: Tensor, first_row: int = 0, rows: int | None = None) -> Part:
-    return Part(local=tensor, first_row=first_row, shape=(rows or tensor.shape[0], *tensor.shape[1:]))
+def part(tensor: Tensor, first_row: int = 0, rows: int | None = None) -> ParameterRows:
+    return ParameterRows(
+        local=tensor, first_row=first_row, shape=(rows or tensor.shape[0], *tensor.shape[1:])
+    )
 
 
 def values(*shape: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Checkpoints without layout: written on some ranks, read on any others."""

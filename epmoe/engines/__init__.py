@@ -1,0 +1,1 @@
+"""Where gradients and optimizer state live."""
