@@ -297,7 +297,7 @@ class MoEConfig(Section):
             )
         if router.no_capacity and (self.capacity_factor or self.capacity_factor_eval):
             raise ValueError(
-                f"capacity_factor means nothing to router {router.name}: {router.no_capacity}; "
+                f"capacity_factor does not apply to router {router.name}: {router.no_capacity}; "
                 f"set capacity_factor and capacity_factor_eval to null"
             )
         if router.no_capacity and self.dispatcher not in ("auto", "padded"):
@@ -405,8 +405,8 @@ class ParallelConfig(Section):
     def _stages_need_deepspeed(self) -> ParallelConfig:
         if self.zero_stage != 1 and self.engine != "deepspeed":
             raise ValueError(
-                f"zero_stage={self.zero_stage} means nothing to engine={self.engine}; set engine: deepspeed, or leave "
-                f"zero_stage out"
+                f"zero_stage={self.zero_stage} applies only to engine: deepspeed, and this is {self.engine}; set engine: "
+                f"deepspeed, or leave zero_stage out"
             )
         return self
 
@@ -414,8 +414,8 @@ class ParallelConfig(Section):
     def _shards_need_fsdp(self) -> ParallelConfig:
         if self.fsdp_shard != "full" and self.engine != "fsdp":
             raise ValueError(
-                f"fsdp_shard={self.fsdp_shard} means nothing to engine={self.engine}, which cuts no dense tensor; "
-                f"set engine: fsdp, or leave fsdp_shard out"
+                f"fsdp_shard={self.fsdp_shard} applies only to engine: fsdp, and this is {self.engine}, which cuts no "
+                f"dense tensor; set engine: fsdp, or leave fsdp_shard out"
             )
         return self
 
@@ -441,7 +441,7 @@ class OptimizerConfig(Section):
     longer later."""
     warmup_steps: Count = 100
     decay_fraction: Fraction = 0.2
-    """wsd: share of the steps in the final decay."""
+    """With wsd: share of the steps in the final decay."""
     min_lr_ratio: Fraction = 0.1
     """Learning rate at the end, relative to the peak."""
 
@@ -469,7 +469,7 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = None
     """Sequences per rank and forward pass; null = global_batch_size / ranks (no accumulation)."""
     precision: Literal["fp32", "bf16_autocast", "bf16_params", "fp16_autocast", "fp64"] = "fp32"
-    """fp64 is for proofs, not for speed. fp16_autocast multiplies the loss by a factor that follows the gradients."""
+    """Of weights and arithmetic. fp64 is for proofs, not for speed; fp16_autocast multiplies the loss by a factor that follows the gradients."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What a block does not keep for its backward pass: nothing is left out; what is cheap to make again; all but its
     input and what its router decided. The gradients are the same."""
@@ -518,7 +518,7 @@ BPE_ENTRIES_BELOW = 257
 
 
 class ProfileConfig(Section):
-    """torch.profiler traces."""
+    """Traces of torch.profiler."""
 
     steps: str | None = None
     """``10-13``: write a Chrome trace of these steps."""
@@ -533,7 +533,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     moe: MoEConfig | None = MoEConfig()
-    """null = a dense model."""
+    """The mixture-of-experts layers; null = a dense model."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

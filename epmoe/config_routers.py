@@ -79,7 +79,7 @@ class RouterOptions(Section):
     no_losses: ClassVar[str | None] = None
     """Why no auxiliary loss can do anything to this router; None if one can."""
     no_capacity: ClassVar[str | None] = None
-    """Why ``moe.capacity_factor`` means nothing to this router; None if it does."""
+    """Why ``moe.capacity_factor`` does not apply to this router; None if it does."""
     decides_on_host: ClassVar[bool] = False
     """The decision is taken on the CPU, so that no compiler can make one graph of the layer."""
     without: ClassVar[tuple[str, ...]] = ()
@@ -113,7 +113,7 @@ class RouterOptions(Section):
             value, default = getattr(self, name), fields[name].default
             if value != default:
                 raise ValueError(
-                    f"{name}={value} means nothing to router {fields['name'].default}, which has no such choice; "
+                    f"{name}={value} does not apply to router {fields['name'].default}, which has no such choice; "
                     f"leave it out"
                 )
         return self
@@ -127,7 +127,7 @@ class RouterOptions(Section):
             )
         if self.ignores_input and self.smoothing is not None and self.smoothing.reroute:
             raise ValueError(
-                "smoothing.reroute=True means nothing here: this router does not look at its input, so every copy goes "
+                "smoothing.reroute=True has no effect here: this router does not look at its input, so every copy goes "
                 "where the input goes; set it to false, or use it with router: topk"
             )
         return self
@@ -450,9 +450,9 @@ class SinkhornOptions(RouterOptions):
 
     name: Literal["sinkhorn"] = "sinkhorn"
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
-    """A group's plan is done when its experts' factors change by less than this, on average, in an iteration,"""
+    """A group's plan is done when its experts' factors change by less than this, on average, in an iteration."""
     iterations: Positive = 100
-    """or after so many."""
+    """A group's plan is done after so many iterations at the latest."""
 
     default_losses: ClassVar[Mapping[str, float] | None] = {}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Meaning = Mapping[str, tuple[Callable[[Any], bool], str, str]]
-"""An option that means nothing without others -> whether it has an effect; else why not, and what would give it one."""
+"""An option that has no effect without others -> whether it has an effect; else why not, and what would give it one."""
 
 
 class Section(BaseModel):
@@ -32,7 +32,7 @@ class Section(BaseModel):
         for name, (has_effect, why, fix) in self.meaning.items():
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default and not has_effect(self):
-                raise ValueError(f"{name}={value} means nothing here: {why}; {fix}, or leave it out")
+                raise ValueError(f"{name}={value} has no effect here: {why}; {fix}, or leave it out")
         return self
 
 

@@ -180,11 +180,11 @@ def load_fused_adam(device: torch.device, dtype: torch.dtype) -> Any:
         dtype: Of the parameters.
 
     Raises:
-        ConfigError: It cannot be had.
+        ConfigError: It is not available.
     """
     asked, instead = "optimizer.name=apex_fused_adam", "optimizer.name=adamw"
     if dtype == torch.float64:
-        raise ConfigError(f"{asked} cannot be had", why="NVIDIA apex has no kernel for float64", fix=instead)
+        raise ConfigError(f"{asked} is not available", why="NVIDIA apex has no kernel for float64", fix=instead)
 
     def example(kind: Any) -> None:
         weight = torch.ones(8, device=device)

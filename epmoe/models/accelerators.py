@@ -83,14 +83,14 @@ def choose_accelerators(
         cross_document: False = a mask keeps the documents apart.
 
     Raises:
-        ConfigError: ``flash`` or ``apex`` is asked for and cannot be had.
+        ConfigError: ``flash`` or ``apex`` is asked for and is not available.
     """
     attend, note, rms_norm = None, "", None
     if config.attention != "sdpa":
         found = _find_flash(config, device, dtype, cross_document)
         if isinstance(found, str) and config.attention == "flash":
             raise ConfigError(
-                "model.attention=flash cannot be had",
+                "model.attention=flash is not available",
                 why=found,
                 fix="model.attention=auto, which takes PyTorch's SDPA then; or install flash-attn for this GPU and "
                 "this torch: pip install flash-attn --no-build-isolation",
@@ -235,7 +235,7 @@ def load_apex(
         instead: and the one that does without.
 
     Raises:
-        ConfigError: It cannot be had.
+        ConfigError: It is not available.
     """
     kind, fix = find_apex(), f"{instead}, which computes the same without apex"
     if kind == "unrelated":
@@ -253,7 +253,7 @@ def load_apex(
             why = _told(error)
         else:
             return loaded
-    raise ConfigError(f"{asked} cannot be had", why=why, fix=fix)
+    raise ConfigError(f"{asked} is not available", why=why, fix=fix)
 
 
 def apex_rms_norm(function: Callable[..., Any]) -> RMSNormFunction:

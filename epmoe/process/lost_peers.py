@@ -278,7 +278,7 @@ def comm_error(responder: Responder, where: str, error: Exception, timeout_s: fl
     elif roll.elsewhere:
         first = roll.elsewhere[0]
         others = "; ".join(f"rank {r} is {roll.answers[r]}" for r in roll.elsewhere[:4])
-        what = f"rank {rank} waited in vain for rank(s) {roll.elsewhere} at {where}"
+        what = f"rank {rank} timed out waiting for rank(s) {roll.elsewhere} at {where}"
         fix = f"{others}; {slow}"
     else:
         what = f"rank {rank} failed to communicate at {where}, though all ranks answer"

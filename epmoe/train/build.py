@@ -43,7 +43,7 @@ def find_accelerators(config: Config, device: torch.device) -> Accelerators:
     """The kernels of other packages that the model will compute with on this rank.
 
     Raises:
-        ConfigError: The configuration asks for one that cannot be had.
+        ConfigError: The configuration asks for one that is not available.
     """
     precision = config.train.precision
     return choose_accelerators(
@@ -100,7 +100,7 @@ def build_model(
         accelerators: None = what ``find_accelerators`` finds.
 
     Raises:
-        ConfigError: The configuration asks for a kernel that cannot be had.
+        ConfigError: The configuration asks for a kernel that is not available.
     """
     if accelerators is None:
         accelerators = find_accelerators(config, device)

@@ -169,7 +169,7 @@ class Run:
 
     def __init__(self, folder: RunFolder, config: Config, place: Runtime, stop: StopFlag) -> None:
         self.config, self.place, self.folder, self.stop = config, place, folder, stop
-        # First: what cannot be had is known before minutes of data preparation.
+        # First: what is not available is known before minutes of data preparation.
         self.accelerators = agree_on_accelerators(config, place.device)
         if config.train.compile:
             runtime.raise_together(compiler_problem())

@@ -191,7 +191,7 @@ def problem(subject: Subject, cell: Cell) -> str | None:
     moe, settings = subject.config.moe, dict(cell.settings)
     for key, engine in OF_ONE_ENGINE.items():
         if cell.engine != engine and settings[key] != PLAIN[key]:
-            return f"{key} means nothing to any engine but {engine}"
+            return f"{key} applies only to engine {engine}"
     if cell.engine == "deepspeed" and subject.no_deepspeed is not None:
         return f"engine: deepspeed cannot run here: {subject.no_deepspeed}"
     if moe is not None and settings["moe.dispatcher"] == "padded":

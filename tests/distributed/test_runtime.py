@@ -244,7 +244,7 @@ def _perish(how: str) -> None:
         (
             3,
             "sleep",
-            r"waited in vain for rank\(s\) \[3\] at step 7(.|\n)*rank 3 is in _perish \(.*test_runtime.py:",
+            r"timed out waiting for rank\(s\) \[3\] at step 7(.|\n)*rank 3 is in _perish \(.*test_runtime.py:",
         ),
         (0, "kill", r"at step 7, phase training: the rendezvous store at 127.0.0.1:\d+ is gone"),
     ],

@@ -123,7 +123,7 @@ def test_scalars_follow_yaml_1_2(write):
         ),
         (
             "parallel: {zero_stage: 2}\n",
-            ["zero_stage=2 means nothing to engine=native", "set engine: deepspeed"],
+            ["zero_stage=2 applies only to engine: deepspeed, and this is native", "set engine: deepspeed"],
         ),
         (
             "parallel: {engine: deepspeed}\ntrain: {precision: fp64}\n",
@@ -141,7 +141,7 @@ def test_scalars_follow_yaml_1_2(write):
             "parallel:\n  fsdp_shard: hybrid\n",
             [
                 "run.yaml:2:15: parallel",
-                "fsdp_shard=hybrid means nothing to engine=native",
+                "fsdp_shard=hybrid applies only to engine: fsdp, and this is native",
                 "set engine: fsdp",
             ],
         ),

@@ -106,7 +106,7 @@ def test_one_file_is_training_and_val_path_is_validation(tmp_path: Path) -> None
 
 
 def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder, no file"):
+    with pytest.raises(DataError, match="is neither a folder nor a file"):
         is_indexed(SourceConfig(path=str(tmp_path / "nothing")))
     with pytest.raises(DataError, match=r"0 files in .* match '\*\.md'"):
         scan(SourceConfig(path=str(tmp_path), glob="*.md"))

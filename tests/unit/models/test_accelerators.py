@@ -105,7 +105,7 @@ def test_auto_falls_back_with_the_reason_and_flash_is_refused_with_it(
     assert found.note.startswith("sdpa (")
     assert why in found.note
     assert "\n" not in found.note
-    with pytest.raises(ConfigError, match=r"model\.attention=flash cannot be had") as refused:
+    with pytest.raises(ConfigError, match=r"model\.attention=flash is not available") as refused:
         choose_accelerators(model(head_dim=head, attention="flash"), **options)
     assert refused.value.exit_code == 2
     assert why in str(refused.value.why)
@@ -285,7 +285,7 @@ def test_a_norm_that_cannot_be_had_is_refused_with_the_reason(
     elif kind != "missing":
         bodies = {"nvidia": POISON, "unbuilt": "import fused_layer_norm_cuda", "old": ""}
         packages.apex(norm=bodies[kind])
-    with pytest.raises(ConfigError, match=r"model\.norm=apex cannot be had") as refused:
+    with pytest.raises(ConfigError, match=r"model\.norm=apex is not available") as refused:
         choose_accelerators(model(norm="apex"), device=pretend(monkeypatch, capability), dtype=BF16)
     assert refused.value.exit_code == 2
     assert why in str(refused.value.why)

@@ -182,7 +182,7 @@ def test_balance_without_a_loss_needs_a_bias(tmp_path):
         ({"router": {"name": "gshard_top2", "second_policy_eval": "random"}}, "relative"),
         (
             {"router": {"name": "deepseek", "bias_steps": 9, "bias_rate": None}},
-            "bias_steps=9 means nothing here: no bias moves; set bias_rate above 0, or leave it out",
+            "bias_steps=9 has no effect here: no bias moves; set bias_rate above 0, or leave it out",
         ),
     ],
 )
@@ -216,7 +216,7 @@ WITHOUT_EFFECT: list[tuple[type[Section], dict, dict]] = [
 def test_an_option_without_effect_is_refused(section, options, fix):
     name = next(iter(options))
     because = re.escape("; ".join(section.meaning[name][1:]))
-    with pytest.raises(ValueError, match=f"{name}=.* means nothing here: {because}, or leave it out"):
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect here: {because}, or leave it out"):
         section(**options)
     section(**{**options, **fix})
     section(**{**options, name: section.model_fields[name].default})
@@ -224,7 +224,7 @@ def test_an_option_without_effect_is_refused(section, options, fix):
 
 @pytest.mark.parametrize("section", [HashOptions, TaskOptions])
 def test_a_router_that_ignores_its_input_cannot_route_copies_of_it(section):
-    with pytest.raises(ValueError, match=r"smoothing\.reroute=True means nothing here"):
+    with pytest.raises(ValueError, match=r"smoothing\.reroute=True has no effect here"):
         section(smoothing={"draws": 2, "reroute": True})
     section(smoothing={"draws": 2})
 

@@ -227,10 +227,10 @@ def test_sinkhorn_is_nearly_balanced_where_the_best_logits_are_not():
     [
         (
             {"router": {"name": "expert_choice", "slot_order": "token_major"}},
-            "slot_order=token_major means nothing",
+            "slot_order=token_major does not apply",
         ),
-        ({"router": {"name": "expert_choice", "priority": "random"}}, "priority=random means nothing"),
-        ({"router": {"name": "hash", "jitter": 0.1}}, "jitter=0.1 means nothing to router hash"),
+        ({"router": {"name": "expert_choice", "priority": "random"}}, "priority=random does not apply"),
+        ({"router": {"name": "hash", "jitter": 0.1}}, "jitter=0.1 does not apply to router hash"),
         (
             {"router": "hash", "losses": {"balance": 0.1}},
             r"no weights that a loss could train; set losses: \{\}",
@@ -240,7 +240,7 @@ def test_sinkhorn_is_nearly_balanced_where_the_best_logits_are_not():
         ({"router": "hash", "top_k": 2}, "top_k=2"),
         ({"router": "base", "top_k": 2}, "top_k=2"),
         ({"router": "topk", "losses": {"batchwise_threshold": 1.0}}, "routers that do: strictly_balanced"),
-        ({"router": "soft", "capacity_factor": 1.25}, "capacity_factor means nothing.*router.slots"),
+        ({"router": "soft", "capacity_factor": 1.25}, "capacity_factor does not apply.*router.slots"),
         (
             {"router": "soft", "capacity_factor_eval": 1.25},
             "set capacity_factor and capacity_factor_eval to null",

@@ -151,7 +151,7 @@ def test_noise_is_for_logits_of_a_token_that_have_none_yet(name, reason):
 
 
 def test_a_layer_without_choices_is_not_smoothed():
-    with pytest.raises(ValueError, match=r"smoothing=.*means nothing to router soft"):
+    with pytest.raises(ValueError, match=r"smoothing=.*does not apply to router soft"):
         MoEConfig(router={"name": "soft", "smoothing": {"draws": 2}})
 
 

@@ -107,7 +107,7 @@ def test_an_optimizer_that_cannot_be_had_is_refused_with_the_reason(
         "whole": packages.apex,
     }[kind]()
     pretend(monkeypatch, AMPERE)
-    with pytest.raises(ConfigError, match=r"optimizer\.name=apex_fused_adam cannot be had") as refused:
+    with pytest.raises(ConfigError, match=r"optimizer\.name=apex_fused_adam is not available") as refused:
         load_fused_adam(CPU, dtype)
     assert refused.value.exit_code == 2
     assert why in str(refused.value.why)
@@ -208,5 +208,5 @@ def test_ranks_that_differ_are_counted_by_auto_and_refused_together_by_flash(
     assert run_ranks(2, _one_sided, base, auto) == [note, note]
     flash = make_config(base, "one-sided", "train.precision=bf16_autocast", "model.attention=flash")
     found = run_ranks(2, _one_sided, base, flash)
-    assert all(text.endswith("model.attention=flash cannot be had") for text in found)
+    assert all(text.endswith("model.attention=flash is not available") for text in found)
     assert found[0].startswith("refused: rank 1")
