@@ -405,8 +405,8 @@ class ParallelConfig(Section):
     def _stages_need_deepspeed(self) -> ParallelConfig:
         if self.zero_stage != 1 and self.engine != "deepspeed":
             raise ValueError(
-                f"zero_stage={self.zero_stage} applies only to engine: deepspeed, and this is {self.engine}; set engine: "
-                f"deepspeed, or leave zero_stage out"
+                f"zero_stage={self.zero_stage} applies only to engine: deepspeed, and this is {self.engine}; "
+                f"set engine: deepspeed, or leave zero_stage out"
             )
         return self
 
@@ -469,7 +469,8 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = None
     """Sequences per rank and forward pass; null = global_batch_size / ranks (no accumulation)."""
     precision: Literal["fp32", "bf16_autocast", "bf16_params", "fp16_autocast", "fp64"] = "fp32"
-    """Of weights and arithmetic. fp64 is for proofs, not for speed; fp16_autocast multiplies the loss by a factor that follows the gradients."""
+    """Of weights and arithmetic. fp64 is for proofs, not for speed; fp16_autocast multiplies the loss by a factor that
+    follows the gradients."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What a block does not keep for its backward pass: nothing is left out; what is cheap to make again; all but its
     input and what its router decided. The gradients are the same."""

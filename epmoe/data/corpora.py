@@ -130,7 +130,8 @@ def is_indexed(source: SourceConfig) -> bool:
         raise unreadable(path, error) from None
     if not found:
         raise DataError(
-            f"source {source.name}: {source.path!r} is neither a folder nor a file, and {path}.bin with {path}.idx do not exist",
+            f"source {source.name}: {source.path!r} is neither a folder nor a file, and "
+            f"{path}.bin with {path}.idx do not exist",
             fix="correct data.sources[].path (relative paths start in the working folder)",
         )
     return False

@@ -184,7 +184,9 @@ def load_fused_adam(device: torch.device, dtype: torch.dtype) -> Any:
     """
     asked, instead = "optimizer.name=apex_fused_adam", "optimizer.name=adamw"
     if dtype == torch.float64:
-        raise ConfigError(f"{asked} is not available", why="NVIDIA apex has no kernel for float64", fix=instead)
+        raise ConfigError(
+            f"{asked} is not available", why="NVIDIA apex has no kernel for float64", fix=instead
+        )
 
     def example(kind: Any) -> None:
         weight = torch.ones(8, device=device)
