@@ -45,9 +45,6 @@ class TokenContext:
     """int64 document number inside the window."""
     task_B: Tensor | None = None
     """int64 task of each sequence; from the loader, the number of its source."""
-    counted: dict[int, tuple[Tensor, Tensor]] | None = None
-    """By number of the layer: what this rank's earlier micro-batches of the optimizer step sent to each expert, and
-    their valid tokens. For ``balance_scope: global``; None = this is the first."""
 
 
 @register_pytree

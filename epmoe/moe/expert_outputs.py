@@ -70,7 +70,7 @@ def run_experts(
         outputs_TKO, expert_TK = torch.cat((outputs_TKO, found[0]), 1), torch.cat((expert_TK, found[1]), 1)
     return ExpertOutputs(
         y_BSO=y_TO.unflatten(0, x_BSD.shape[:2]),
-        report=layer.report(routing, plan, ctx, x_BSD.shape[1]),
+        report=layer.report(routing, plan, x_BSD.shape[1]),
         outputs_TKO=outputs_TKO,
         logits_TK=routing.logits_TE.gather(1, expert_TK.clamp(min=0)).masked_fill(expert_TK < 0, -torch.inf),
         expert_TK=expert_TK,

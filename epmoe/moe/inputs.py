@@ -49,7 +49,7 @@ def check_inputs(x_BSD: Any, ctx: Any, d_model: int) -> None:
 def _check_context(ctx: TokenContext, x_BSD: Tensor) -> None:
     for field in fields(ctx):
         value = getattr(ctx, field.name)
-        if value is not None and field.name != "counted":
+        if value is not None:
             _check_field(field.name, value, x_BSD)
 
 

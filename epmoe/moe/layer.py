@@ -43,6 +43,9 @@ class MoELayer(nn.Module):
         """Adds counts up over all ranks; None = there is only this one."""
         self.before_training: Callable[[MoELayer], None] | None = None
         """Called before a pass that will be differentiated, to refuse what would train wrongly."""
+        self.earlier: LayerSums | None = None
+        """What the router did with this rank's earlier micro-batches of the step, for ``balance_scope: global``; whoever
+        has several says so."""
         self.moe, self.losses = moe, dict(losses)
 
     def forward(
@@ -77,7 +80,7 @@ class MoELayer(nn.Module):
         routing = self.router(x_BSD, ctx, limits, recompute)
         y_TD, plan = self.compute(x_BSD, ctx, routing, limits, plan, shared, recompute)
         y_BSD = shared.added_to(as_tokens(y_TD, x_BSD))
-        return y_BSD, self.report(routing, plan, ctx, x_BSD.shape[1], recompute)
+        return y_BSD, self.report(routing, plan, x_BSD.shape[1], recompute)
 
     def check_pass(self, x_BSD: Tensor, ctx: TokenContext | None) -> None:
         """The beginning of every forward pass, whatever the layer computes."""
@@ -138,7 +141,6 @@ class MoELayer(nn.Module):
         self,
         routing: Routing,
         plan: DispatchPlan,
-        ctx: TokenContext,
         seq_len: int,
         recompute: Recompute = KEEP,
     ) -> RouterReport:
@@ -148,15 +150,15 @@ class MoELayer(nn.Module):
             return RouterReport(losses={}, metrics=None)
         recompute.remember(routing, plan)
         with recompute.kept():
-            return self._report(routing, plan, ctx, seq_len)
+            return self._report(routing, plan, seq_len)
 
-    def _report(self, routing: Routing, plan: DispatchPlan, ctx: TokenContext, seq_len: int) -> RouterReport:
+    def _report(self, routing: Routing, plan: DispatchPlan, seq_len: int) -> RouterReport:
         metrics = routing_metrics(routing, plan)
         inputs = LossInputs(routing=routing, plan=plan, seq_len=seq_len)
         if self.moe.balance_scope == "global" and "balance" in self.losses:
             counted_E = self._counted(routing)
             metrics = replace(metrics, counted_E=counted_E)
-            inputs = self._with_global_counts(inputs, counted_E, metrics.valid_tokens, ctx)
+            inputs = self._with_global_counts(inputs, counted_E, metrics.valid_tokens)
         return RouterReport(
             losses={name: loss(inputs) for name, loss in self.losses.items()}, metrics=metrics
         )
@@ -165,13 +167,13 @@ class MoELayer(nn.Module):
         first_only = balance_count(self.moe) == "top1"
         return choice_counts(routing, 1, self.moe.num_experts, first_only=first_only)[0]
 
-    def _with_global_counts(
-        self, inputs: LossInputs, counted_E: Tensor, valid_tokens: Tensor, ctx: TokenContext
-    ) -> LossInputs:
+    def _with_global_counts(self, inputs: LossInputs, counted_E: Tensor, valid_tokens: Tensor) -> LossInputs:
         total_X = torch.cat((counted_E, valid_tokens.view(1)))
         if self.training:  # evaluation passes are not the same on all ranks where one of them generates text
-            if ctx.counted is not None:
-                total_X = total_X + torch.cat((*ctx.counted[self.router.layer],)).to(total_X.device)
+            earlier = self.earlier
+            if earlier is not None and earlier.counted_E is not None:
+                before_X = torch.cat((earlier.counted_E, earlier.valid_tokens.view(1)))
+                total_X = total_X + before_X.long().to(total_X.device)
             if self.sum_over_ranks is not None:
                 total_X = self.sum_over_ranks(total_X)  # a collective of E + 1 numbers
         return replace(inputs, global_count_E=total_X[:-1], global_tokens=total_X[-1])

@@ -43,7 +43,7 @@ class SmoothedMoELayer(MoELayer):
             y_TD, plan = self.compute(copy_BSD, ctx, routing, limits, plan, shared, recompute)
             outputs.append(y_TD)
         assert plan is not None  # there is a copy
-        return as_tokens(mean_of(outputs), x_BSD), self.report(routing, plan, ctx, x_BSD.shape[1], recompute)
+        return as_tokens(mean_of(outputs), x_BSD), self.report(routing, plan, x_BSD.shape[1], recompute)
 
     def _rerouted(
         self, x_BSD: Tensor, ctx: TokenContext, _: Beside, recompute: Recompute
@@ -55,7 +55,7 @@ class SmoothedMoELayer(MoELayer):
             routing = self.router(copy_BSD, ctx, limits, own)
             y_TD, plan = self.compute(copy_BSD, ctx, routing, limits, plan, recompute=own)
             outputs.append(as_tokens(y_TD, x_BSD))
-            reports.append(self.report(routing, plan, ctx, x_BSD.shape[1], own))
+            reports.append(self.report(routing, plan, x_BSD.shape[1], own))
         losses = {name: mean_of([report.losses[name] for report in reports]) for name in reports[0].losses}
         return mean_of(outputs), RouterReport(losses=losses, metrics=reports[0].metrics)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -101,22 +101,11 @@ def _by_source(value_B: Tensor, batch: Batch) -> Tensor | None:
     return value_B.new_zeros(batch.num_sources).index_add_(0, batch.context.task_B, value_B)
 
 
-def with_counts(batch: Batch, model: Decoder, sums: StepSums | None) -> Batch:
-    """The batch, told what this rank's earlier micro-batches of the step sent to each expert (``balance_scope:
-    global``; otherwise nothing was counted and it is unchanged).
-
-    Args:
-        sums: Of the micro-batches so far; None before the first.
-    """
-    pairs = [] if sums is None else zip(model.moe_layers(), sums.layers, strict=True)
-    counted = {
-        layer.router.layer: (sum_.counted_E.long(), sum_.valid_tokens.long().view(1))
-        for layer, sum_ in pairs
-        if sum_.counted_E is not None
-    }
-    if not counted:
-        return batch
-    return replace(batch, context=replace(batch.context, counted=counted))
+def tell_layers(model: Decoder, sums: StepSums | None) -> None:
+    """Tells every MoE layer what the micro-batches of the step so far did; None before the first."""
+    layers = [*model.moe_layers()]
+    for layer, did in zip(layers, sums.layers if sums else [None] * len(layers), strict=True):
+        layer.earlier = did
 
 
 def auxiliary_sums(reports: list[RouterReport]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from epmoe.process.runtime import Agreed, Runtime, raise_together
 from epmoe.process.stop_signals import StopFlag
 from epmoe.train.build import build_engine
 from epmoe.train.loss_scale import LossScale, new_loss_scale
-from epmoe.train.step import StepSums, micro_step, with_counts
+from epmoe.train.step import StepSums, micro_step, tell_layers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,9 +130,10 @@ class Trainer:
         self.engine.zero()
         local: StepSums | None = None
         for batch in batches:
+            tell_layers(self.model, local)
             sums = micro_step(
                 self.model,
-                with_counts(batch.to(self.runtime.device), self.model, local),
+                batch.to(self.runtime.device),
                 num_tokens=max(tokens.in_loss, 1),
                 num_routed=max(tokens.routed, 1),
                 coefficients=loss_coefficients(self.config.moe, self.progress.step),

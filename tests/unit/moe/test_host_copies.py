@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from epmoe.comm.exchange import flat
 from epmoe.moe.build import DISPATCHERS
 from epmoe.moe.routers import common
-from epmoe.types import Limits, TokenContext
+from epmoe.types import Limits
 from tests.unit.moe.helpers import config, context, make_layer, tokens
 
 WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "equal", "allclose"}
@@ -62,7 +62,7 @@ def test_dispatch_makes_the_host_wait_at_most_once(name, factor, one_rank_group)
     rows_RD = layer.experts(batch)
     with HostCopies() as combined:
         layer.dispatcher.combine(rows_RD, routing, plan)
-        layer.report(routing, plan, TokenContext(), 6)
+        layer.report(routing, plan, 6)
     assert combined.calls == []
 
 

@@ -198,7 +198,7 @@ def test_capacity_zero_drops_everything():
     batch, plan = layer.dispatcher.dispatch(x_TD, routing, Limits(num_experts=4, group_size=6, capacity=0))
     y_TD = layer.dispatcher.combine(layer.experts(batch), routing, plan)
     assert (y_TD == 0).all()
-    metrics = layer.report(routing, plan, TokenContext(), 6).metrics
+    metrics = layer.report(routing, plan, 6).metrics
     assert metrics.overflow_tokens.item() == 6
     assert metrics.assignments.item() == 12
     y_TD.sum().backward()

@@ -15,7 +15,6 @@ from epmoe.ops import DROPLESS
 from tests.oracle import cases
 from tests.oracle import losses as oracle
 from tests.unit.moe.helpers import (
-    LAYER,
     Extras,
     close,
     config,
@@ -162,9 +161,10 @@ def test_large_logits_stay_finite():
 
 
 # ------------------------------------------------------------------------------------------- scopes, other losses
-def layer_losses(moe, x_BSD, ctx=None, sum_over_ranks=None):
+def layer_losses(moe, x_BSD, ctx=None, sum_over_ranks=None, earlier=None):
     """Losses of a layer in training, and its router's weights."""
     layer = make_layer(moe)
+    layer.earlier = earlier
     layer.sum_over_ranks = sum_over_ranks
     _, report = layer(x_BSD, ctx or context(x_BSD))
     return report, layer.router.weight
@@ -209,8 +209,7 @@ def test_global_balance_knows_the_micro_batches_so_far():
     x_BSD = tokens(4, 6)
     first, _ = layer_losses(moe, x_BSD[:2])
     ctx = context(x_BSD[2:])
-    counted = {LAYER: (first.metrics.counted_E, first.metrics.valid_tokens.view(1))}
-    second, _ = layer_losses(moe, x_BSD[2:], replace(ctx, counted=counted))
+    second, _ = layer_losses(moe, x_BSD[2:], ctx, earlier=first.metrics)
     whole, _ = layer_losses(moe, x_BSD)
     probs_TE = make_layer(moe).router(x_BSD[2:], ctx).probs_TE
     wanted = 4 * (whole.metrics.counted_E.double() / (24 * 2) * probs_TE.sum(0)).sum()
