@@ -44,7 +44,7 @@ class MoELayer(nn.Module):
         self.before_training: Callable[[MoELayer], None] | None = None
         """Called before a pass that will be differentiated, to refuse what would train wrongly."""
         self.earlier: LayerSums | None = None
-        """What the router did with this rank's earlier micro-batches of the step, for ``balance_scope: global``; whoever
+        """What the router did with this rank's earlier micro-batches of the step (``balance_scope: global``); whoever
         has several says so."""
         self.moe, self.losses = moe, dict(losses)
 
