@@ -52,6 +52,16 @@ class ExpertMesh:
         """Ranks of the job."""
         return self.ep_size * self.edp_size
 
+    @property
+    def dp_size(self) -> int:
+        """Shares of a batch: as many as ranks, for every rank of both axes has tokens of its own."""
+        return self.ep_size * self.edp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of these shares is this rank's."""
+        return self.edp_rank * self.ep_size + self.ep_rank
+
 
 def build_mesh(runtime: Runtime, ep_size: int, parallel: ParallelConfig | None = None) -> ExpertMesh:
     """The groups of an expert-parallel layout. A collective: every rank calls it, once.

@@ -343,8 +343,8 @@ class Run:
                 evaluate(
                     self.trainer.model,
                     data,
-                    rank=place.rank,
-                    world_size=place.world_size,
+                    rank=self.trainer.mesh.dp_rank,
+                    world_size=self.trainer.mesh.dp_size,
                     batch_size=train.eval_batch_size or self.trainer.micro_batch,
                     precision=train.precision,
                     device=place.device,

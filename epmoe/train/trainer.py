@@ -107,8 +107,8 @@ class Trainer:
         self.engine = build_engine(config, model, mesh)
         self.progress = Progress(loss_scale=new_loss_scale(config.train.precision))
         train = config.train
-        self.micro_batch = train.micro_batch_size or train.global_batch_size // runtime.world_size
-        self.num_micro = train.global_batch_size // (self.micro_batch * runtime.world_size)
+        self.micro_batch = train.micro_batch_size or train.global_batch_size // mesh.dp_size
+        self.num_micro = train.global_batch_size // (self.micro_batch * mesh.dp_size)
 
     def step(self, *, out_of_time: bool = False) -> StepResult:
         """One optimizer step. A collective.
@@ -156,9 +156,7 @@ class Trainer:
     def sample_numbers(self, micro: int) -> list[int]:
         """Samples of this rank in a micro-batch of the next step. Together the ranks and micro-batches of a step
         cover the same numbers in every layout."""
-        start = (
-            self.progress.samples + (micro * self.runtime.world_size + self.runtime.rank) * self.micro_batch
-        )
+        start = self.progress.samples + (micro * self.mesh.dp_size + self.mesh.dp_rank) * self.micro_batch
         return list(range(start, start + self.micro_batch))
 
     def _agree(self, batches: list[Batch], damaged: DataError | None, out_of_time: bool) -> _StepTokens:

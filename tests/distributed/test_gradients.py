@@ -53,6 +53,7 @@ def _check_sums(rank: int, mesh: ExpertMesh, bucket_bytes: int) -> None:
         _backward(model, {n: part(n, p.shape, rank) for n, p in model.named_parameters()})
     gradients.reduce()
     everybody = range(mesh.world_size)
+    assert (mesh.dp_rank, mesh.dp_size) == (rank, len(everybody))
     same_experts = [r for r in everybody if r % mesh.ep_size == mesh.ep_rank]
     for name, parameter in model.named_parameters():
         peers = same_experts if ".experts." in f".{name}" else everybody
