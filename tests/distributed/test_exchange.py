@@ -270,12 +270,26 @@ def outcome(layer: MoELayer, batch: str, rank: int) -> dict[str, Tensor]:
     found = {"y": y_BSD.detach(), "d_x": x_BSD.grad, "d_shared": shared_DD.grad}
     found |= {f"d_{name}": p.grad for name, p in layer.named_parameters()}
     assert all(value is not None for value in found.values())
+    if layer.moe.router.name != "soft":
+        assert_halves(layer, x_BSD.detach(), ctx)
     if batch == "real":
         layer.eval()
         with torch.no_grad():
             found["dropless"] = layer(x_BSD, ctx)[0]
         layer.train()
     return found  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def assert_halves(layer: MoELayer, x_BSD: Tensor, ctx: TokenContext) -> None:
+    """``dispatch`` and ``combine`` with the experts in between are ``apply``, in however many parts rows travel."""
+    limits = layer.limits(x_BSD)
+    routing, x_TD = layer.router(x_BSD, ctx, limits), x_BSD.flatten(0, 1)
+    whole_TD, plan = layer.dispatcher.apply(x_TD, routing, limits, layer.experts)
+    batch, _ = layer.dispatcher.dispatch(x_TD, routing, limits, plan)
+    assert batch.tokens_per_expert_L.shape == (NUM_LOCAL,)
+    halves_TD = layer.dispatcher.combine(layer.experts(batch), routing, plan)
+    assert torch.allclose(halves_TD, whole_TD, rtol=0, atol=1e-12)
 
 
 def pass_layers(rank: int) -> dict[tuple[str, str, str], dict[str, Tensor]]:
