@@ -102,11 +102,17 @@ def start(device: str, timeout_s: float) -> Runtime:
     )
 
 
+QUIET_S = 0.3
+"""What the threads of the process group get to let go of the last tensors. One that does so while the interpreter ends
+takes the process with it: SIGABRT, on a busy machine in one of five exits right after the end of a group."""
+
+
 def stop(runtime: Runtime) -> None:
     """Leaves the process group, if ``start`` made it."""
     runtime.responder.stop()
     if runtime.owns_group and dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(QUIET_S)
 
 
 def _world() -> dist.ProcessGroup:
